@@ -1,0 +1,34 @@
+package failpoint
+
+// The failpoints, in the order in which a key passes them. Names lists them all.
+const (
+	EncLeased           = "enc-leased"            // atoms chosen from the lease
+	EncUnwrapped        = "enc-unwrapped"         // plain bytes in memory, nothing told
+	EncAnnounceSent     = "enc-announce-sent"     // the batch is on its way
+	EncAnnounceAnswered = "enc-announce-answered" // the peer has committed
+	EncDeleted          = "enc-deleted"           // rows deleted, not committed
+	EncCommitted        = "enc-committed"         // committed, not answered
+	EncHalfAnswered     = "enc-half-answered"     // some of the answer is written
+
+	DecUnwrapped = "dec-unwrapped"
+	DecUpdated   = "dec-updated"
+	DecCommitted = "dec-committed"
+
+	IntakeDistilled     = "intake-distilled"
+	IntakeWrapped       = "intake-wrapped"
+	IntakeHeldCommitted = "intake-held-committed"
+	IntakeHeldSent      = "intake-held-sent"
+	IntakeReady         = "intake-ready"
+
+	PeerAnnounceReceived  = "peer-announce-received"
+	PeerAnnounceCommitted = "peer-announce-committed"
+	PeerVoidReceived      = "peer-void-received"
+)
+
+// Names is every failpoint there is.
+var Names = []string{
+	EncLeased, EncUnwrapped, EncAnnounceSent, EncAnnounceAnswered, EncDeleted, EncCommitted, EncHalfAnswered,
+	DecUnwrapped, DecUpdated, DecCommitted,
+	IntakeDistilled, IntakeWrapped, IntakeHeldCommitted, IntakeHeldSent, IntakeReady,
+	PeerAnnounceReceived, PeerAnnounceCommitted, PeerVoidReceived,
+}

@@ -1,0 +1,172 @@
+package handover
+
+import (
+	"slices"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// BlockState is where a block stands at one end.
+type BlockState string
+
+// The states of a block. Only chunks of Ready blocks are leased. A Lost block's
+// row stays, without keys, so that it goes on answering Different.
+const (
+	Absent    BlockState = ""
+	BlockHeld BlockState = "held"
+	Ready     BlockState = "ready"
+	Lost      BlockState = "lost"
+)
+
+// OnHeld decides what becomes of my block, and what I answer, when the other end
+// says that it holds a block of that name. same says whether the digests are
+// equal; closed whether the block's session is durably closed here, so that I can
+// never commit it any more.
+//
+// A block that goes to Lost from Ready means that the ends disagree about a block
+// they once agreed on: an alarm.
+func OnHeld(mine BlockState, same, closed bool) (BlockState, HeldAnswer) {
+	switch {
+	case mine == Absent && closed:
+		return Absent, Never
+	case mine == Absent:
+		return Absent, NotYet
+	case mine == Lost || !same:
+		return Lost, Different
+	}
+	return Ready, Equal
+}
+
+// OnHeldAnswer decides what becomes of my block when the other end answers my Held.
+func OnHeldAnswer(mine BlockState, answer HeldAnswer) BlockState {
+	if mine != BlockHeld {
+		return mine
+	}
+	switch answer {
+	case Equal:
+		return Ready
+	case Different, Never:
+		return Lost
+	}
+	return BlockHeld
+}
+
+// PeerRun is what a receiver keeps durably for each node of the peer: the highest
+// run it has been told and the last batch of that run committed here.
+type PeerRun struct {
+	Run  int64
+	Last int64
+}
+
+// Judge says what a batch of a run is to the receiver. A run must be told
+// (RunStarted) before its first batch counts.
+func (p PeerRun) Judge(run, batch int64) Standing {
+	switch {
+	case run < p.Run:
+		return Stale
+	case run > p.Run || batch > p.Last+1:
+		return Ahead
+	case batch <= p.Last:
+		return Repeat
+	}
+	return Fresh
+}
+
+// Hear returns p after a RunStarted, and whether it may be answered with the
+// assigned keys of lower runs: a run that is lower than one already told may not.
+func (p PeerRun) Hear(run int64) (PeerRun, bool) {
+	switch {
+	case run > p.Run:
+		return PeerRun{Run: run}, true
+	case run == p.Run:
+		return p, true
+	}
+	return p, false
+}
+
+// DecideFresh decides the requests of a fresh batch in order. admit returns why a
+// request may not be assigned whatever the pool holds ("" if it may); pooled says
+// whether an atom is in the pool here. An atom goes to at most one request.
+func DecideFresh(requests []Request, admit func(Request) string, pooled func(key.ID) bool) []Result {
+	taken := make(map[key.ID]bool)
+	results := make([]Result, len(requests))
+	for i, r := range requests {
+		results[i] = Result{ID: r.ID}
+		if why := admit(r); why != "" {
+			results[i].Why = why
+			continue
+		}
+		lacking := lackingOf(r, func(id key.ID) bool { return pooled(id) && !taken[id] })
+		if len(lacking) > 0 {
+			results[i].Why, results[i].Lacking = "atoms not in the pool", lacking
+			continue
+		}
+		results[i].Accepted = true
+		for _, k := range r.Keys {
+			for _, id := range k.Atoms {
+				taken[id] = true
+			}
+		}
+	}
+	return results
+}
+
+// DueRow is what a receiver keeps of one key for one SAE until its epoch ends.
+type DueRow struct {
+	Key    key.ID
+	SAE    identity.SAE
+	Master identity.SAE
+	Node   string
+	Run    int64
+	Batch  int64
+	Voided bool
+}
+
+// DecideRepeat answers a batch that was committed before, from the rows alone: a
+// request is accepted only if each of its keys is due to exactly its slaves under
+// this node, run and batch and was not voided. rows returns the due rows of a key.
+func DecideRepeat(a Announce, rows func(key.ID) []DueRow, pooled func(key.ID) bool) []Result {
+	results := make([]Result, len(a.Requests))
+	for i, r := range a.Requests {
+		results[i] = Result{ID: r.ID, Accepted: true}
+		for _, k := range r.Keys {
+			if !assignedAs(a, r, rows(k.ID())) {
+				results[i] = Result{ID: r.ID, Why: "not assigned by this batch", Lacking: lackingOf(r, pooled)}
+				break
+			}
+		}
+	}
+	return results
+}
+
+func assignedAs(a Announce, r Request, rows []DueRow) bool {
+	if len(rows) != len(r.Slaves) {
+		return false
+	}
+	for _, row := range rows {
+		if row.Voided || row.Node != a.Node || row.Run != a.Run || row.Batch != a.Batch ||
+			row.Master != r.Master || !slices.Contains(r.Slaves, row.SAE) {
+			return false
+		}
+	}
+	return true
+}
+
+func lackingOf(r Request, pooled func(key.ID) bool) []key.ID {
+	var lacking []key.ID
+	for _, k := range r.Keys {
+		for _, id := range k.Atoms {
+			if !pooled(id) {
+				lacking = append(lacking, id)
+			}
+		}
+	}
+	return lacking
+}
+
+// Voids says whether v takes back the key of row. It is matched against the
+// batch that made the row, never against the node's current run.
+func (v Void) Voids(row DueRow) bool {
+	return row.Node == v.Node && row.Run == v.Run && row.Batch == v.Batch && slices.Contains(v.Keys, row.Key)
+}
