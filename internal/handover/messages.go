@@ -170,6 +170,15 @@ type Request struct {
 // Lifetime is the remaining lifetime of the request's keys.
 func (r Request) Lifetime() time.Duration { return time.Duration(r.TTL) * time.Millisecond }
 
+// AtomCount is how many atoms the request's keys have together.
+func (r Request) AtomCount() int {
+	n := 0
+	for _, k := range r.Keys {
+		n += len(k.Atoms)
+	}
+	return n
+}
+
 // Key is one key: consecutive atoms of one chunk. Its key_ID is the first atom's.
 type Key struct {
 	Session int64    `json:"session"`
@@ -178,7 +187,7 @@ type Key struct {
 	Atoms   []key.ID `json:"atoms"` // IDs of its atoms, in order; Atoms[0] is the key_ID
 }
 
-// ID is the key_ID.
+// ID is the key_ID. A Key without atoms, which Announce.Check refuses, has none.
 func (k Key) ID() key.ID { return k.Atoms[0] }
 
 // Standing is what a receiver thinks of a batch as a whole.

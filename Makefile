@@ -1,0 +1,63 @@
+# The commands of the README. `make run` and `make test` need git, make, gcc and
+# Go 1.26, and install the rest (deploy/prerequisites.sh).
+
+GO         ?= go
+GOFLAGS    += -buildvcs=false
+export GOFLAGS
+TAGS       := noyubikey# smallstep without the PC/SC library
+BIN        := bin
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOFUMPT    := mvdan.cc/gofumpt@v0.12.0
+STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
+FUZZTIME   ?= 10s
+BENCHTIME  ?= 3s
+
+.PHONY: all run build test bench lint fuzz tools prerequisites clean
+
+all: build
+
+## run: a whole two-site lab on this machine, until Ctrl-C
+run: prerequisites build
+	@$(BIN)/kmelab up
+
+build:
+	@$(GO) build -tags $(TAGS) -o $(BIN)/ ./cmd/...
+
+## test: everything, against real Postgres, SoftHSM and certificates
+test: prerequisites build tools
+	$(GO) test -tags $(TAGS) -timeout 20m ./...
+
+## bench: the benchmarks, in Go's benchmark format
+bench: prerequisites build
+	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./...
+
+## lint: vet, staticcheck and gofumpt at their pinned versions
+lint:
+	$(GO) vet -tags $(TAGS) ./...
+	$(GO) vet -tags $(TAGS),failpoint ./...
+	CGO_ENABLED=0 $(GO) vet -tags $(TAGS) ./hsm ./cmd/kmectl
+	$(GO) run $(STATICCHECK) -tags $(TAGS) ./...
+	@unformatted=$$($(GO) run $(GOFUMPT) -l .); test -z "$$unformatted" || { echo "gofumpt would change:"; echo "$$unformatted"; exit 1; }
+
+## fuzz: every fuzz target for FUZZTIME
+fuzz:
+	@for pkg in $$($(GO) list -tags $(TAGS) ./...); do \
+		for target in $$($(GO) test -tags $(TAGS) -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+			echo "== $$pkg $$target"; \
+			$(GO) test -tags $(TAGS) -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+## tools: the step CLI at its pinned version, in bin/
+tools: $(BIN)/step
+
+$(BIN)/step:
+	@echo "building step (once, about a minute)"
+	@GOBIN=$(CURDIR)/$(BIN) $(GO) install -tags $(TAGS) $(STEP)
+
+prerequisites:
+	@deploy/prerequisites.sh
+
+## clean: what was built; .lab (keys, certificates, databases) stays
+clean:
+	rm -rf $(BIN)

@@ -1,0 +1,126 @@
+// Command kme-ca is the certificate authority of SAEs, KMEs and operators: it makes
+// the root and the three issuing CAs, serves one of them, and prints one-time
+// tokens. pki/README.md is the manual.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/pki/authority"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "kme-ca:", err)
+		os.Exit(1)
+	}
+}
+
+// commands is the command line, for kong.
+type commands struct {
+	Init        initCommand        `cmd:"" help:"Make the root and the three issuing CAs in an empty directory."`
+	Serve       serveCommand       `cmd:"" help:"Run the CA of one role until SIGTERM."`
+	Token       tokenCommand       `cmd:"" help:"Print a one-time token, good for five minutes and one certificate."`
+	Fingerprint fingerprintCommand `cmd:"" help:"Print the root's SHA-256, the pin for a client's first contact."`
+}
+
+// streams are where a command writes.
+type streams struct{ stdout, stderr io.Writer }
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	parser, err := kong.New(&commands{},
+		kong.Name("kme-ca"),
+		kong.Description("The certificate authority of a QKD key management site."),
+		kong.Writers(stdout, stderr),
+	)
+	if err != nil {
+		return err
+	}
+	command, err := parser.Parse(args)
+	if err != nil {
+		return err
+	}
+	command.BindTo(ctx, (*context.Context)(nil))
+	return command.Run(streams{stdout, stderr})
+}
+
+type initCommand struct {
+	Dir         string                   `required:"" type:"path" help:"Directory to make; its root/ is to be carried off."`
+	TrustDomain string                   `required:"" help:"DNS name under which all identities stand, e.g. lab.test."`
+	Address     map[identity.Role]string `required:"" placeholder:"ROLE=HOST:PORT" help:"HTTPS address of each role's CA (sae, kme, operator)."`
+	CRLAddress  map[identity.Role]string `placeholder:"ROLE=HOST:PORT" help:"Plain HTTP address of each role's CRL (default: port 10 above the HTTPS one)."`
+	KMEName     []string                 `placeholder:"NAME" help:"DNS domain, IP address or prefix that KME certificates may carry beside localhost and 127.0.0.1. Repeatable."`
+}
+
+// Run implements the command.
+func (c *initCommand) Run(out streams) error {
+	addresses := make(map[identity.Role]authority.Address)
+	for role, address := range c.Address {
+		addresses[role] = authority.Address{HTTPS: address, CRL: c.CRLAddress[role]}
+	}
+	err := authority.Init(authority.InitConfig{
+		Dir: c.Dir, TrustDomain: c.TrustDomain, Addresses: addresses, KMENames: c.KMEName,
+	})
+	if err != nil {
+		return err
+	}
+	return printFingerprint(c.Dir, out)
+}
+
+type serveCommand struct {
+	Dir  string        `required:"" type:"path" help:"Directory that init made."`
+	Role identity.Role `required:"" enum:"sae,kme,operator" help:"Which CA: sae, kme or operator."`
+}
+
+// Run implements the command.
+func (c *serveCommand) Run(ctx context.Context, out streams) error {
+	log := slog.New(slog.NewJSONHandler(out.stderr, nil))
+	slog.SetDefault(log) // smallstep writes a line or two through package log
+	return authority.Serve(ctx, authority.ServeConfig{Dir: c.Dir, Role: c.Role, Log: log})
+}
+
+type tokenCommand struct {
+	Dir  string        `required:"" type:"path" help:"Directory that init made."`
+	Role identity.Role `arg:"" help:"sae, kme or operator."`
+	ID   string        `arg:"" help:"Whom the certificate will name: 1 to 64 of a-z, 0-9, ., _, @ and -."`
+	Name []string      `help:"DNS name or IP address for a KME's certificate beside localhost and 127.0.0.1. Repeatable."`
+}
+
+// Run implements the command.
+func (c *tokenCommand) Run(out streams) error {
+	token, err := authority.Token(c.Dir, c.Role, c.ID, time.Now(), c.Name...)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(out.stdout, token)
+	return err
+}
+
+type fingerprintCommand struct {
+	Dir string `required:"" type:"path" help:"Directory that init made."`
+}
+
+// Run implements the command.
+func (c *fingerprintCommand) Run(out streams) error { return printFingerprint(c.Dir, out) }
+
+func printFingerprint(dir string, out streams) error {
+	fingerprint, err := authority.Fingerprint(dir)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(out.stdout, fingerprint)
+	return err
+}

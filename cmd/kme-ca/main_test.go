@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"kme-ca": main})
+}
+
+func TestScripts(t *testing.T) {
+	path := stepDir(t) + string(os.PathListSeparator)
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("PATH", path+env.Getenv("PATH"))
+			for _, name := range []string{"SAE", "SAE_CRL", "KME", "KME_CRL", "OPERATOR", "OPERATOR_CRL"} {
+				address, err := freeAddress()
+				if err != nil {
+					return err
+				}
+				env.Setenv(name, address)
+			}
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"waitfor": waitFor,
+			"readenv": readEnv,
+		},
+	})
+}
+
+// waitFor HOST:PORT: until something listens there.
+func waitFor(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: waitfor HOST:PORT")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ts.Defer(cancel)
+	for {
+		if conn, err := new(net.Dialer).DialContext(ctx, "tcp", args[0]); err == nil {
+			conn.Close()
+			return
+		}
+	}
+}
+
+// readEnv NAME FILE: set NAME to what FILE holds.
+func readEnv(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: readenv NAME FILE")
+	}
+	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile(args[1])))
+}
+
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// stepModule is the stock CLI at the version that the Makefile pins.
+const stepModule = "github.com/smallstep/cli/cmd/step@v0.30.2"
+
+// stepDir is the directory of the stock step CLI: that of $STEP, or bin/ of the
+// repository (`make tools`), or else a cache where it is built now, which takes a
+// minute.
+func stepDir(t *testing.T) string {
+	t.Helper()
+	if step := os.Getenv("STEP"); step != "" {
+		return filepath.Dir(step)
+	}
+	bin, err := filepath.Abs("../../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(bin, "step")); err == nil {
+		return bin
+	}
+	dir, err := buildStep()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+var buildStep = sync.OnceValues(func() (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "kme", filepath.Base(stepModule))
+	if _, err := os.Stat(filepath.Join(dir, "step")); err == nil {
+		return dir, nil
+	}
+	cmd := exec.Command("go", "install", "-tags", "noyubikey", stepModule)
+	cmd.Env = append(os.Environ(), "GOBIN="+dir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building step: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+var shellBlocks = regexp.MustCompile("(?s)```sh\n(.*?)```")
+
+// TestReadme runs what pki/README.md asks its reader to paste, in order, on ports
+// of this test's own.
+func TestReadme(t *testing.T) {
+	text, err := os.ReadFile("../../pki/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var script strings.Builder
+	for _, block := range shellBlocks.FindAllStringSubmatch(string(text), -1) {
+		script.WriteString(block[1])
+	}
+	commands := script.String()
+	if !strings.Contains(commands, "kme-ca init") {
+		t.Fatal("the README holds no commands")
+	}
+	for _, port := range []string{"9441", "9442", "9443", "9451", "9452", "9453"} {
+		address, err := freeAddress()
+		if err != nil {
+			t.Fatal(err)
+		}
+		commands = strings.ReplaceAll(commands, "127.0.0.1:"+port, address)
+	}
+
+	dir := t.TempDir()
+	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", "trap 'kill $(jobs -p) && wait' EXIT\n"+commands)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "HOME="+dir, "PATH="+stepDir(t)+string(os.PathListSeparator)+os.Getenv("PATH"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

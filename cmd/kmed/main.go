@@ -1,0 +1,68 @@
+// Command kmed is the KME daemon: one node of a Key Management Entity. It serves
+// SAEs (ETSI GS QKD 014 and the QuteMail routes), its peer KMEs and its operators,
+// each behind a door of its own.
+//
+//	kmed serve --config kmed.yaml      as the daemon's database role
+//	kmed migrate --database DSN        once per release, as the schema's owner
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/qutemail/kme/internal/store"
+)
+
+type commands struct {
+	Serve   serveCommand   `cmd:"" help:"Run a node until SIGTERM."`
+	Migrate migrateCommand `cmd:"" help:"Bring the database's schema up to date, as its owner."`
+
+	LogLevel slog.Level `help:"debug, info, warn or error." default:"info"`
+}
+
+type serveCommand struct {
+	Config string `required:"" type:"existingfile" help:"The node's configuration file."`
+}
+
+type migrateCommand struct {
+	Database string        `required:"" help:"Postgres DSN of the schema's owner."`
+	Epoch    time.Duration `default:"1h" help:"Length of an epoch; fixed for the life of the database."`
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "kmed:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var c commands
+	parser, err := kong.New(&c, kong.Name("kmed"), kong.Description("The Key Management Entity daemon."), kong.Writers(stdout, stderr), kong.Exit(func(int) {}))
+	if err != nil {
+		return err
+	}
+	selected, err := parser.Parse(args)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.LogLevel}))
+	switch selected.Command() {
+	case "serve":
+		return serve(ctx, c.Serve.Config, log)
+	case "migrate":
+		return store.Migrate(ctx, c.Migrate.Database, c.Migrate.Epoch, log)
+	}
+	return errors.New("name a command: serve or migrate")
+}

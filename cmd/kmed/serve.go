@@ -1,0 +1,330 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/kme"
+	"github.com/qutemail/kme/internal/legacy"
+	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/pki"
+	"github.com/qutemail/kme/policies"
+)
+
+// node is a daemon being put together: what the configuration names, opened.
+type node struct {
+	cfg        Config
+	log        *slog.Logger
+	self       identity.KME
+	set        *policies.Set
+	credential *pki.Credential
+	issuers    map[string]*x509.CertPool
+	roots      *x509.CertPool
+	token      *hsm.Token
+	db         *store.DB
+}
+
+// serve opens everything, runs the node and closes everything again.
+func serve(ctx context.Context, path string, log *slog.Logger) error {
+	cfg, err := LoadConfig(path)
+	if err != nil {
+		return err
+	}
+	n := &node{cfg: cfg, log: log.With("kme", cfg.KME, "node", cfg.Node)}
+	if err := n.open(ctx); err != nil {
+		return err
+	}
+	defer n.token.Close()
+	defer n.db.Close()
+	core, err := n.core()
+	if err != nil {
+		return err
+	}
+	doors, err := n.doors(core)
+	if err != nil {
+		return err
+	}
+	return n.run(ctx, core, doors)
+}
+
+// run serves until ctx ends or a part fails. The doors are closed first, so that
+// requests under way are finished by a core that still runs.
+func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
+	coreCtx, stopCore := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopCore()
+	open, ctx := errgroup.WithContext(ctx)
+	coreDone := make(chan error, 1)
+	began := make(chan struct{})
+	go func() {
+		coreDone <- core.Run(coreCtx, func() { close(began) })
+	}()
+	select {
+	case err := <-coreDone:
+		return err
+	case <-ctx.Done():
+		stopCore()
+		return <-coreDone
+	case <-began:
+	}
+	for _, d := range doors {
+		open.Go(func() error { return d.serve(ctx) })
+	}
+	open.Go(func() error {
+		select {
+		case err := <-coreDone:
+			coreDone <- err
+			return cmp.Or(err, errors.New("the core has ended"))
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	n.log.Info("serving", "sae", n.entry().SAE, "operator", n.entry().Operator)
+	err := open.Wait()
+	stopCore()
+	return cmp.Or(err, <-coreDone)
+}
+
+// open reads the policies, gets a certificate if there is none, and opens the
+// HSM and the database, in the order in which an operator would want to hear of
+// what is wrong.
+func (n *node) open(ctx context.Context) (err error) {
+	if n.self, err = identity.ParseKME(n.cfg.KME); err != nil {
+		return err
+	}
+	if n.set, err = policies.Load(n.cfg.Policies); err != nil {
+		return err
+	}
+	if _, ok := n.set.KMEs[n.self]; !ok {
+		return fmt.Errorf("network.yaml does not know KME %q", n.self)
+	}
+	if err := os.MkdirAll(n.cfg.Data, 0o700); err != nil {
+		return fmt.Errorf("making the data folder: %w", err)
+	}
+	if err := n.openCertificates(ctx); err != nil {
+		return err
+	}
+	n.token, err = hsm.Open(ctx, hsm.Config{Module: n.cfg.HSM.Module, TokenLabel: n.cfg.HSM.Token, PINFile: n.cfg.HSM.PINFile, Log: n.log})
+	if err != nil {
+		return fmt.Errorf("opening the HSM: %w", err)
+	}
+	if n.token.Info().Software {
+		n.log.Warn("the HSM is SoftHSM: a copy of its folder and the PIN open every key. For labs and tests only.")
+	}
+	if !n.cfg.Production {
+		n.log.Warn("production is not set: keys of the simulated link are handed out")
+	}
+	n.db, err = store.Open(ctx, store.Config{DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: time.Now, Log: n.log})
+	if err != nil {
+		_ = n.token.Close()
+		return fmt.Errorf("opening the database: %w", err)
+	}
+	return nil
+}
+
+func (n *node) openCertificates(ctx context.Context) (err error) {
+	c := n.cfg.Certificates
+	if err := pki.Enrol(ctx, pki.Enrolment{
+		CA: c.CA, RootFingerprint: c.RootFingerprint, TokenFile: c.TokenFile, Dir: c.Dir, ID: n.cfg.KME, Names: c.Names, Log: n.log,
+	}); err != nil {
+		return err
+	}
+	if n.credential, err = pki.LoadCredential(c.Dir); err != nil {
+		return err
+	}
+	if n.roots, err = pki.LoadPool(c.Dir + "/root.pem"); err != nil {
+		return err
+	}
+	n.issuers = make(map[string]*x509.CertPool)
+	for role, file := range c.Issuers {
+		if n.issuers[role], err = pki.LoadPool(file); err != nil {
+			return fmt.Errorf("the issuing CA of role %s: %w", role, err)
+		}
+	}
+	return nil
+}
+
+func (n *node) entry() policies.KMEEntry { return n.set.KMEs[n.self] }
+
+// core makes the KME with its peers and links.
+func (n *node) core() (*kme.KME, error) {
+	cfg := kme.Config{
+		Self: n.self, Node: n.cfg.Node, Store: n.db, Token: n.token, Log: n.log, Now: time.Now,
+		Policies:    func() *policies.Set { return n.set },
+		Peers:       make(map[identity.KME]*peer.Client),
+		DataDir:     n.cfg.Data,
+		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
+		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production,
+	}
+	for _, lc := range n.cfg.Links {
+		link, err := n.link(lc)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Links = append(cfg.Links, link)
+		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Address: n.set.KMEs[link.Peer].Assign, TLS: n.towards(link.Peer), Log: n.log})
+		if err != nil {
+			return nil, fmt.Errorf("link %s: %w", lc.ID, err)
+		}
+	}
+	return kme.New(cfg)
+}
+
+// towards is the TLS configuration with which this node speaks to another KME,
+// and to no other.
+func (n *node) towards(other identity.KME) *tls.Config {
+	return pki.ClientTLS(n.credential, n.roots, pki.PeerURI(fmt.Sprintf("qkd://kme.%s/%s", n.set.TrustDomain, other)))
+}
+
+// link joins what network.yaml says of a link with what lies at this end of it.
+func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
+	for _, l := range n.set.Links {
+		if l.ID != lc.ID {
+			continue
+		}
+		_, profile := qlink.Textbook()
+		c := kme.LinkConfig{
+			ID: lc.ID, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler,
+		}
+		switch n.self {
+		case l.Alice:
+			c.End, c.Peer = handover.Alice, l.Bob
+			c.Dial = func(ctx context.Context) (*peer.Stream, error) {
+				return peer.DialClassical(ctx, n.set.KMEs[l.Bob].Classical, n.towards(l.Bob))
+			}
+		case l.Bob:
+			c.End, c.Peer = handover.Bob, l.Alice
+		default:
+			return c, fmt.Errorf("link %s does not end at %s", lc.ID, n.self)
+		}
+		c.Box = func(ctx context.Context) (*qlink.Box, error) {
+			return qlink.OpenBox(ctx, lc.Socket, lc.SecretFile, c.End)
+		}
+		return c, nil
+	}
+	return kme.LinkConfig{}, fmt.Errorf("network.yaml does not know link %q", lc.ID)
+}
+
+// mixed is the source of seeds and public choices: the machine's generator XOR the
+// HSM's, so that neither alone decides. It fails when the HSM does.
+type mixed struct{ token *hsm.Token }
+
+func (m mixed) Read(b []byte) (int, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := m.token.Random(ctx, b); err != nil {
+		return 0, err
+	}
+	own := make([]byte, len(b))
+	_, _ = rand.Read(own) // never fails: it ends the process instead
+	for i := range b {
+		b[i] ^= own[i]
+	}
+	clear(own)
+	return len(b), nil
+}
+
+// door is one listener with its handler.
+type door struct {
+	name    string
+	address string
+	tls     *tls.Config
+	handler http.Handler
+	log     *slog.Logger
+	raw     func(context.Context, net.Listener) error // instead of a handler
+}
+
+// doors makes the four doors. A certificate of one role cannot reach a route of
+// another: each has its own CA, its own pool of rules and its own mux.
+func (n *node) doors(core *kme.KME) ([]door, error) {
+	now := time.Now
+	principals := func() *identity.Map { return n.set.Principals }
+	saes := pki.Identify("sae", principals, now)
+	peers := pki.Identify("kme", principals, now)
+	operators := pki.Identify("operator", principals, now)
+
+	door014, err := etsi014.New(etsi014.Config{KME: n.self, Backend: core, Identify: saes, Log: n.log})
+	if err != nil {
+		return nil, err
+	}
+	doorOld, err := legacy.New(legacy.Config{KME: n.self, Backend: core, Identify: saes, Limits: core.LegacyLimits(), Now: now, Log: n.log})
+	if err != nil {
+		return nil, err
+	}
+
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(core, door014, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	operator, err := admin.Handler(admin.Config{
+		KME: n.self, Backend: core.OperatorDoor(), Identify: operators, Log: n.log,
+		Metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
+	})
+	if err != nil {
+		return nil, err
+	}
+
+	e := n.entry()
+	return []door{
+		{name: "sae", address: e.SAE, tls: pki.ServerTLS(n.credential, n.issuers["sae"], tls.VersionTLS12), handler: door014.Handler(doorOld.Mount), log: n.log},
+		{name: "assign", address: e.Assign, tls: pki.ServerTLS(n.credential, n.issuers["kme"], tls.VersionTLS13), handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
+		{name: "operator", address: e.Operator, tls: pki.ServerTLS(n.credential, n.issuers["operator"], tls.VersionTLS13), handler: operator, log: n.log},
+		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
+			return peer.ServeClassical(ctx, ln, peer.ClassicalConfig{
+				TLS: pki.ServerTLS(n.credential, n.issuers["kme"], tls.VersionTLS13),
+				Identify: func(s tls.ConnectionState) (identity.Caller, error) {
+					return peers(&http.Request{TLS: &s})
+				},
+				Handle: core.Classical, Refused: core.PeerDoor().Refused, Log: n.log,
+			})
+		}},
+	}, nil
+}
+
+// serve runs a door until ctx ends, then lets what is under way finish.
+func (d door) serve(ctx context.Context) error {
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp", d.address)
+	if err != nil {
+		return fmt.Errorf("opening the %s door: %w", d.name, err)
+	}
+	if d.raw != nil {
+		return d.raw(ctx, ln)
+	}
+	s := &http.Server{
+		Handler: d.handler, TLSConfig: d.tls, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10,
+	}
+	stopped := make(chan error, 1)
+	go func() {
+		<-ctx.Done()
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		stopped <- s.Shutdown(grace)
+	}()
+	if err := s.ServeTLS(ln, "", ""); err != http.ErrServerClosed {
+		return fmt.Errorf("serving the %s door: %w", d.name, err)
+	}
+	return <-stopped
+}

@@ -1,0 +1,84 @@
+// Command kmelab runs a whole two-site QKD network on one machine: certificate
+// authorities, a SoftHSM token and a private Postgres per site, a simulated fibre,
+// KM1 and KM2, and a few SAEs. `kmelab up` is what `make run` starts. It is a lab:
+// the secrets of both sites lie in one folder.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/qutemail/kme/internal/lab"
+)
+
+type commands struct {
+	Up    upCommand    `cmd:"" help:"Start the lab, show that it works, and run until Ctrl-C."`
+	Check checkCommand `cmd:"" help:"Hold the invariants against the databases and tokens of the lab."`
+
+	Dir      string     `default:".lab" help:"Folder of the lab."`
+	LogLevel slog.Level `default:"warn" help:"debug, info, warn or error: of the lab itself; each part has a log of its own."`
+}
+
+type upCommand struct {
+	Eve float64 `help:"Fraction of photons that Eve measures and sends on."`
+}
+
+type checkCommand struct{}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	if err != nil && !errors.Is(err, context.Canceled) {
+		fmt.Fprintln(os.Stderr, "kmelab:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var c commands
+	parser, err := kong.New(&c, kong.Name("kmelab"), kong.Description("A two-site QKD key management lab on one machine."), kong.Writers(stdout, stderr))
+	if err != nil {
+		return err
+	}
+	selected, err := parser.Parse(args)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.LogLevel}))
+	bin, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cfg := lab.Config{Dir: c.Dir, Bin: filepath.Dir(bin), Log: log}
+	if selected.Command() == "check" {
+		return check(ctx, cfg, stdout)
+	}
+	cfg.Eve = c.Up.Eve
+	return up(ctx, cfg, newScreen(stdout))
+}
+
+// check prints what the invariants say; a violation is an error.
+func check(ctx context.Context, cfg lab.Config, stdout io.Writer) error {
+	report, err := lab.CheckDir(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	for _, v := range report.Violations {
+		fmt.Fprintln(stdout, v)
+	}
+	fmt.Fprintln(stdout, report.Summary())
+	if len(report.Violations) > 0 {
+		return errors.New("the invariants do not hold")
+	}
+	return nil
+}

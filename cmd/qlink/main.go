@@ -1,0 +1,113 @@
+// Command qlink is the quantum channel of a link as a process: laser, fibre,
+// detectors, and Eve if asked. The KME of either end opens its local socket with
+// that end's secret.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/qlink"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "qlink:", err)
+		os.Exit(1)
+	}
+}
+
+// commands is the command line.
+type commands struct {
+	Serve serve `cmd:"" default:"withargs" help:"Carry light between the two ends until SIGTERM (the default command)."`
+	Tell  tell  `cmd:"" help:"Send a command to a running channel: eve FRACTION, cut, mend or status."`
+}
+
+// serve is the channel itself.
+type serve struct {
+	AliceSocket string `required:"" placeholder:"PATH" help:"Local socket of the sending end; made with mode 0600."`
+	BobSocket   string `required:"" placeholder:"PATH" help:"Local socket of the receiving end."`
+	AliceSecret string `required:"" placeholder:"FILE" help:"Secret that opens the sending end; a file of mode 0600 and 16 to 1024 bytes."`
+	BobSecret   string `required:"" placeholder:"FILE" help:"Secret that opens the receiving end."`
+	Control     string `placeholder:"PATH" help:"Local socket for the tell command; none without it."`
+
+	Km           float64 `default:"${km}" help:"Length of the fibre."`
+	Loss         float64 `default:"${loss}" help:"Loss of the fibre in dB/km."`
+	Eta          float64 `default:"${eta}" help:"Chance that a photon at the receiver's door makes a click."`
+	Dark         float64 `default:"${dark}" help:"Chance of a dark count, per gate and detector."`
+	Misalignment float64 `default:"${misalignment}" help:"Chance that a photon goes to the wrong detector."`
+	PX           float64 `name:"px" default:"${px}" help:"Chance of the key basis, at either end."`
+	DeadGates    int64   `default:"0" help:"Gates for which both detectors are off after a click."`
+	Afterpulse   float64 `default:"0" help:"Chance of an afterpulse in the first live gate."`
+	ClockHz      float64 `default:"${clock}" help:"Gates per second of the link that is simulated."`
+	Eve          float64 `default:"0" help:"Fraction of the photons that Eve intercepts from the start."`
+}
+
+// tell speaks to the control socket.
+type tell struct {
+	Control string   `required:"" placeholder:"PATH" help:"Control socket of the channel."`
+	Command []string `arg:"" help:"eve FRACTION, cut, mend or status."`
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var c commands
+	helped := false
+	parser, err := kong.New(&c, kong.Name("qlink"), kong.Writers(stdout, stderr), defaults(),
+		kong.Description("The quantum channel of a QKD link, simulated."),
+		kong.Exit(func(int) { helped = true }))
+	if err != nil {
+		return err
+	}
+	parsed, err := parser.Parse(args)
+	switch {
+	case helped:
+		return nil
+	case err != nil:
+		return err
+	case strings.HasPrefix(parsed.Command(), "tell"):
+		answer, err := qlink.Command(ctx, c.Tell.Control, strings.Join(c.Tell.Command, " "))
+		if err != nil {
+			return err
+		}
+		if answer != "" {
+			_, err = fmt.Fprintln(stdout, answer)
+		}
+		return err
+	}
+	return qlink.Serve(ctx, c.Serve.config(slog.New(slog.NewTextHandler(stderr, nil))))
+}
+
+// defaults are those of the textbook link.
+func defaults() kong.Vars {
+	p := bb84.Textbook()
+	number := func(v float64) string { return strconv.FormatFloat(v, 'g', -1, 64) }
+	return kong.Vars{
+		"km": number(p.Km), "loss": number(p.LossDBPerKm), "eta": number(p.EtaBob), "dark": number(p.DarkPerGate),
+		"misalignment": number(p.Misalignment), "px": number(p.PX), "clock": number(p.ClockHz),
+	}
+}
+
+func (s *serve) config(log *slog.Logger) qlink.Config {
+	return qlink.Config{
+		AliceSocket: s.AliceSocket, BobSocket: s.BobSocket, ControlSocket: s.Control,
+		AliceSecretFile: s.AliceSecret, BobSecretFile: s.BobSecret,
+		Params: bb84.Params{
+			Km: s.Km, LossDBPerKm: s.Loss, EtaBob: s.Eta, DarkPerGate: s.Dark, Misalignment: s.Misalignment,
+			PX: s.PX, DeadGates: s.DeadGates, Afterpulse: s.Afterpulse, ClockHz: s.ClockHz,
+		},
+		Eve: bb84.Eve{InterceptResend: s.Eve},
+		Log: log,
+	}
+}

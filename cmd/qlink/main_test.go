@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/qlink"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"qlink": main})
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"waitfor": waitFor,
+			"block":   block,
+			"sigterm": sigterm,
+		},
+	})
+}
+
+// waitFor PATH: until a channel answers on this control socket.
+func waitFor(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: waitfor CONTROL")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for {
+		_, err := qlink.Command(ctx, ts.MkAbs(args[0]), "status")
+		if err == nil {
+			return
+		}
+		if ctx.Err() != nil {
+			ts.Fatalf("no channel answers: %v", err)
+		}
+	}
+}
+
+// sigterm: to every process in the background.
+func sigterm(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: sigterm")
+	}
+	for _, cmd := range ts.BackgroundCmds() {
+		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
+	}
+}
+
+// block SESSION: both KMEs connect, seed their ends, exchange one block and print
+// its figures.
+func block(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: [!] block SESSION")
+	}
+	session, err := strconv.ParseInt(args[0], 10, 64)
+	ts.Check(err)
+	clicks, percent, err := exchange(ts.MkAbs, session)
+	switch {
+	case neg && err != nil:
+		fmt.Fprintln(ts.Stderr(), err)
+	case neg:
+		ts.Fatalf("the block arrived")
+	default:
+		ts.Check(err)
+		fmt.Fprintf(ts.Stdout(), "clicks %d000 errors %.0f%%\n", clicks/1000, percent)
+	}
+}
+
+func exchange(path func(string) string, session int64) (clicks int, percent float64, err error) {
+	ctx := context.Background()
+	open := func(name string, end handover.End) (*qlink.Box, error) {
+		box, err := qlink.OpenBox(ctx, path(name+".sock"), path(name+".secret"), end)
+		if err != nil {
+			return nil, err
+		}
+		return box, box.Seed(ctx, [bb84.SeedSize]byte{byte(end)}, session)
+	}
+	alice, err := open("alice", handover.Alice)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer alice.Close()
+	bob, err := open("bob", handover.Bob)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer bob.Close()
+	if err := alice.Fire(ctx, session, 1, 1_000_000); err != nil {
+		return 0, 0, err
+	}
+	seen, err := bob.Detections(ctx, session, 1)
+	if err != nil {
+		return 0, 0, err
+	}
+	gates := make([]int64, len(seen))
+	for i, d := range seen {
+		gates[i] = d.Gate
+	}
+	bases, bits, err := alice.Sent(ctx, session, 1, gates)
+	if err != nil {
+		return 0, 0, err
+	}
+	same, wrong := 0, 0
+	for i, d := range seen {
+		if bases[i/8]>>(i%8)&1 == byte(d.Basis) {
+			same++
+			wrong += int(bits[i/8]>>(i%8)&1 ^ d.Bit)
+		}
+	}
+	return len(seen), 100 * float64(wrong) / float64(same), nil
+}

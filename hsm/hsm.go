@@ -1,0 +1,77 @@
+// Package hsm keeps the key-encryption keys (KEKs) of a KME inside a PKCS#11
+// token and seals and opens keys with them: AES-256-GCM by C_Encrypt, a random
+// 12-byte IV and a 16-byte tag, both pinned here and not left to the module.
+//
+// It promises that a KEK is born in the token and cannot leave it; that a blob
+// that was tampered with (ErrTampered) is told apart from a token that does not
+// answer (ErrUnavailable); that a session which saw a fault is never used again;
+// and that Heartbeat brings a token that went away back into use without a
+// restart, with every *KEK in a caller's hands still good.
+//
+// It must never be one of two owners of a module in a process, never try a login
+// again whose PIN was refused, never write a key or PIN to a log, and never keep
+// a copy of a plain key: what goes in belongs to the caller, what comes out does.
+//
+// A call that has entered the module cannot be cancelled. Contexts bound the wait
+// for a turn, and MaxConcurrent bounds how many threads a slow token can hold.
+//
+// SoftHSM is files: whoever copies its directory and the PIN opens everything.
+// It is for tests and labs; Info says when it is in use.
+package hsm
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+)
+
+// Sizes in bytes of what Wrap adds to a key (NIST SP 800-38D, 5.2.1).
+const (
+	IVBytes  = 12
+	TagBytes = 16
+)
+
+// What callers branch on. Test with errors.Is.
+var (
+	// ErrTampered: the blob, its IV or its AAD is not what Wrap made under this
+	// KEK. The token itself was seen to work just after.
+	ErrTampered = errors.New("blob or its associated data was changed")
+	// ErrUnavailable: the token did not do as asked, or the caller's context ended
+	// while waiting for a turn. Nothing is known about the blob.
+	ErrUnavailable = errors.New("hsm unavailable")
+	// ErrNoKEK: the token works but this KEK is not in it (destroyed), is not what
+	// it was, or was closed here.
+	ErrNoKEK = errors.New("no such KEK")
+)
+
+// Config says which token to use and how hard. All but MaxConcurrent and Log must
+// be set.
+type Config struct {
+	Module        string       // absolute path of the PKCS#11 library
+	TokenLabel    string       // exactly one token must have it; slot numbers are never stored
+	PINFile       string       // the user PIN; only its owner may have access to the file
+	MaxConcurrent int          // calls in the module at one time, and sessions kept; 0 means 4
+	Log           *slog.Logger // nil discards
+}
+
+// Info is what the token says of itself.
+type Info struct {
+	Manufacturer string
+	Model        string
+	Serial       string
+	Software     bool // SoftHSM: for tests and labs only
+}
+
+// KEKInfo names one KEK for ever: the label for people, the ID against labels
+// used twice, the check value against another key in the same place.
+type KEKInfo struct {
+	Label      string
+	ID         []byte  // CKA_ID, 16 random bytes
+	CheckValue [3]byte // CKA_CHECK_VALUE: AES-ECB of a zero block, first 3 bytes (PKCS#11 v2.40 base, 4.10.2)
+}
+
+// String names the KEK in errors and logs.
+func (i KEKInfo) String() string {
+	return fmt.Sprintf("%q (id %s, check value %x)", i.Label, hex.EncodeToString(i.ID), i.CheckValue)
+}

@@ -1,0 +1,47 @@
+//go:build !cgo
+
+package hsm
+
+import (
+	"context"
+	"errors"
+)
+
+// errNoCgo is all that a build without cgo can say: PKCS#11 is a C interface. The
+// types are here so that whatever imports the package can still be checked.
+var errNoCgo = errors.New("hsm: this binary was built without cgo and cannot load a PKCS#11 module")
+
+// Token is a token this process has logged in to. Without cgo there is none.
+type Token struct{}
+
+// KEK is an open key-encryption key. Without cgo there is none.
+type KEK struct{}
+
+// Open fails: the binary was built without cgo.
+func Open(context.Context, Config) (*Token, error) { return nil, errNoCgo }
+
+// InitToken fails: the binary was built without cgo.
+func InitToken(modulePath, label, soPIN, pin string) error { return errNoCgo }
+
+// The methods do what their cgo twins say. None can be reached, since Open fails.
+
+func (*Token) Close() error                                    { return errNoCgo }
+func (*Token) Info() Info                                      { return Info{} }
+func (*Token) Random(context.Context, []byte) error            { return errNoCgo }
+func (*Token) Heartbeat(context.Context) error                 { return errNoCgo }
+func (*Token) NewKEK(context.Context, string) (KEKInfo, error) { return KEKInfo{}, errNoCgo }
+func (*Token) OpenKEK(context.Context, KEKInfo) (*KEK, error)  { return nil, errNoCgo }
+func (*Token) DestroyKEK(context.Context, KEKInfo) error       { return errNoCgo }
+func (*Token) ListKEKs(context.Context) ([]KEKInfo, error)     { return nil, errNoCgo }
+func (*Token) Counter(context.Context, string) (int64, error)  { return 0, errNoCgo }
+func (*Token) SetCounter(context.Context, string, int64) error { return errNoCgo }
+func (*KEK) Info() KEKInfo                                     { return KEKInfo{} }
+func (*KEK) Wraps() int64                                      { return 0 }
+func (*KEK) Close() error                                      { return errNoCgo }
+func (*KEK) Unwrap(context.Context, [IVBytes]byte, []byte, []byte) ([]byte, error) {
+	return nil, errNoCgo
+}
+
+func (*KEK) Wrap(context.Context, []byte, []byte) (iv [IVBytes]byte, ct []byte, err error) {
+	return iv, nil, errNoCgo
+}

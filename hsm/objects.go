@@ -1,0 +1,154 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strconv"
+
+	"github.com/miekg/pkcs11"
+)
+
+const kekBytes = 32 // AES-256
+
+// pinned is what a KEK must be, in the token or as a session copy: it seals and
+// opens with AES-GCM and does nothing else, and it never leaves.
+func pinned(inToken bool) []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, kekBytes),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, inToken),
+		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
+		pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, true),
+		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, true),
+		pkcs11.NewAttribute(pkcs11.CKA_WRAP, false),
+		pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, false),
+		pkcs11.NewAttribute(pkcs11.CKA_SIGN, false),
+		pkcs11.NewAttribute(pkcs11.CKA_VERIFY, false),
+		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, false),
+		pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, ulong(pkcs11.CKM_AES_GCM)),
+	}
+}
+
+// born is what the token itself says of a key that was generated inside it and
+// was never anything but secret. No template can claim these.
+func born() []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_LOCAL, true),
+		pkcs11.NewAttribute(pkcs11.CKA_ALWAYS_SENSITIVE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_NEVER_EXTRACTABLE, true),
+	}
+}
+
+func named(label string, id []byte) []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_LABEL, label),
+		pkcs11.NewAttribute(pkcs11.CKA_ID, id),
+	}
+}
+
+// tokenKeys matches every secret key that is a token object.
+func tokenKeys() []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
+	}
+}
+
+// ulong is v as an array of one CK_ULONG, which miekg/pkcs11 takes to be as long
+// as uint.
+func ulong(v uint) []byte {
+	if strconv.IntSize == 32 {
+		return binary.NativeEndian.AppendUint32(nil, uint32(v))
+	}
+	return binary.NativeEndian.AppendUint64(nil, uint64(v))
+}
+
+// find returns every object that matches.
+func (m *module) find(s pkcs11.SessionHandle, match []*pkcs11.Attribute) (all []pkcs11.ObjectHandle, err error) {
+	if err := m.FindObjectsInit(s, match); err != nil {
+		return nil, fault("C_FindObjectsInit", err)
+	}
+	for {
+		some, _, err := m.FindObjects(s, 64)
+		if err != nil {
+			_ = m.FindObjectsFinal(s)
+			return nil, fault("C_FindObjects", err)
+		}
+		if len(some) == 0 {
+			return all, fault("C_FindObjectsFinal", m.FindObjectsFinal(s))
+		}
+		all = append(all, some...)
+	}
+}
+
+// get reads attributes, in the order of want, whose values are not looked at.
+func (m *module) get(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, want ...*pkcs11.Attribute) ([]*pkcs11.Attribute, error) {
+	got, err := m.GetAttributeValue(s, o, want)
+	return got, fault("C_GetAttributeValue", err)
+}
+
+// generateKEK makes an AES-256 key with the pinned attributes.
+func (m *module) generateKEK(s pkcs11.SessionHandle, inToken bool, label string, id []byte) (pkcs11.ObjectHandle, error) {
+	aes := []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}
+	o, err := m.GenerateKey(s, aes, append(pinned(inToken), named(label, id)...))
+	return o, fault("C_GenerateKey", err)
+}
+
+// inspect reads the key back and fails unless it is just what a KEK must be. It
+// returns the key's check value.
+func (m *module) inspect(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, inToken bool) (kcv [3]byte, err error) {
+	want := slices.Concat(pinned(inToken), born())
+	got, err := m.get(s, o, append(want, pkcs11.NewAttribute(pkcs11.CKA_CHECK_VALUE, nil))...)
+	if err != nil {
+		return kcv, err
+	}
+	for i, w := range want {
+		if !bytes.Equal(got[i].Value, w.Value) {
+			return kcv, fmt.Errorf("attribute %#x of the key is %x, must be %x", w.Type, got[i].Value, w.Value)
+		}
+	}
+	v := got[len(want)].Value
+	if len(v) != len(kcv) {
+		return kcv, fmt.Errorf("check value %x of the key is not 3 bytes", v)
+	}
+	return [3]byte(v), nil
+}
+
+// findKEK finds the one token object with the label and ID of info.
+func (m *module) findKEK(s pkcs11.SessionHandle, info KEKInfo) (pkcs11.ObjectHandle, error) {
+	found, err := m.find(s, append(tokenKeys(), named(info.Label, info.ID)...))
+	switch {
+	case err != nil:
+		return 0, err
+	case len(found) == 0:
+		return 0, ErrNoKEK
+	case len(found) > 1:
+		return 0, fmt.Errorf("%d keys have this label and ID", len(found))
+	}
+	return found[0], nil
+}
+
+// identify reads the label, ID and check value of any secret key; a key without a
+// check value has zeros there.
+func (m *module) identify(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) (KEKInfo, error) {
+	got, err := m.get(s, o, named("", nil)...)
+	if err != nil {
+		return KEKInfo{}, err
+	}
+	info := KEKInfo{Label: string(got[0].Value), ID: got[1].Value}
+	got, err = m.get(s, o, pkcs11.NewAttribute(pkcs11.CKA_CHECK_VALUE, nil))
+	if isRV(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
+		return info, nil
+	}
+	if err == nil {
+		copy(info.CheckValue[:], got[0].Value)
+	}
+	return info, err
+}

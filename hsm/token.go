@@ -1,0 +1,246 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+	"golang.org/x/sync/semaphore"
+)
+
+const (
+	defaultConcurrent = 4
+	startAttempts     = 3                      // SoftHSM: two processes starting on one directory can trip each other
+	startPause        = 100 * time.Millisecond // before the next attempt
+	closePatience     = 10 * time.Second       // how long a Close waits for calls that are in the module
+)
+
+// Token is a token this process has logged in to. It is the module's only owner
+// in the process. Its methods may be called from many goroutines.
+type Token struct {
+	cfg Config
+	log *slog.Logger
+	m   *module
+
+	// turns has one turn for each call that may be in the module. Whoever holds all
+	// of them (width) is alone with the token. Only he changes what follows up to
+	// keks, and makes or destroys objects; a holder of one turn may read it.
+	turns   *semaphore.Weighted
+	width   int64
+	slot    uint
+	info    Info
+	anchor  pkcs11.SessionHandle // keeps the login alive and owns every session copy of a KEK
+	refused error                // the PIN was refused: never log in again
+	closed  bool
+	keks    map[*KEK]struct{} // open KEKs, to be opened again after healing
+
+	down atomic.Pointer[outage] // nil while healthy
+
+	mu   sync.Mutex             // guards idle
+	idle []pkcs11.SessionHandle // RO sessions of the hot path, never more than turns
+}
+
+// outage is why the token is not in use, and since when.
+type outage struct {
+	cause error
+	since time.Time
+}
+
+// Open loads and initialises the module, finds the one token with the label, logs
+// in once and shows by a self-test that the token seals and refuses as it should.
+// It fails if somebody in this process has the module already.
+func Open(ctx context.Context, cfg Config) (*Token, error) {
+	if cfg.MaxConcurrent == 0 {
+		cfg.MaxConcurrent = defaultConcurrent
+	}
+	if cfg.TokenLabel == "" || cfg.MaxConcurrent < 0 {
+		return nil, fmt.Errorf("opening hsm: token label %q and %d calls at a time are not a configuration", cfg.TokenLabel, cfg.MaxConcurrent)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	m, err := load(cfg.Module)
+	if err != nil {
+		return nil, fmt.Errorf("opening hsm: %w", err)
+	}
+	t := &Token{
+		cfg: cfg, log: cfg.Log.With("token", cfg.TokenLabel), m: m,
+		turns: semaphore.NewWeighted(int64(cfg.MaxConcurrent)), width: int64(cfg.MaxConcurrent),
+		keks: make(map[*KEK]struct{}),
+	}
+	if err := t.start(ctx); err != nil {
+		m.unload()
+		return nil, fmt.Errorf("opening hsm token %q: %w", cfg.TokenLabel, err)
+	}
+	t.log.Info("hsm open", "manufacturer", t.info.Manufacturer, "model", t.info.Model, "serial", t.info.Serial, "software", t.info.Software)
+	return t, nil
+}
+
+// start brings the module up. It tries again only after the errors that SoftHSM
+// gives when another process starts on the same directory, and those come before
+// any login.
+func (t *Token) start(ctx context.Context) error {
+	for attempt := 1; ; attempt++ {
+		err := t.initialise()
+		if err == nil {
+			break
+		}
+		if attempt == startAttempts || !isRV(err, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_TOKEN_NOT_RECOGNIZED) {
+			return err
+		}
+		select {
+		case <-time.After(startPause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	err := t.login()
+	if err == nil {
+		err = t.selfTest()
+	}
+	if err != nil {
+		_ = t.m.Finalize()
+	}
+	return err
+}
+
+// initialise initialises the module and finds the token. On failure the module is
+// not initialised, unless it was somebody else who did so.
+func (t *Token) initialise() error {
+	if err := t.m.Initialize(); err != nil {
+		if isRV(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
+			return fmt.Errorf("%s has another owner in this process: %w", t.cfg.Module, fault("C_Initialize", err))
+		}
+		return fmt.Errorf("module %s (for SoftHSM see SOFTHSM2_CONF and its directory): %w", t.cfg.Module, fault("C_Initialize", err))
+	}
+	err := t.findToken()
+	if err != nil {
+		_ = t.m.Finalize()
+	}
+	return err
+}
+
+// findToken finds the one slot whose token has our label. Once a token was opened,
+// another one under the same label is refused: its keys are others.
+func (t *Token) findToken() error {
+	slots, err := t.m.GetSlotList(true)
+	if err != nil {
+		return fault("C_GetSlotList", err)
+	}
+	var found []pkcs11.TokenInfo
+	for _, slot := range slots {
+		ti, err := t.m.GetTokenInfo(slot)
+		if err != nil {
+			return fmt.Errorf("slot %d: %w", slot, fault("C_GetTokenInfo", err))
+		}
+		if ti.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && strings.TrimSpace(ti.Label) == t.cfg.TokenLabel {
+			found = append(found, ti)
+			t.slot = slot
+		}
+	}
+	if len(found) != 1 {
+		return fmt.Errorf("%d tokens have the label %q in %d slots, want exactly one", len(found), t.cfg.TokenLabel, len(slots))
+	}
+	info := infoOf(found[0])
+	if t.info.Serial != "" && info != t.info {
+		return fmt.Errorf("token is now %+v but was %+v: restart to accept another token", info, t.info)
+	}
+	t.info = info
+	return nil
+}
+
+func infoOf(ti pkcs11.TokenInfo) Info {
+	i := Info{
+		Manufacturer: strings.TrimSpace(ti.ManufacturerID),
+		Model:        strings.TrimSpace(ti.Model),
+		Serial:       strings.TrimSpace(ti.SerialNumber),
+	}
+	i.Software = strings.HasPrefix(i.Manufacturer, "SoftHSM")
+	return i
+}
+
+// login opens the anchor session and logs in with the PIN from its file, which is
+// read anew each time so that the PIN need not stay in memory.
+func (t *Token) login() error {
+	if t.refused != nil {
+		return fmt.Errorf("not logging in again, the PIN was refused before: %w", t.refused)
+	}
+	s, err := t.m.OpenSession(t.slot, pkcs11.CKF_SERIAL_SESSION)
+	if err != nil {
+		return fault("C_OpenSession", err)
+	}
+	pin, err := readPIN(t.cfg.PINFile)
+	if err != nil {
+		_ = t.m.CloseSession(s)
+		return err
+	}
+	defer clear(pin)
+	err = t.m.Login(s, pkcs11.CKU_USER, string(pin))
+	if err != nil && !isRV(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
+		_ = t.m.CloseSession(s)
+		err = fmt.Errorf("PIN file %s: %w", t.cfg.PINFile, fault("C_Login", err))
+		if isRV(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED) {
+			t.refused = err
+		}
+		return err
+	}
+	t.anchor = s
+	return nil
+}
+
+// Info is what the token said of itself when it was opened.
+func (t *Token) Info() Info { return t.info }
+
+// Close logs out and gives the module up. Calls that are under way finish first;
+// if one is stuck in the module for 10 s, Close fails and the module stays as it
+// is. Every KEK of the token is unusable afterwards. Closing twice is harmless.
+func (t *Token) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
+	defer cancel()
+	if err := t.turns.Acquire(ctx, t.width); err != nil {
+		return fmt.Errorf("closing hsm token %q: a call is stuck in the module: %w", t.cfg.TokenLabel, err)
+	}
+	defer t.turns.Release(t.width)
+	if t.closed {
+		return nil
+	}
+	t.closed = true
+	t.down.Store(&outage{cause: errors.New("token was closed"), since: time.Now()})
+	t.idle = nil
+	// Closing the sessions destroys the copies of the KEKs and logs out, whatever
+	// state the module is in.
+	_ = t.m.CloseAllSessions(t.slot)
+	err := fault("C_Finalize", t.m.Finalize())
+	t.m.unload()
+	if err != nil && !isRV(err, pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED) { // an outage can leave it so
+		return fmt.Errorf("closing hsm token %q: %w", t.cfg.TokenLabel, err)
+	}
+	return nil
+}
+
+// Random fills b from the token's generator.
+func (t *Token) Random(ctx context.Context, b []byte) error {
+	return t.with(ctx, "random", func(s pkcs11.SessionHandle) error { return t.m.random(s, b) })
+}
+
+// isRV says whether err is one of the module's return values rvs.
+func isRV(err error, rvs ...pkcs11.Error) bool {
+	e, ok := errors.AsType[pkcs11.Error](err)
+	if !ok {
+		return false
+	}
+	for _, rv := range rvs {
+		if e == rv {
+			return true
+		}
+	}
+	return false
+}

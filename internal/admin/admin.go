@@ -1,0 +1,146 @@
+// Package admin is the operator API of a KME node: what it says on the wire, the
+// door that serves it and the client that calls it. It shows how the node, its
+// links and its alarms stand; it changes nothing.
+//
+// The door promises that a Backend sees only requests of an operator whom a
+// certificate names, and that whatever the door refuses itself is told to
+// Backend.Refused once. /healthz alone asks for no name: any certificate of the
+// operators' CA may ask whether the node serves.
+//
+// It must never show key material, wrapped or plain, or who shares keys with whom.
+package admin
+
+import (
+	"context"
+	"time"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// Node is how a node of a KME stands.
+type Node struct {
+	KME        string    `json:"kme"`
+	Node       string    `json:"node"`
+	Version    string    `json:"version"`
+	Run        int64     `json:"run"`
+	Started    time.Time `json:"started"`
+	Uptime     float64   `json:"uptime_s"`
+	Production bool      `json:"production"`      // refuses simulated keys
+	Policies   string    `json:"policies_digest"` // SHA-256 of the policies in force, hex
+	HSM        Health    `json:"hsm"`
+	Database   Health    `json:"database"`
+	Peers      []Peer    `json:"peers"`
+}
+
+// OK says whether everything that the node needs to hand out keys is well.
+func (n Node) OK() bool {
+	for _, p := range n.Peers {
+		if !p.OK {
+			return false
+		}
+	}
+	return n.HSM.OK && n.Database.OK
+}
+
+// Health is how one part stands.
+type Health struct {
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail,omitzero"` // what it is, or what is wrong
+}
+
+// Peer is how another KME looks from here.
+type Peer struct {
+	KME string `json:"kme"`
+	Health
+	ClockOffset float64 `json:"clock_offset_s"` // its clock ahead of ours
+}
+
+// The states of a Link.
+const (
+	LinkDown   = "down"   // no session
+	LinkOpen   = "open"   // blocks are made
+	LinkFull   = "full"   // the pool holds what it may
+	LinkPaused = "paused" // something else has to come back first; Why says what
+)
+
+// Link is how a QKD link stands at this end.
+type Link struct {
+	ID         string `json:"id"`
+	Peer       string `json:"peer"` // the KME at the other end
+	End        string `json:"end"`  // "alice" or "bob"
+	Provenance string `json:"provenance"`
+	State      string `json:"state"`
+	Why        string `json:"why,omitzero"` // what is in the way, if anything is
+	Session    int64  `json:"session"`
+	Blocks     int    `json:"blocks"` // distilled since the node started
+	Aborts     int    `json:"aborts"` // given up since the node started
+	Stored     int    `json:"stored"` // 256-bit keys in the pool that this end may assign
+	StoredPeer int    `json:"stored_peer"`
+
+	Current *Progress `json:"current,omitzero"` // nil between blocks
+	Last    *Block    `json:"last,omitzero"`    // nil before the first
+}
+
+// Progress is how far the block under way has come.
+type Progress struct {
+	Stage string  `json:"stage"`
+	Step  int     `json:"step"`  // number of the stage, from 1
+	Steps int     `json:"steps"` // how many stages there are
+	Done  float64 `json:"done"`  // of the stage, 0 to 1
+}
+
+// Block is how much of the whole block is done, 0 to 1, all stages counting alike.
+func (p Progress) Block() float64 {
+	if p.Steps <= 0 {
+		return 0
+	}
+	return min(1, max(0, (float64(p.Step-1)+p.Done)/float64(p.Steps)))
+}
+
+// Block is the last block of a link, distilled or given up.
+type Block struct {
+	Session    int64     `json:"session"`
+	Block      int64     `json:"block"`
+	At         time.Time `json:"at"`
+	Took       float64   `json:"took_s"`
+	QBER       float64   `json:"qber"`       // error rate of the test bits, 0 to 1
+	Efficiency float64   `json:"efficiency"` // f of the reconciliation; 0 if there was none
+	Length     int       `json:"length"`     // of the secret, in bits; 0 if it was given up
+	Gates      int64     `json:"gates"`      // pulses sent
+	Detected   int       `json:"detected"`   // of them
+	Aborted    string    `json:"aborted,omitzero"`
+}
+
+// Alarm is something an operator should know of, for as long as its cause stands.
+type Alarm struct {
+	Name  string    `json:"name"` // what it is about
+	Text  string    `json:"text"`
+	Since time.Time `json:"since"`
+}
+
+// linksObject and alarmsObject are the bodies of the lists.
+type linksObject struct {
+	Links []Link `json:"links"`
+}
+
+type alarmsObject struct {
+	Alarms []Alarm `json:"alarms"`
+}
+
+// Backend is what stands behind the door. An error that is, or wraps, a
+// *problem.Error is answered by its Kind; any other as a fault of ours.
+//
+// rid is the request's ID, a UUIDv7, which the caller sees as X-Request-Id. ctx
+// ends when the client goes away.
+type Backend interface {
+	Node(ctx context.Context, c identity.Caller, rid string) (Node, error)
+	Links(ctx context.Context, c identity.Caller, rid string) ([]Link, error)
+	Alarms(ctx context.Context, c identity.Caller, rid string) ([]Alarm, error)
+	// Healthy is nil if the node can hand out keys. Nobody's name is known here.
+	Healthy(ctx context.Context) error
+	// Refused records what the door refused before it called any of the above, and
+	// returns what to answer: err, or another problem if err cannot be recorded.
+	// route is the method and the pattern of the path. c may be a stranger. ctx does
+	// not end with the request.
+	Refused(ctx context.Context, c identity.Caller, rid, route string, err error) error
+}

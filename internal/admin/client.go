@@ -1,0 +1,111 @@
+package admin
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+)
+
+// maxAnswer is the most that a Client reads of an answer, in bytes.
+const maxAnswer = 4 << 20
+
+// Client calls the operator API of one node for one operator, whom the certificate
+// of its HTTP client names.
+type Client struct {
+	base string
+	http *http.Client
+}
+
+// NewClient returns a Client of the node at base, such as https://kme.example:8446.
+// hc presents the operator's certificate and trusts the KME's CA.
+func NewClient(base string, hc *http.Client) *Client {
+	return &Client{base: strings.TrimRight(base, "/"), http: hc}
+}
+
+// APIError is an answer other than 200.
+type APIError struct {
+	Status    int    // HTTP status
+	Message   string // "" if the answer held none
+	RequestID string // by which the cause is found in the node's log
+}
+
+// Error says what the node said.
+func (e *APIError) Error() string {
+	s := fmt.Sprintf("the KME answered %d", e.Status)
+	if e.Message != "" {
+		s += ": " + e.Message
+	}
+	if e.RequestID != "" {
+		s += " (request " + e.RequestID + ")"
+	}
+	return s
+}
+
+// Node says how the node stands. The error of this and every other method is, or
+// wraps, an *APIError if the node answered other than 200.
+func (c *Client) Node(ctx context.Context) (Node, error) {
+	var n Node
+	err := c.get(ctx, "/api/v1/node", &n)
+	return n, err
+}
+
+// Links says how the node's links stand.
+func (c *Client) Links(ctx context.Context) ([]Link, error) {
+	var o linksObject
+	err := c.get(ctx, "/api/v1/links", &o)
+	return o.Links, err
+}
+
+// Alarms lists the alarms that stand, oldest first.
+func (c *Client) Alarms(ctx context.Context) ([]Alarm, error) {
+	var o alarmsObject
+	err := c.get(ctx, "/api/v1/alarms", &o)
+	return o.Alarms, err
+}
+
+// Healthy is nil if the node can hand out keys.
+func (c *Client) Healthy(ctx context.Context) error {
+	var o struct {
+		Status string `json:"status"`
+	}
+	return c.get(ctx, "/healthz", &o)
+}
+
+func (c *Client) get(ctx context.Context, path string, into any) error {
+	if err := c.tryGet(ctx, path, into); err != nil {
+		return fmt.Errorf("getting %s: %w", path, err)
+	}
+	return nil
+}
+
+func (c *Client) tryGet(ctx context.Context, path string, into any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }() // read to its end, or the connection is of no use
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("reading the answer: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
+		var o errorObject
+		if json.Unmarshal(body, &o) == nil {
+			e.Message = o.Message
+		}
+		return e
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("reading the answer: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,217 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-json-experiment/json"
+	"github.com/google/uuid"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/problem"
+)
+
+// Config is what the door is made of. Everything must be set.
+type Config struct {
+	KME     identity.KME // names the realm of a 401
+	Backend Backend
+	// Identify says who makes a request, from its verified certificate and nothing
+	// else. It is asked on every request but /healthz. With an error, the Caller is a
+	// stranger with the certificate's facts.
+	Identify func(*http.Request) (identity.Caller, error)
+	Metrics  http.Handler // serves /metrics to operators
+	Log      *slog.Logger
+}
+
+// Handler returns the whole door for operators.
+func Handler(c Config) (http.Handler, error) {
+	if c.KME == (identity.KME{}) || c.Backend == nil || c.Identify == nil || c.Metrics == nil || c.Log == nil {
+		return nil, errors.New("configuring the operator door: KME, Backend, Identify, Metrics and Log must be set")
+	}
+	r := chi.NewRouter()
+	r.Get("/api/v1/node", serve(c, c.Backend.Node))
+	r.Get("/api/v1/links", serve(c, c.links))
+	r.Get("/api/v1/alarms", serve(c, c.alarms))
+	r.Get("/metrics", c.metrics)
+	r.Get("/healthz", c.healthz)
+	r.NotFound(c.elsewhere(http.StatusNotFound, "Endpoint not found"))
+	r.MethodNotAllowed(c.elsewhere(http.StatusMethodNotAllowed, "Method not allowed"))
+	return r, nil
+}
+
+func (c Config) links(ctx context.Context, caller identity.Caller, rid string) (linksObject, error) {
+	links, err := c.Backend.Links(ctx, caller, rid)
+	return linksObject{links}, err
+}
+
+func (c Config) alarms(ctx context.Context, caller identity.Caller, rid string) (alarmsObject, error) {
+	alarms, err := c.Backend.Alarms(ctx, caller, rid)
+	return alarmsObject{alarms}, err
+}
+
+// serve is the one way in for all JSON calls: identify, act, marshal, and only then
+// write.
+func serve[A any](c Config, act func(context.Context, identity.Caller, string) (A, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		x := c.begin(w, r)
+		if err := x.identify(); err != nil {
+			x.refuse(err)
+			return
+		}
+		a, err := act(r.Context(), x.caller, x.rid)
+		if err != nil {
+			x.fail(err)
+			return
+		}
+		body, err := json.Marshal(a)
+		if err != nil {
+			x.fail(fmt.Errorf("marshalling the answer: %w", err))
+			return
+		}
+		x.write(http.StatusOK, body)
+	}
+}
+
+func (c Config) metrics(w http.ResponseWriter, r *http.Request) {
+	x := c.begin(w, r)
+	if err := x.identify(); err != nil {
+		x.refuse(err)
+		return
+	}
+	c.Metrics.ServeHTTP(w, r)
+}
+
+// healthz answers a load balancer. Why the node is not well is for operators.
+func (c Config) healthz(w http.ResponseWriter, r *http.Request) {
+	x := c.begin(w, r)
+	if err := c.Backend.Healthy(r.Context()); err != nil {
+		x.log(slog.LevelWarn, http.StatusServiceUnavailable, err)
+		x.write(http.StatusServiceUnavailable, []byte(`{"status":"unavailable"}`))
+		return
+	}
+	x.write(http.StatusOK, []byte(`{"status":"ok"}`))
+}
+
+// elsewhere answers what no route takes; a stranger is refused like anywhere.
+func (c Config) elsewhere(status int, why string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		x := c.begin(w, r)
+		x.route = "elsewhere" // a caller may think of any method and path
+		if err := x.identify(); err != nil {
+			x.refuse(err)
+			return
+		}
+		if status == http.StatusMethodNotAllowed {
+			w.Header().Set("Allow", http.MethodGet)
+		}
+		x.writeError(status, why)
+		x.log(slog.LevelInfo, status, errors.New(why))
+	}
+}
+
+// exchange is one request on its way to its answer.
+type exchange struct {
+	c      Config
+	w      http.ResponseWriter
+	r      *http.Request
+	rid    string
+	route  string
+	caller identity.Caller
+	began  time.Time
+}
+
+func (c Config) begin(w http.ResponseWriter, r *http.Request) *exchange {
+	x := &exchange{c: c, w: w, r: r, rid: uuid.Must(uuid.NewV7()).String(), began: time.Now()}
+	x.route = r.Method + " " + chi.RouteContext(r.Context()).RoutePattern()
+	h := w.Header()
+	h.Set("X-Request-Id", x.rid)
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	return x
+}
+
+// identify sets the caller, who must be an operator.
+func (x *exchange) identify() error {
+	var err error
+	if x.caller, err = x.c.Identify(x.r); err != nil {
+		return problem.Because(problem.Unauthorized, err)
+	}
+	if _, ok := x.caller.Operator(); !ok {
+		return problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no operator", x.caller.Role()))
+	}
+	return nil
+}
+
+// refuse has err recorded, since no Backend call will, and answers it.
+func (x *exchange) refuse(err error) {
+	x.fail(x.c.Backend.Refused(context.WithoutCancel(x.r.Context()), x.caller, x.rid, x.route, err))
+}
+
+// answers is the table from a problem's kind to its status here.
+var answers = map[problem.Kind]int{
+	problem.Internal:     http.StatusInternalServerError,
+	problem.Invalid:      http.StatusBadRequest,
+	problem.Unauthorized: http.StatusUnauthorized,
+	problem.Forbidden:    http.StatusForbidden,
+	problem.NotFound:     http.StatusNotFound,
+	problem.Gone:         http.StatusGone,
+	problem.TooLarge:     http.StatusRequestEntityTooLarge,
+	problem.Unavailable:  http.StatusServiceUnavailable,
+}
+
+// fail answers err. Its cause is in the log, under the request's ID.
+func (x *exchange) fail(err error) {
+	kind := problem.KindOf(err)
+	status := answers[kind]
+	level := slog.LevelInfo
+	message := kind.String()
+	if p, ok := errors.AsType[*problem.Error](err); ok && p.Detail != "" {
+		message = p.Detail
+	}
+	h := x.w.Header()
+	switch status {
+	case http.StatusUnauthorized:
+		message = "unauthorized" // and no word of why
+		h.Set("WWW-Authenticate", "TLS-Client-Certificate realm="+strconv.Quote(x.c.KME.String()))
+	case http.StatusServiceUnavailable:
+		level = slog.LevelWarn
+		h.Set("Retry-After", "2")
+	case http.StatusInternalServerError:
+		level = slog.LevelError
+	}
+	x.writeError(status, message)
+	x.log(level, status, err)
+}
+
+// errorObject is the body of every answer but 200.
+type errorObject struct {
+	Message string `json:"message"`
+	Request string `json:"request_id"`
+}
+
+func (x *exchange) writeError(status int, message string) {
+	body, _ := json.Marshal(errorObject{message, x.rid}) // two strings of ours
+	x.write(status, body)
+}
+
+func (x *exchange) write(status int, body []byte) {
+	h := x.w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	x.w.WriteHeader(status)
+	if x.r.Method != http.MethodHead {
+		_, _ = x.w.Write(body) // nothing hangs on whether it arrives
+	}
+}
+
+func (x *exchange) log(level slog.Level, status int, err error) {
+	x.c.Log.LogAttrs(x.r.Context(), level, "operator request",
+		slog.String("request", x.rid), slog.String("route", x.route), slog.String("caller", x.caller.ID()),
+		slog.Int("status", status), slog.Duration("took", time.Since(x.began)), slog.String("err", err.Error()))
+}

@@ -1,0 +1,166 @@
+package admin_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"log/slog"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/pki"
+)
+
+// stage is the door over TLS with a CA of its own, and a Backend that says what it
+// is told to say.
+type stage struct {
+	t      *testing.T
+	ca     *x509.Certificate
+	key    *ecdsa.PrivateKey
+	server *httptest.Server
+	*script
+}
+
+// script is the Backend.
+type script struct {
+	node    admin.Node
+	links   []admin.Link
+	alarms  []admin.Alarm
+	err     error // of every call
+	healthy error
+
+	mu       sync.Mutex
+	callers  []string // who reached the Backend
+	refusals []string // who did not, and where
+}
+
+func (s *script) saw(c identity.Caller, rid string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.callers = append(s.callers, c.ID())
+	if rid == "" {
+		return errors.New("no request ID")
+	}
+	return s.err
+}
+
+func (s *script) Node(_ context.Context, c identity.Caller, rid string) (admin.Node, error) {
+	return s.node, s.saw(c, rid)
+}
+
+func (s *script) Links(_ context.Context, c identity.Caller, rid string) ([]admin.Link, error) {
+	return s.links, s.saw(c, rid)
+}
+
+func (s *script) Alarms(_ context.Context, c identity.Caller, rid string) ([]admin.Alarm, error) {
+	return s.alarms, s.saw(c, rid)
+}
+
+func (s *script) Healthy(context.Context) error { return s.healthy }
+
+func (s *script) Refused(_ context.Context, c identity.Caller, _, route string, err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refusals = append(s.refusals, route+" "+c.Certificate().Serial+" "+c.ID())
+	return err
+}
+
+func newStage(t *testing.T) *stage {
+	t.Helper()
+	s := &stage{t: t, script: &script{}}
+	s.key = newKey(t)
+	s.ca = s.issue(&x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}, s.key)
+	m, err := identity.NewMap(
+		[]identity.Rule{
+			{ID: "operator", Pool: "operator", Role: identity.RoleOperator, URI: "qkd://operator.lab.test/{id}", Principal: "{id}"},
+			{ID: "sae", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://operator.lab.test/{id}", Principal: "{id}"},
+		},
+		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 2 * time.Hour},
+		map[string]identity.Principal{"operator/root": {Enabled: true}, "sae/alice": {Enabled: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	operators := pki.Identify("operator", func() *identity.Map { return m }, time.Now)
+	saes := pki.Identify("sae", func() *identity.Map { return m }, time.Now)
+	kme, err := identity.ParseKME("km1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	door, err := admin.Handler(admin.Config{
+		KME: kme, Backend: s.script, Log: slog.New(slog.DiscardHandler),
+		Identify: func(r *http.Request) (identity.Caller, error) {
+			if c, err := saes(r); err == nil { // a mix-up of pools, which the door must notice
+				return c, nil
+			}
+			return operators(r)
+		},
+		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("kme_up 1\n")) }),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(s.ca)
+	s.server = httptest.NewUnstartedServer(door)
+	s.server.TLS = &tls.Config{MinVersion: tls.VersionTLS13, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool}
+	s.server.StartTLS()
+	t.Cleanup(s.server.Close)
+	return s
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func (s *stage) issue(c *x509.Certificate, of *ecdsa.PrivateKey) *x509.Certificate {
+	s.t.Helper()
+	c.NotBefore, c.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
+	parent := s.ca
+	if parent == nil {
+		parent = c
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, parent, of.Public(), s.key)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return leaf
+}
+
+// http is an HTTP client with a certificate for id.
+func (s *stage) http(id string) *http.Client {
+	s.t.Helper()
+	k := newKey(s.t)
+	leaf := s.issue(&x509.Certificate{
+		SerialNumber: big.NewInt(47), Subject: pkix.Name{CommonName: id}, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		URIs:        []*url.URL{{Scheme: "qkd", Host: "operator.lab.test", Path: "/" + id}},
+	}, k)
+	hc := s.server.Client()
+	transport := hc.Transport.(*http.Transport).Clone()
+	transport.TLSClientConfig.Certificates = []tls.Certificate{{Certificate: [][]byte{leaf.Raw}, PrivateKey: k}}
+	s.t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+func (s *stage) client(id string) *admin.Client { return admin.NewClient(s.server.URL, s.http(id)) }

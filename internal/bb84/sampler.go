@@ -1,0 +1,124 @@
+package bb84
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+)
+
+// MaxGates is the most gates a block can have: gaps are drawn in float64.
+const MaxGates = 1 << 50
+
+// Detection is one counted click as the receiver reports it.
+type Detection struct {
+	Gate   int64 // counted from 0 at the start of the block
+	Basis  Basis // the receiver's
+	Bit    byte  // 0 or 1; after a double click the receiver's own random bit
+	Double bool  // both detectors clicked
+}
+
+// Sampler draws the detections of one block in order of their gates. The gaps
+// between clicks are geometric: floor(E / -ln(1-p)) with E exponential and p the
+// chance of a click in a live gate; so a gate without a click is never looked at.
+// A Sampler is for one goroutine.
+type Sampler struct {
+	rng        *rand.Rand
+	alice, bob *Choices
+	gates      int64 // of the block
+	next       int64 // first gate not yet decided
+	rate       float64
+	same, mix  thresholds // when the bases are equal, and when they are not
+	dead       int64
+	afterpulse uint64 // threshold on 53 bits
+	pending    bool   // an afterpulse may come in the gate next
+}
+
+// thresholds on a 53-bit number for the outcome of a gate that has a click: below
+// right only the detector of the bit sent clicked, from there below single only
+// the other, above that both.
+type thresholds struct {
+	right, single uint64
+}
+
+const unit = 1 << 53
+
+// NewSampler starts a block of that many gates. Physics decides what fibre, Eve
+// and detectors do; its numbers must have nothing to do with the seeds of the
+// ends.
+func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.Source) (*Sampler, error) {
+	if err := p.Validate(); err != nil {
+		return nil, fmt.Errorf("link parameters: %w", err)
+	}
+	if err := e.Validate(); err != nil {
+		return nil, fmt.Errorf("eavesdropper: %w", err)
+	}
+	if gates < 1 || gates > MaxGates {
+		return nil, fmt.Errorf("a block of %d gates: want 1 to 2^50", gates)
+	}
+	same, mix := p.outcomes(e.flip(p.Misalignment)), p.outcomes(.5)
+	return &Sampler{
+		rng:   rand.New(physics),
+		alice: alice, bob: bob, gates: gates,
+		rate: -math.Log1p(-same.click()),
+		same: same.thresholds(), mix: mix.thresholds(),
+		dead: p.DeadGates, afterpulse: uint64(p.Afterpulse * unit),
+	}, nil
+}
+
+func (o outcomes) thresholds() thresholds {
+	click := o.click()
+	if click == 0 {
+		return thresholds{}
+	}
+	return thresholds{
+		right:  uint64(math.Round(o.right / click * unit)),
+		single: uint64(math.Round((o.right + o.wrong) / click * unit)),
+	}
+}
+
+// Next gives the next detection, or false at the end of the block.
+func (s *Sampler) Next() (Detection, bool) {
+	left := float64(s.gates - s.next)
+	gap := s.rng.ExpFloat64() / s.rate // its whole part is the number of gates without a click
+	var mask byte                      // bit 0: the detector of 0 clicked, bit 1: that of 1
+	if s.pending && s.rng.Uint64()>>11 < s.afterpulse {
+		mask = 1 + byte(s.rng.Uint64()>>63)
+	}
+	own := mask == 0 || gap < 1 // the gate has a click of its own
+	if mask != 0 {
+		gap = 0
+	}
+	if !(gap < left) { // true for NaN: nothing ever clicks
+		s.next = s.gates
+		return Detection{}, false
+	}
+	gate := s.next + int64(gap)
+	s.next, s.pending = gate+1+s.dead, s.afterpulse > 0
+
+	basis, coin := s.bob.At(gate)
+	if own {
+		mask |= s.click(gate, basis)
+	}
+	if mask == 3 {
+		return Detection{Gate: gate, Basis: basis, Bit: coin, Double: true}, true
+	}
+	return Detection{Gate: gate, Basis: basis, Bit: mask >> 1}, true
+}
+
+// click draws which detectors a gate's own click is in.
+func (s *Sampler) click(gate int64, bob Basis) byte {
+	basis, bit := s.alice.At(gate)
+	t := &s.same
+	if basis != bob {
+		t = &s.mix
+	}
+	u := s.rng.Uint64() >> 11
+	switch {
+	case u < t.right:
+		return 1 << bit
+	case u < t.single:
+		return 1 << (1 - bit)
+	default:
+		return 3
+	}
+}

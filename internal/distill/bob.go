@@ -1,0 +1,252 @@
+package distill
+
+import (
+	"context"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+
+	"github.com/qutemail/kme/internal/key"
+)
+
+// Bob distils the next block as the end that measured the light; Alice says which one
+// that is. The error is an *Abort (see there) or says why the channel must not be used
+// again. ctx is looked at between messages only.
+func Bob(ctx context.Context, ch Channel, cfg BobConfig) (Outcome, error) {
+	if err := cfg.validate(); err != nil {
+		return Outcome{}, fmt.Errorf("distilling: %w", err)
+	}
+	b := &bobEnd{
+		BobConfig: cfg,
+		talk:      newTalk(ctx, ch, bob, cfg.TestBits),
+		out:       Outcome{Session: cfg.Session, Gates: cfg.Gates},
+	}
+	defer b.wipe()
+	if err := b.begin(); err != nil {
+		return Outcome{}, fmt.Errorf("beginning a block of session %d: %w", cfg.Session, err)
+	}
+	for _, stage := range []func() error{b.sift, b.reconcile, b.verify, b.close} {
+		if err := stage(); err != nil {
+			return b.out.failed(), blockError(cfg.Session, b.out.Block, err)
+		}
+	}
+	return b.out, nil
+}
+
+func (c BobConfig) validate() error {
+	if c.Detections == nil || c.Stored == nil || c.Accept == nil {
+		return errors.New("the fields Detections, Stored and Accept must be set")
+	}
+	if c.Session < 0 || len(c.Link) > maxLink {
+		return errors.New("negative session, or a link's name that is too long")
+	}
+	return c.Params.Validate()
+}
+
+// bobEnd is Bob's machine.
+type bobEnd struct {
+	BobConfig
+	talk   *talk
+	out    Outcome
+	errors int    // among the test bits
+	values []byte // secret: the bits of the detected gates, packed
+	key    frame  // secret
+	view   *view  // secret; nil until reconciliation
+}
+
+func (b *bobEnd) wipe() {
+	clear(b.values)
+	clear(b.key)
+	if b.view != nil {
+		clear(b.view.mixed)
+	}
+}
+
+func (b *bobEnd) progress(stage string, done float64) {
+	if b.Progress != nil {
+		b.Progress(stage, done)
+	}
+}
+
+// begin hears which block it is.
+func (b *bobEnd) begin() error {
+	_, body, err := b.talk.receive(kindBegin)
+	if err != nil {
+		return err
+	}
+	m, err := parseBegin(body)
+	switch {
+	case err != nil:
+		return fmt.Errorf("reading what Alice begins: %w", err)
+	case m.link != b.Link || m.session != b.Session:
+		return fmt.Errorf("Alice begins a block of link %q, session %d", m.link, m.session)
+	case m.block < b.MinBlock:
+		return fmt.Errorf("Alice begins block %d, where %d is the lowest to come", m.block, b.MinBlock)
+	case m.profile != b.digest():
+		return errors.New("Alice has another profile for this link")
+	}
+	b.out.Block = m.block
+	return nil
+}
+
+// sift ends when both ends have the key bits and know the error rate of the test bits.
+func (b *bobEnd) sift() error {
+	b.progress(StageSift, 0)
+	detections, err := b.Detections(b.talk.ctx, b.Session, b.out.Block)
+	if err != nil {
+		return fmt.Errorf("asking what was detected: %w", err)
+	}
+	defer clear(detections)
+	if err := inOrder(detections, b.Gates); err != nil {
+		return err
+	}
+	b.out.Detected = len(detections)
+	bases := make([]byte, packedBytes(len(detections)))
+	b.values = make([]byte, packedBytes(len(detections)))
+	for i, d := range detections {
+		setBit(bases, i, d.Basis)
+		setBit(b.values, i, d.Bit)
+	}
+	if err := b.talk.send(kindDetected, encodeDetected(detections)); err != nil {
+		return err
+	}
+	_, body, err := b.talk.receive(kindSifted)
+	if err != nil {
+		return err
+	}
+	m, err := parseSifted(body, len(detections), b.TestBits)
+	if err != nil {
+		return fmt.Errorf("reading Alice's choice: %w", err)
+	}
+	b.out.SiftedKey, b.out.SiftedTest = tally(m.matches, bases)
+	if err := b.out.enough(b.Params); err != nil {
+		return fmt.Errorf("Alice chose from too few: %w", err)
+	}
+	var test []byte
+	b.key, test = sift(b.Params, m.seed, m.matches, bases, b.values)
+	b.progress(StageSift, 1)
+	return b.estimate(test, m.test)
+}
+
+// inOrder checks what the receiver says.
+func inOrder(detections []Detection, gates int64) error {
+	next := int64(0)
+	for _, d := range detections {
+		if d.Gate < next || d.Gate >= gates || d.Basis > 1 || d.Bit > 1 {
+			return fmt.Errorf("detection at gate %d out of order or out of bounds", d.Gate)
+		}
+		next = d.Gate + 1
+	}
+	return nil
+}
+
+// estimate compares the test bits, and shows Alice his.
+func (b *bobEnd) estimate(mine, theirs []byte) error {
+	b.progress(StageEstimate, 0)
+	b.errors = differences(mine, theirs)
+	b.out.QBER = float64(b.errors) / float64(b.TestBits)
+	if b.out.QBER > b.QTol {
+		return b.talk.abort(ReasonQBER, b.errors, nil)
+	}
+	if err := b.talk.send(kindTested, mine); err != nil {
+		return err
+	}
+	b.progress(StageEstimate, 1)
+	return nil
+}
+
+// reconcile makes Bob's key equal to Alice's.
+func (b *bobEnd) reconcile() error {
+	b.progress(StageReconcile, 0)
+	_, body, err := b.talk.receive(kindPasses)
+	if err != nil {
+		return err
+	}
+	if len(body) != 32 {
+		return fmt.Errorf("a seed of %d bytes", len(body))
+	}
+	passes := newPasses(b.KeyBits, expectedRate(b.errors, b.TestBits), [32]byte(body))
+	b.view = newView(passes, b.key)
+	s := &search{view: b.view, ask: b.ask}
+	if err := s.run(); err != nil {
+		return err
+	}
+	m := reconciledMessage{corrected: s.corrected, leak: b.out.Leak}
+	if err := b.talk.send(kindReconciled, m.encode()); err != nil {
+		return err
+	}
+	b.out.corrected(s.corrected, b.KeyBits)
+	b.progress(StageReconcile, 1)
+	return nil
+}
+
+// ask puts questions to Alice, as far as the profile allows her to answer.
+func (b *bobEnd) ask(questions []question) ([]byte, error) {
+	n := count(questions)
+	if b.out.Leak+n > b.LeakLimit {
+		return nil, b.talk.abort(ReasonLeak, b.errors, leakError(b.out.Leak+n, b.LeakLimit))
+	}
+	if err := b.talk.send(kindQuestion, encodeQuestions(questions)); err != nil {
+		return nil, err
+	}
+	_, body, err := b.talk.receive(kindAnswer)
+	if err != nil {
+		return nil, err
+	}
+	answers, err := parsePacked(body, n)
+	if err != nil {
+		return nil, fmt.Errorf("reading Alice's answer: %w", err)
+	}
+	b.out.Leak += n
+	b.out.Rounds++
+	b.progress(StageReconcile, reconcileProgress(b.out.Leak, b.KeyBits, b.view.rate))
+	return answers, nil
+}
+
+// verify compares the tags, and tells Alice how many atoms are stored at this end.
+func (b *bobEnd) verify() error {
+	b.progress(StageVerify, 0)
+	_, body, err := b.talk.receive(kindTag)
+	if err != nil {
+		return err
+	}
+	m, err := parseTag(body)
+	if err != nil {
+		return fmt.Errorf("reading Alice's tag: %w", err)
+	}
+	mine := tag(b.key, m.point)
+	if subtle.ConstantTimeCompare(mine[:], m.tag[:]) != 1 {
+		return b.talk.abort(ReasonVerify, b.errors, nil)
+	}
+	stored := max(0, min(b.Stored(), maxCount))
+	if err := b.talk.send(kindVerified, verifiedMessage{stored}.encode()); err != nil {
+		return err
+	}
+	b.progress(StageVerify, 1)
+	return nil
+}
+
+// close judges the terms, amplifies, and compares what was said.
+func (b *bobEnd) close() error {
+	b.progress(StageAmplify, 0)
+	_, body, err := b.talk.receive(kindClosing)
+	if err != nil {
+		return err
+	}
+	m, err := parseClosing(body, b.KeyBits)
+	if err != nil {
+		return fmt.Errorf("reading Alice's terms: %w", err)
+	}
+	if err := b.Accept(m.terms, b.SecretBits/key.AtomBits); err != nil {
+		return b.talk.abort(ReasonTerms, b.errors, err)
+	}
+	b.out.amplified(b.Params, b.key, m, b.talk.sum())
+	if err := b.talk.confirm(b.out.Transcript); err != nil {
+		return err
+	}
+	if err := b.talk.confirmed(b.out.Transcript); err != nil {
+		return err
+	}
+	b.progress(StageAmplify, 1)
+	return nil
+}

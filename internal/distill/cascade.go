@@ -1,0 +1,230 @@
+package distill
+
+import (
+	"errors"
+	"math/bits"
+	"slices"
+)
+
+// question names nodes of one pass whose parities Bob asks Alice for.
+type question struct {
+	pass  int
+	nodes []uint32 // at least one, ascending strictly
+}
+
+// answer is what Alice's machine has to do in reconciliation: it remembers nothing
+// from one question to the next. The bits come in the order of the nodes, packed.
+func (v *view) answer(questions []question) []byte {
+	answers := make([]byte, packedBytes(count(questions)))
+	i := 0
+	for _, q := range questions {
+		for _, node := range q.nodes {
+			setBit(answers, i, v.parity(q.pass, node))
+			i++
+		}
+	}
+	return answers
+}
+
+// count is how many bits answer the questions, and so leak.
+func count(questions []question) int {
+	n := 0
+	for _, q := range questions {
+		n += len(q.nodes)
+	}
+	return n
+}
+
+// search is Bob's side of Cascade (Brassard and Salvail, 1993), all blocks of a pass
+// at once. What he knows of Alice's key are the parities of some nodes of each pass.
+// Where a node's halves are known they give the node's parity, so only the smallest
+// known nodes matter, the open ones. One whose parity differs from his own, an odd
+// one, holds an error: he asks for its left half, infers the right, goes on with the
+// odd half, and ends at a wrong bit. Putting that right makes even nodes odd in other
+// passes, which are searched in turn, until no odd node is left.
+//
+// Nothing here is secret but the view: the rest follows from the error pattern.
+type search struct {
+	*view
+	ask    func([]question) (answers []byte, err error) // as many bits as count
+	begun  int                                          // passes whose blocks are known
+	halved [allPasses]frame                             // nodes whose halves are known
+	odd    [allPasses]frame                             // open nodes that differ from Alice's
+	found  [allPasses][]uint32                          // every odd node, and some that no longer are
+
+	corrected int
+	leak      int // answers got, in bits
+	rounds    int // questions asked
+}
+
+// run makes the key equal to Alice's, but for a pattern that every pass misses.
+func (s *search) run() error {
+	for _, last := range []int{1, firstMask, allPasses} {
+		if err := s.begin(last); err != nil {
+			return err
+		}
+		if err := s.settle(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// begin asks for the blocks of the passes up to last, last excluded. The last block
+// of the second pass is not asked for: all nodes of the first are even, so the blocks
+// of the second differ from Alice's in an even number.
+func (s *search) begin(last int) error {
+	var questions []question
+	for pass := s.begun; pass < last; pass++ {
+		s.halved[pass] = newFrame(1 << s.log)
+		s.odd[pass] = newFrame(2 << s.log)
+		first := uint32(1) << (s.log - s.top[pass])
+		q := question{pass: pass}
+		for node := first; node < 2*first; node++ {
+			q.nodes = append(q.nodes, node)
+		}
+		if pass == shufflePass {
+			q.nodes = q.nodes[:len(q.nodes)-1]
+		}
+		questions = append(questions, q)
+	}
+	answers, err := s.put(questions)
+	if err != nil {
+		return err
+	}
+	s.begun = last
+	i := 0
+	for _, q := range questions {
+		var sum byte
+		for _, node := range q.nodes {
+			differs := bitAt(answers, i) ^ s.parity(q.pass, node)
+			s.mark(q.pass, node, differs)
+			sum ^= differs
+			i++
+		}
+		if q.pass == shufflePass {
+			s.mark(q.pass, q.nodes[len(q.nodes)-1]+1, sum)
+		}
+	}
+	return nil
+}
+
+// put asks, and counts.
+func (s *search) put(questions []question) ([]byte, error) {
+	s.rounds++
+	s.leak += count(questions)
+	return s.ask(questions)
+}
+
+// mark changes an open node from even to odd or back, if differs is 1.
+func (s *search) mark(pass int, node uint32, differs byte) {
+	if differs == 0 {
+		return
+	}
+	s.odd[pass].flip(int(node))
+	if s.odd[pass].get(int(node)) == 1 {
+		s.found[pass] = append(s.found[pass], node)
+	}
+}
+
+// settle searches until no node of the passes begun is odd. It takes the pass with
+// the smallest odd node, where an error is cheapest to find, and searches all odd
+// nodes of that pass at once: being of one pass they share no bit, so that no error
+// is looked for twice.
+func (s *search) settle() error {
+	for {
+		best, smallest := -1, uint32(0)
+		for pass := range s.begun {
+			nodes := s.current(pass)
+			if len(nodes) > 0 && bits.Len32(nodes[len(nodes)-1]) > bits.Len32(smallest) {
+				best, smallest = pass, nodes[len(nodes)-1]
+			}
+		}
+		if best < 0 {
+			return nil
+		}
+		nodes := s.found[best]
+		s.found[best] = nil
+		if err := s.descend(best, nodes); err != nil {
+			return err
+		}
+	}
+}
+
+// current drops from found[pass] what is no longer open and odd, and sorts the rest:
+// the largest number is that of a smallest node.
+func (s *search) current(pass int) []uint32 {
+	nodes := slices.DeleteFunc(s.found[pass], func(node uint32) bool {
+		return s.odd[pass].get(int(node)) == 0 || s.halved[pass].get(int(node)) == 1
+	})
+	slices.Sort(nodes)
+	s.found[pass] = slices.Compact(nodes)
+	return s.found[pass]
+}
+
+// descend halves odd nodes of a pass, ascending, until each has led to a wrong bit,
+// and puts the bits right.
+func (s *search) descend(pass int, nodes []uint32) error {
+	for len(nodes) > 0 {
+		q := question{pass: pass, nodes: make([]uint32, len(nodes))}
+		for i, node := range nodes {
+			q.nodes[i] = 2 * node
+		}
+		answers, err := s.put([]question{q})
+		if err != nil {
+			return err
+		}
+		rest := nodes[:0]
+		for i, half := range q.nodes {
+			s.halved[pass].flip(int(half / 2))
+			if bitAt(answers, i) == s.parity(pass, half) {
+				half++ // the other one is odd
+			}
+			s.odd[pass].flip(int(half))
+			if half>>s.log == 0 {
+				rest = append(rest, half)
+				continue
+			}
+			at := int(half - 1<<s.log)
+			if pass == shufflePass {
+				at = s.index(at)
+			}
+			if err := s.correct(at); err != nil {
+				return err
+			}
+		}
+		nodes = rest
+	}
+	return nil
+}
+
+// errContradiction is what answers lead to that are not the parities of any one key.
+var errContradiction = errors.New("the answers contradict each other")
+
+// correct flips key bit i and marks the open node that holds it in each pass. A bit
+// that Alice's answers showed to be right is never wrong again: with parities of one
+// key the open nodes always tell the truth about the errors that are left.
+func (s *search) correct(i int) error {
+	s.corrected++
+	s.flip(i)
+	for pass := range s.begun {
+		at := i
+		switch {
+		case pass == shufflePass:
+			at = s.place(i)
+		case pass >= firstMask && s.masks[pass-firstMask].get(i) == 0:
+			continue
+		}
+		size := s.top[pass]
+		node := uint32(1)<<(s.log-size) + uint32(at>>size)
+		for size > 0 && s.halved[pass].get(int(node)) == 1 {
+			size--
+			node = node<<1 | uint32(at>>size&1)
+		}
+		if size == 0 && s.odd[pass].get(int(node)) == 0 {
+			return errContradiction
+		}
+		s.mark(pass, node, 1)
+	}
+	return nil
+}

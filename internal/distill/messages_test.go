@@ -1,0 +1,205 @@
+package distill
+
+import (
+	"bytes"
+	"math"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
+)
+
+// parsers are all parsers of messages: each returns the encoding of what it accepted.
+var parsers = map[string]func(body []byte) ([]byte, error){
+	"begin": func(body []byte) ([]byte, error) {
+		m, err := parseBegin(body)
+		return m.encode(), err
+	},
+	"detected": func(body []byte) ([]byte, error) {
+		gates, bases, err := parseDetected(body, 1<<40)
+		return encodeDetected(asDetections(gates, bases)), err
+	},
+	"sifted": func(body []byte) ([]byte, error) {
+		m, err := parseSifted(body, 21, 13)
+		return m.encode(), err
+	},
+	"packed": func(body []byte) ([]byte, error) { return parsePacked(body, 13) },
+	"questions": func(body []byte) ([]byte, error) {
+		questions, err := parseQuestions(body, 10)
+		return encodeQuestions(questions), err
+	},
+	"reconciled": func(body []byte) ([]byte, error) {
+		m, err := parseReconciled(body, 1<<18)
+		return m.encode(), err
+	},
+	"tag": func(body []byte) ([]byte, error) {
+		m, err := parseTag(body)
+		return m.encode(), err
+	},
+	"verified": func(body []byte) ([]byte, error) {
+		m, err := parseVerified(body)
+		return m.encode(), err
+	},
+	"closing": func(body []byte) ([]byte, error) {
+		m, err := parseClosing(body, 64)
+		return m.encode(), err
+	},
+	"confirm": func(body []byte) ([]byte, error) {
+		hash, err := parseConfirm(body)
+		return hash[:], err
+	},
+	"abort": func(body []byte) ([]byte, error) {
+		m, err := parseAbort(body, 1<<16)
+		return m.encode(), err
+	},
+}
+
+func asDetections(gates []int64, bases []byte) []Detection {
+	detections := make([]Detection, len(gates))
+	for i, gate := range gates {
+		detections[i] = Detection{Gate: gate, Basis: bitAt(bases, i)}
+	}
+	return detections
+}
+
+// roundTrip checks that a parser accepts only what it encodes.
+func roundTrip(f *testing.F, name string, seeds ...[]byte) {
+	f.Helper()
+	for _, seed := range seeds {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		again, err := parsers[name](bytes.Clone(body))
+		if err == nil && !bytes.Equal(again, body) {
+			t.Errorf("accepted %x, which encodes to %x", body, again)
+		}
+	})
+}
+
+func FuzzBegin(f *testing.F) {
+	roundTrip(f, "begin", beginMessage{session: 1, block: 2, link: "a-b"}.encode())
+}
+
+func FuzzDetected(f *testing.F) {
+	roundTrip(f, "detected", encodeDetected([]Detection{{Gate: 0, Basis: 1}, {Gate: 1}, {Gate: 1 << 39}}), []byte{0x80, 0})
+}
+
+func FuzzSifted(f *testing.F) {
+	roundTrip(f, "sifted", siftedMessage{matches: make([]byte, 3), test: make([]byte, 2)}.encode())
+}
+
+func FuzzPacked(f *testing.F) { roundTrip(f, "packed", []byte{1, 0x1f}, []byte{1, 0x20}) }
+
+func FuzzQuestions(f *testing.F) {
+	roundTrip(f, "questions", encodeQuestions([]question{{0, []uint32{1, 2, 9}}, {25, []uint32{2047}}}))
+}
+
+func FuzzReconciled(f *testing.F) {
+	roundTrip(f, "reconciled", reconciledMessage{1, 2}.encode())
+}
+
+func FuzzTag(f *testing.F) { roundTrip(f, "tag", tagMessage{}.encode()) }
+
+func FuzzVerified(f *testing.F) { roundTrip(f, "verified", verifiedMessage{608}.encode()) }
+
+func FuzzClosing(f *testing.F) {
+	roundTrip(f, "closing", closingMessage{Terms{-1, "ab"}, make([]byte, 8)}.encode())
+}
+
+func FuzzConfirm(f *testing.F) { roundTrip(f, "confirm", make([]byte, 32)) }
+
+func FuzzAbort(f *testing.F) { roundTrip(f, "abort", abortMessage{2, 99}.encode()) }
+
+// TestParsersRefuse feeds every parser with noise, and with what others accept.
+func TestParsersRefuse(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		body := rapid.SliceOf(rapid.Byte()).Draw(t, "body")
+		for name, parse := range parsers {
+			again, err := parse(bytes.Clone(body))
+			if err == nil && !bytes.Equal(again, body) {
+				t.Errorf("%s accepted %x, which encodes to %x", name, body, again)
+			}
+		}
+	})
+}
+
+func TestDetectedRoundTrip(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var want []Detection
+		next := int64(0)
+		for range rapid.IntRange(0, 50).Draw(t, "count") {
+			gate := next + rapid.Int64Range(0, 1<<30).Draw(t, "dark")
+			want = append(want, Detection{Gate: gate, Basis: rapid.ByteRange(0, 1).Draw(t, "basis")})
+			next = gate + 1
+		}
+		body := encodeDetected(want)
+		gates, bases, err := parseDetected(body, next)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(append([]Detection{}, want...), asDetections(gates, bases)); diff != "" {
+			t.Fatal(diff)
+		}
+		if _, _, err := parseDetected(body, next-1); err == nil && len(want) > 0 {
+			t.Fatal("a gate beyond the block's last was accepted")
+		}
+	})
+}
+
+func TestQuestionsRoundTrip(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var want []question
+		for pass := range allPasses {
+			nodes := rapid.SliceOfNDistinct(rapid.Uint32Range(1, 2047), 0, 20, rapid.ID).Draw(t, "nodes")
+			if len(nodes) > 0 {
+				want = append(want, question{pass, sorted(nodes)})
+			}
+		}
+		got, err := parseQuestions(encodeQuestions(want), 10)
+		if len(want) == 0 {
+			if err == nil {
+				t.Fatal("no question was accepted")
+			}
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(question{})); diff != "" {
+			t.Fatal(diff)
+		}
+		if _, err := parseQuestions(encodeQuestions(want), 9); err == nil && want[len(want)-1].nodes[0] > 1023 {
+			t.Fatal("a node beyond the key was accepted")
+		}
+	})
+}
+
+func TestQuestionsRefused(t *testing.T) {
+	for name, body := range map[string][]byte{
+		"empty":               {},
+		"no nodes":            {0, 0},
+		"pass repeated":       {0, 1, 0, 0, 1, 0},
+		"pass out of order":   {1, 1, 0, 0, 1, 0},
+		"unknown pass":        {allPasses, 1, 0},
+		"fewer than said":     {0, 2, 0},
+		"long number":         {0, 1, 0x80, 0},
+		"node beyond the key": {0, 1, 0xff, 0x0f},
+		"huge number":         append([]byte{0, 1}, bytes.Repeat([]byte{0xff}, 9)...),
+	} {
+		if got, err := parseQuestions(body, 10); err == nil {
+			t.Errorf("%s: accepted as %v", name, got)
+		}
+	}
+}
+
+func TestAbortFigures(t *testing.T) {
+	if _, err := parseAbort(abortMessage{0, 0}.encode(), 10); err == nil {
+		t.Error("an abort without a reason was accepted")
+	}
+	if _, err := parseAbort(abortMessage{1, 11}.encode(), 10); err == nil {
+		t.Error("more errors than test bits were accepted")
+	}
+	if _, err := parseVerified(verifiedMessage{math.MaxInt64}.encode()); err == nil {
+		t.Error("an absurd pool was accepted")
+	}
+}

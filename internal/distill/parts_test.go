@@ -1,0 +1,294 @@
+package distill
+
+import (
+	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/subtle"
+	"encoding/binary"
+	"encoding/hex"
+	"math/bits"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+func sorted(nodes []uint32) []uint32 {
+	slices.Sort(nodes)
+	return nodes
+}
+
+func randomBits(random *rand.Rand, n int) []byte {
+	b := make([]byte, packedBytes(n))
+	for i := range n {
+		setBit(b, i, byte(random.Uint32()&1))
+	}
+	return b
+}
+
+// toeplitz is amplify bit by bit, as it is defined.
+func toeplitz(key []byte, keyBits int, seed []byte, length int) []byte {
+	out := make([]byte, packedBytes(length))
+	rest := keyBits - length
+	for i := range length {
+		v := bitAt(key, i)
+		for j := range rest {
+			v ^= bitAt(seed, i-j+rest-1) & bitAt(key, length+j)
+		}
+		setBit(out, i, v)
+	}
+	return out
+}
+
+func TestAmplifyIsToeplitz(t *testing.T) {
+	random := rand.New(rand.NewPCG(11, 11))
+	for range 60 {
+		n := 2 + random.IntN(9000)
+		length := 1 + random.IntN(n)
+		key, seed := randomBits(random, n), randomBits(random, n-1)
+		if !bytes.Equal(amplify(key, n, seed, length), toeplitz(key, n, seed, length)) {
+			t.Fatalf("%d bits to %d: not the product by the matrix", n, length)
+		}
+	}
+}
+
+func TestAmplifyIsLinear(t *testing.T) {
+	random := rand.New(rand.NewPCG(12, 12))
+	const n, length = 1 << 14, 9741
+	seed := randomBits(random, n-1)
+	x, y := randomBits(random, n), randomBits(random, n)
+	sum := make([]byte, len(x))
+	for i := range sum {
+		sum[i] = x[i] ^ y[i]
+	}
+	hx, hy, hs := amplify(x, n, seed, length), amplify(y, n, seed, length), amplify(sum, n, seed, length)
+	for i := range hs {
+		if hs[i] != hx[i]^hy[i] {
+			t.Fatalf("byte %d: not linear", i)
+		}
+	}
+}
+
+// TestToeplitzIsUniversal counts, for every difference of two keys of 12 bits, the
+// seeds under which they collide in 4 bits: at most 1 in 16. The hash being linear,
+// they collide where their difference hashes to 0.
+func TestToeplitzIsUniversal(t *testing.T) {
+	const n, length, rest = 12, 4, 8
+	for x := 1; x < 1<<n; x++ {
+		collisions := 0
+		for seed := range 1 << (n - 1) {
+			hash := 0
+			for i := range length {
+				v := x >> i
+				for j := range rest {
+					v ^= seed >> (i - j + rest - 1) & (x >> (length + j))
+				}
+				hash |= v & 1
+			}
+			if hash == 0 {
+				collisions++
+			}
+		}
+		if collisions > 1<<(n-1-length) {
+			t.Fatalf("difference %#x: %d of %d seeds collide", x, collisions, 1<<(n-1))
+		}
+	}
+}
+
+func drawElement(t *rapid.T, name string) element {
+	return element{rapid.Uint64().Draw(t, name+".lo"), rapid.Uint64().Draw(t, name+".hi")}
+}
+
+func TestFieldLaws(t *testing.T) {
+	one := element{lo: 1}
+	rapid.Check(t, func(t *rapid.T) {
+		a, b, c := drawElement(t, "a"), drawElement(t, "b"), drawElement(t, "c")
+		sum := element{b.lo ^ c.lo, b.hi ^ c.hi}
+		ab, ac := a.times(b), a.times(c)
+		switch {
+		case a.times(one) != a:
+			t.Fatal("1 is not neutral")
+		case ab != b.times(a):
+			t.Fatal("not commutative")
+		case ab.times(c) != a.times(b.times(c)):
+			t.Fatal("not associative")
+		case a.times(sum) != element{ab.lo ^ ac.lo, ab.hi ^ ac.hi}:
+			t.Fatal("not distributive")
+		}
+		power := a // a^(2^128) = a, so that every element but 0 has an inverse
+		for range 128 {
+			power = power.times(power)
+		}
+		if power != a {
+			t.Fatal("not the field of 2^128 elements")
+		}
+	})
+}
+
+// TestTagIsGHASH compares with the hash inside AES-GCM, which is the same polynomial
+// over the same field, with the bits of each byte the other way round.
+func TestTagIsGHASH(t *testing.T) {
+	random := rand.New(rand.NewPCG(17, 17))
+	block, err := aes.NewCipher(randomBits(random, 256))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gcm, err := cipher.NewGCM(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var h, mask [16]byte
+	block.Encrypt(h[:], h[:])
+	mask[15] = 1 // the counter block of a zero nonce
+	block.Encrypt(mask[:], mask[:])
+	for _, blocks := range []int{1, 2, 63} {
+		data := randomBits(random, 128*blocks)
+		want := gcm.Seal(nil, make([]byte, 12), nil, data)
+		subtle.XORBytes(want, want, mask[:])
+
+		data = binary.BigEndian.AppendUint64(data, uint64(128*blocks))
+		data = binary.BigEndian.AppendUint64(data, 0)
+		key := newFrame(8 * len(data))
+		for i, b := range data {
+			key[i/8] |= uint64(bits.Reverse8(b)) << (8 * (i % 8))
+		}
+		point := h
+		for i := range point {
+			point[i] = bits.Reverse8(point[i])
+		}
+		got := tag(key, point)
+		for i := range got {
+			got[i] = bits.Reverse8(got[i])
+		}
+		if !bytes.Equal(got[:], want) {
+			t.Errorf("%d blocks: got %x, want %x", blocks, got, want)
+		}
+	}
+}
+
+func TestTagTellsKeysApart(t *testing.T) {
+	random := rand.New(rand.NewPCG(13, 13))
+	for range 200 {
+		a, b, _ := noisyPair(random, 1<<10, 0)
+		b.flip(random.IntN(1 << 10))
+		var point [16]byte
+		copy(point[:], randomBits(random, 128))
+		if tag(a, point) == tag(b, point) {
+			t.Fatalf("equal tags at %s", hex.EncodeToString(point[:]))
+		}
+	}
+}
+
+func TestPlaceAndIndex(t *testing.T) {
+	for _, rate := range []float64{1e-6, 0.001, 0.01, 0.05, 0.11, 0.5} {
+		for _, n := range []int{1 << 10, 1 << 14, 1 << 18} {
+			p := newPasses(n, rate, seedOf(n))
+			seen := newFrame(n)
+			for i := range n {
+				at := p.place(i)
+				if p.index(at) != i || seen.get(at) == 1 {
+					t.Fatalf("n %d, rate %v: bit %d goes to %d, which comes from %d", n, rate, i, at, p.index(at))
+				}
+				seen.flip(at)
+			}
+		}
+	}
+}
+
+func TestParity(t *testing.T) {
+	random := rand.New(rand.NewPCG(14, 14))
+	const n = 1 << 10
+	key, _, _ := noisyPair(random, n, 0)
+	v := newView(newPasses(n, 0.02, seedOf(1)), key)
+	for pass := range allPasses {
+		for node := uint32(1); node < 2*n; node++ {
+			var want byte
+			leafs := func(node uint32) (from, to int) {
+				lo, hi := node, node
+				for lo < n {
+					lo, hi = 2*lo, 2*hi+1
+				}
+				return int(lo - n), int(hi - n)
+			}
+			from, to := leafs(node)
+			for at := from; at <= to; at++ {
+				switch {
+				case pass == 0:
+					want ^= key.get(at)
+				case pass == shufflePass:
+					want ^= key.get(v.index(at))
+				default:
+					want ^= key.get(at) & v.masks[pass-firstMask].get(at)
+				}
+			}
+			if got := v.parity(pass, node); got != want {
+				t.Fatalf("pass %d, node %d: got %d, want %d", pass, node, got, want)
+			}
+		}
+	}
+}
+
+// TestSiftIsUniform leaves 3 of 67 matches out, many times: each is left out as often
+// as any other (chi square with 67 degrees of freedom, p > 1e-5).
+func TestSiftIsUniform(t *testing.T) {
+	const n, need, runs = 67, 64, 4000
+	matches := make([]byte, packedBytes(n))
+	for i := range n {
+		setBit(matches, i, 1)
+	}
+	p := Params{KeyBits: need, TestBits: 0}
+	var kept [n]int
+	for bit := range n {
+		values := make([]byte, packedBytes(n))
+		setBit(values, bit, 1)
+		for run := range runs {
+			key, _ := sift(p, seedOf(run*n+bit), matches, make([]byte, len(matches)), values)
+			if key[0] != 0 {
+				kept[bit]++
+			}
+		}
+	}
+	const expected = float64(runs) * (n - need) / n
+	chi := 0.0
+	for _, k := range kept {
+		left := float64(runs - k)
+		chi += (left - expected) * (left - expected) / (expected * need / n)
+	}
+	if chi > 125 {
+		t.Errorf("chi square %.1f", chi)
+	}
+}
+
+// TestSiftKeepsTheEndsInStep gives both ends the same bits at the matches and other
+// bits elsewhere.
+func TestSiftKeepsTheEndsInStep(t *testing.T) {
+	random := rand.New(rand.NewPCG(15, 15))
+	const n = 3000
+	p := Params{KeyBits: 256, TestBits: 101}
+	matches, bases := randomBits(random, n), randomBits(random, n)
+	a, b := randomBits(random, n), randomBits(random, n)
+	for i := range n {
+		if bitAt(matches, i) == 1 && bitAt(a, i) != bitAt(b, i) {
+			b[i>>3] ^= 1 << (i & 7)
+		}
+	}
+	keyA, testA := sift(p, seedOf(1), matches, bases, a)
+	keyB, testB := sift(p, seedOf(1), matches, bases, b)
+	if !slices.Equal(keyA, keyB) || !bytes.Equal(testA, testB) {
+		t.Error("the ends sifted different bits")
+	}
+	if other, _ := sift(p, seedOf(2), matches, bases, a); slices.Equal(keyA, other) {
+		t.Error("the seed does not matter")
+	}
+}
+
+func BenchmarkAmplify(b *testing.B) {
+	random := rand.New(rand.NewPCG(16, 16))
+	key, seed := randomBits(random, textbook.KeyBits), randomBits(random, textbook.KeyBits-1)
+	for b.Loop() {
+		amplify(key, textbook.KeyBits, seed, textbook.SecretBits)
+	}
+	b.ReportMetric(float64(textbook.KeyBits)*float64(b.N)/b.Elapsed().Seconds()/1e6, "Mbit/s")
+}

@@ -1,0 +1,158 @@
+package distill
+
+import (
+	"math"
+	"math/bits"
+	"math/rand/v2"
+)
+
+// The passes of reconciliation, the same at both ends. The first looks at the key
+// as it is, the second at a shuffled key in longer blocks, and each of the rest at
+// the bits that a random mask selects, as one block. A mask shows an error pattern
+// that the passes before it miss with probability 1/2, for one bit of leak, and
+// needs no shuffle of its own.
+const (
+	shufflePass = 1
+	firstMask   = 2
+	maskPasses  = 24
+	allPasses   = firstMask + maskPasses
+)
+
+// secondBlock is how many errors a block of the second pass is expected to have at
+// first. Martinez-Mateo et al. (arXiv 1407.3257) and our own figures would leak less
+// with blocks twice or four times as long (f of 1.03 instead of 1.04 at 2 %), but the
+// two passes then send each other back and forth for 500 to 1100 rounds instead of
+// 200: every found error makes one block of the other pass odd again, and the longer
+// the blocks, the longer such a chain. The length of the secret is fixed by LeakLimit,
+// so that a leak within it costs nothing, and a round costs a journey.
+const secondBlock = 3
+
+// passes says which key bits each block of each pass is made of. A block is halved
+// down to single bits. Node 1 is the whole key in the order of the pass, nodes 2i and
+// 2i+1 are the halves of node i, and nodes n to 2n-1 are single bits.
+type passes struct {
+	rate  float64           // of errors, expected
+	log   int               // of the key's length
+	top   [allPasses]int    // log of the length of a block
+	masks [maskPasses]frame // of the third pass and on
+
+	// The second pass's order, see place.
+	deal, back   []uint32 // a permutation of its blocks, and the inverse
+	shift, flips []uint32 // of each run: how far it is rotated before, flipped after
+}
+
+// newPasses makes the passes for a key of n bits, a power of two, in which errors are
+// expected at the given rate. The seed must be drawn after the last bit was measured.
+// It is public, and so is all that is made of it: every parity that goes over the
+// channel is counted, whichever bits are in it, so a poor choice leaks more or fails
+// verification, and gives nothing away uncounted.
+func newPasses(n int, rate float64, seed [32]byte) *passes {
+	p := &passes{rate: rate, log: bits.Len(uint(n)) - 1}
+	p.top[0] = max(2, min(int(math.Round(-math.Log2(rate))), p.log-6))
+	p.top[shufflePass] = max(p.top[0]+1, min(int(math.Round(math.Log2(secondBlock/rate))), p.log-4))
+	for i := firstMask; i < allPasses; i++ {
+		p.top[i] = p.log
+	}
+	random := rand.NewChaCha8(seed)
+	p.shuffle(random)
+	for i := range p.masks {
+		p.masks[i] = newFrame(n)
+		for j := range p.masks[i] {
+			p.masks[i][j] = random.Uint64()
+		}
+	}
+	return p
+}
+
+// shuffle prepares place: a random permutation of the second pass's blocks, and for
+// each run of the key a random rotation before it and a random flip after it.
+func (p *passes) shuffle(random *rand.ChaCha8) {
+	blocks := 1 << (p.log - p.top[shufflePass])
+	runs := 1 << p.top[shufflePass]
+	p.deal = make([]uint32, blocks)
+	p.back = make([]uint32, blocks)
+	for i := range p.deal {
+		j := uniform(random, i+1)
+		p.deal[i] = p.deal[j]
+		p.deal[j] = uint32(i)
+	}
+	for i, block := range p.deal {
+		p.back[block] = uint32(i)
+	}
+	p.shift = make([]uint32, runs)
+	p.flips = make([]uint32, runs)
+	for run := range runs {
+		p.shift[run] = uint32(uniform(random, blocks))
+		p.flips[run] = uint32(uniform(random, blocks))
+	}
+}
+
+// place is where the second pass has key bit i. The key is cut into runs of as many
+// bits as there are blocks, and each run gives one bit to each block. So two errors
+// that one block of the first pass holds, and hides from it, fall into two blocks of
+// the second.
+func (p *passes) place(i int) int {
+	blocks := len(p.deal)
+	run := i / blocks
+	block := p.deal[(i+int(p.shift[run]))&(blocks-1)] ^ p.flips[run]
+	return int(block)*len(p.shift) + run
+}
+
+// index is the key bit that the second pass has at a place.
+func (p *passes) index(place int) int {
+	blocks := len(p.deal)
+	run, block := place&(len(p.shift)-1), uint32(place/len(p.shift))
+	return run*blocks + (int(p.back[block^p.flips[run]])-int(p.shift[run]))&(blocks-1)
+}
+
+// uniform draws a number from 0 to n-1, each with the same probability (Lemire, ACM
+// TOMACS 29, 2019). It is written out here because both ends must draw the same,
+// whatever version of the standard library each was built with.
+func uniform(random *rand.ChaCha8, n int) int {
+	hi, lo := bits.Mul64(random.Uint64(), uint64(n))
+	if lo < uint64(n) {
+		for least := -uint64(n) % uint64(n); lo < least; {
+			hi, lo = bits.Mul64(random.Uint64(), uint64(n))
+		}
+	}
+	return int(hi)
+}
+
+// view is a key with what the passes need to take parities of it.
+type view struct {
+	*passes
+	key   frame
+	mixed frame // the key in the order of the second pass
+}
+
+func newView(p *passes, key frame) *view {
+	v := &view{passes: p, key: key, mixed: newFrame(1 << p.log)}
+	for i := range v.mixed {
+		var word uint64
+		for j := range 64 {
+			word |= uint64(key.get(p.index(64*i+j))) << j
+		}
+		v.mixed[i] = word
+	}
+	return v
+}
+
+// parity is the parity of a node.
+func (v *view) parity(pass int, node uint32) byte {
+	depth := bits.Len32(node) - 1
+	size := v.log - depth
+	first := int(node-1<<depth) << size
+	switch pass {
+	case 0:
+		return v.key.parity(first, size)
+	case shufflePass:
+		return v.mixed.parity(first, size)
+	}
+	return v.key.maskedParity(v.masks[pass-firstMask], first, size)
+}
+
+// flip changes key bit i.
+func (v *view) flip(i int) {
+	v.key.flip(i)
+	v.mixed.flip(v.place(i))
+}

@@ -1,0 +1,249 @@
+package handover
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// The bounds of a message. What lies beyond them no KME of ours says: the door
+// refuses the whole message. What one request may not have is not a matter of
+// bounds but of the receiver's admission, and is refused alone.
+const (
+	MaxRequests   = 256  // requests in a batch
+	MaxAtoms      = 4096 // atoms in a batch, and keys in a Void
+	MaxSlaves     = 64   // slaves of one request
+	MaxBits       = 4096 // size of one key, in bits
+	MinBits       = 64
+	MaxBlockAtoms = 1 << 20 // atoms in a block: 2^28 bits
+	MaxLinks      = 1024    // links in a Hello
+	MaxNameBytes  = 64      // node names and link IDs, in bytes
+	MaxRequestID  = 128     // in bytes
+	MaxTTL        = 366 * 24 * time.Hour
+)
+
+// Check says what is wrong with h, nil if nothing is.
+func (h Hello) Check() error {
+	if h.KME == (identity.KME{}) {
+		return errors.New("hello of no KME")
+	}
+	if err := checkRun(h.Node, h.Run); err != nil {
+		return fmt.Errorf("hello: %w", err)
+	}
+	if len(h.Links) > MaxLinks {
+		return fmt.Errorf("hello names %d links, more than %d", len(h.Links), MaxLinks)
+	}
+	seen := make(map[string]bool, len(h.Links))
+	for _, l := range h.Links {
+		if err := checkName("link", l.Link); err != nil {
+			return fmt.Errorf("hello: %w", err)
+		}
+		if seen[l.Link] {
+			return fmt.Errorf("hello names link %s twice", l.Link)
+		}
+		seen[l.Link] = true
+		if l.Session < 0 || l.TTL < 0 || l.Pool < 0 {
+			return fmt.Errorf("hello: a figure of link %s is negative", l.Link)
+		}
+	}
+	return nil
+}
+
+// Check says what is wrong with r, nil if nothing is.
+func (r BlockRef) Check() error {
+	if err := checkName("link", r.Link); err != nil {
+		return err
+	}
+	if r.Session < 1 || r.Block < 0 {
+		return fmt.Errorf("session %d, block %d of link %s: sessions start at 1, blocks at 0", r.Session, r.Block, r.Link)
+	}
+	return nil
+}
+
+// Check says what is wrong with h, nil if nothing is.
+func (h Held) Check() error {
+	if err := h.BlockRef.Check(); err != nil {
+		return fmt.Errorf("held: %w", err)
+	}
+	if h.Atoms < 1 || h.Atoms > MaxBlockAtoms {
+		return fmt.Errorf("held: block %s of %d atoms, want 1 to %d", h.BlockRef, h.Atoms, MaxBlockAtoms)
+	}
+	if !h.Owners.Valid(h.Atoms) {
+		return fmt.Errorf("held: block %s: owners do not fit its %d atoms", h.BlockRef, h.Atoms)
+	}
+	return nil
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a HeldAnswer) Check() error {
+	switch a {
+	case Equal, Different, NotYet, Never:
+		return nil
+	}
+	return fmt.Errorf("answer to held is %.20q", string(a))
+}
+
+// Check says what is wrong with a, nil if nothing is. After it every Key has an
+// ID and lies in one chunk. Whether a request repeats an atom of its own or of
+// another is left to DecideFresh, which refuses that request alone.
+func (a Announce) Check() error {
+	if err := checkBatch(a.Node, a.Run, a.Batch); err != nil {
+		return fmt.Errorf("announce: %w", err)
+	}
+	if n := len(a.Requests); n < 1 || n > MaxRequests {
+		return fmt.Errorf("announce of %d requests, want 1 to %d", n, MaxRequests)
+	}
+	atoms := 0
+	seen := make(map[string]bool, len(a.Requests))
+	for _, r := range a.Requests {
+		if err := r.check(); err != nil {
+			return fmt.Errorf("announce: request %.40q: %w", r.ID, err)
+		}
+		if seen[r.ID] {
+			return fmt.Errorf("announce: request %.40q is there twice", r.ID)
+		}
+		seen[r.ID] = true
+		atoms += r.AtomCount()
+	}
+	if atoms > MaxAtoms {
+		return fmt.Errorf("announce of %d atoms, more than %d", atoms, MaxAtoms)
+	}
+	return nil
+}
+
+func (r Request) check() error {
+	if r.ID == "" || len(r.ID) > MaxRequestID {
+		return fmt.Errorf("request ID of %d bytes, want 1 to %d", len(r.ID), MaxRequestID)
+	}
+	if err := checkName("link", r.Link); err != nil {
+		return err
+	}
+	if r.Master == (identity.SAE{}) {
+		return errors.New("no master")
+	}
+	if n := len(r.Slaves); n < 1 || n > MaxSlaves {
+		return fmt.Errorf("%d slaves, want 1 to %d", n, MaxSlaves)
+	}
+	slaves := make(map[identity.SAE]bool, len(r.Slaves))
+	for _, s := range r.Slaves {
+		if s == (identity.SAE{}) || slaves[s] {
+			return errors.New("a slave is nobody, or there twice")
+		}
+		slaves[s] = true
+	}
+	if r.Bits < MinBits || r.Bits > MaxBits || r.Bits%8 != 0 {
+		return fmt.Errorf("keys of %d bits, want %d to %d in multiples of 8", r.Bits, MinBits, MaxBits)
+	}
+	if r.TTL < 1 || r.TTL > MaxTTL.Milliseconds() {
+		return fmt.Errorf("lifetime of %d ms", r.TTL)
+	}
+	if len(r.Keys) == 0 {
+		return errors.New("no keys")
+	}
+	for _, k := range r.Keys {
+		if err := k.check(r.Bits); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k Key) check(bits int) error {
+	if want := (bits + key.AtomBits - 1) / key.AtomBits; len(k.Atoms) != want {
+		return fmt.Errorf("a key of %d bits has %d atoms, want %d", bits, len(k.Atoms), want)
+	}
+	if k.Session < 1 || k.Block < 0 || k.First < 0 || k.First >= MaxBlockAtoms {
+		return fmt.Errorf("key %s: session %d, block %d, first atom %d", k.ID(), k.Session, k.Block, k.First)
+	}
+	if k.First%key.ChunkAtoms+len(k.Atoms) > key.ChunkAtoms {
+		return fmt.Errorf("key %s reaches beyond its chunk", k.ID())
+	}
+	return nil
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a AnnounceAnswer) Check() error {
+	switch a.Standing {
+	case Fresh, Repeat:
+	case Ahead, Stale:
+		if len(a.Results) > 0 {
+			return fmt.Errorf("answer to announce: %d results to a batch that is %s", len(a.Results), a.Standing)
+		}
+	default:
+		return fmt.Errorf("answer to announce: standing %.20q", string(a.Standing))
+	}
+	if len(a.Results) > MaxRequests {
+		return fmt.Errorf("answer to announce: %d results", len(a.Results))
+	}
+	lacking := 0
+	for _, r := range a.Results {
+		if r.Accepted && len(r.Lacking) > 0 {
+			return fmt.Errorf("answer to announce: request %.40q is accepted and lacks atoms", r.ID)
+		}
+		lacking += len(r.Lacking)
+	}
+	if lacking > MaxAtoms {
+		return fmt.Errorf("answer to announce: %d atoms lacking", lacking)
+	}
+	return nil
+}
+
+// Check says what is wrong with v, nil if nothing is.
+func (v Void) Check() error {
+	if err := checkBatch(v.Node, v.Run, v.Batch); err != nil {
+		return fmt.Errorf("void: %w", err)
+	}
+	if n := len(v.Keys); n < 1 || n > MaxAtoms {
+		return fmt.Errorf("void of %d keys, want 1 to %d", n, MaxAtoms)
+	}
+	return nil
+}
+
+// Check says what is wrong with r, nil if nothing is.
+func (r RunStarted) Check() error {
+	if err := checkRun(r.Node, r.Run); err != nil {
+		return fmt.Errorf("run: %w", err)
+	}
+	return nil
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a Assigned) Check() error {
+	if a.Run < 1 || a.Batch < 1 {
+		return fmt.Errorf("assigned: run %d, batch %d", a.Run, a.Batch)
+	}
+	if len(a.Atoms) == 0 || a.Atoms[0] != a.Key {
+		return fmt.Errorf("assigned: key %s is not its own first atom", a.Key)
+	}
+	return nil
+}
+
+func checkBatch(node string, run, batch int64) error {
+	if batch < 1 {
+		return fmt.Errorf("batch %d: batches start at 1", batch)
+	}
+	return checkRun(node, run)
+}
+
+func checkRun(node string, run int64) error {
+	if run < 1 {
+		return fmt.Errorf("run %d: runs start at 1", run)
+	}
+	return checkName("node", node)
+}
+
+// checkName allows what node names and link IDs are made of.
+func checkName(what, name string) error {
+	if name == "" || len(name) > MaxNameBytes {
+		return fmt.Errorf("%s name of %d bytes, want 1 to %d", what, len(name), MaxNameBytes)
+	}
+	for _, c := range []byte(name) {
+		if c <= ' ' || c > '~' {
+			return fmt.Errorf("%s name %q has a character that cannot be printed", what, name)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,89 @@
+package kme
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/qutemail/kme/internal/audit"
+)
+
+// Alarm is something an operator should know of. It stands from Since until its
+// cause is gone.
+type Alarm struct {
+	Name  string // what it is about: hsm, peer-km2, link-km1-km2 ...
+	Text  string
+	Since time.Time
+}
+
+// alarms are those that stand now.
+type alarms struct {
+	mu       sync.Mutex
+	standing map[string]Alarm
+}
+
+// raise records an alarm and lets it stand; one that stands already is only updated.
+func (k *KME) raise(ctx context.Context, name, text string) {
+	k.alarms.mu.Lock()
+	old, stands := k.alarms.standing[name]
+	if k.alarms.standing == nil {
+		k.alarms.standing = make(map[string]Alarm)
+	}
+	a := Alarm{Name: name, Text: text, Since: k.Now()}
+	if stands {
+		a.Since = old.Since
+	}
+	k.alarms.standing[name] = a
+	k.alarms.mu.Unlock()
+	if stands {
+		return
+	}
+	k.Log.Error("alarm", "about", name, "text", text)
+	ev := k.own(audit.Alarm)
+	ev.Outcome, ev.Reason = audit.Failed, name+": "+text
+	k.note(ctx, ev)
+}
+
+// clear ends an alarm whose cause is gone.
+func (k *KME) clear(ctx context.Context, name string) {
+	k.alarms.mu.Lock()
+	a, stood := k.alarms.standing[name]
+	delete(k.alarms.standing, name)
+	k.alarms.mu.Unlock()
+	if !stood {
+		return
+	}
+	k.Log.Info("alarm over", "about", name, "stood", k.Now().Sub(a.Since).Round(time.Millisecond))
+	ev := k.own(audit.Alarm)
+	ev.Reason = name + " is over"
+	k.note(ctx, ev)
+}
+
+// note records an event that no request waits for. An event lost because the
+// database is away is still in the log, and the alarms say that it is away.
+func (k *KME) note(ctx context.Context, evs ...audit.Event) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := k.Store.Record(ctx, evs...); err != nil {
+		k.Log.Warn("recording an event", "action", evs[0].Action, "err", err)
+	}
+}
+
+// Alarms lists those that stand, oldest first.
+func (k *KME) Alarms() []Alarm {
+	k.alarms.mu.Lock()
+	defer k.alarms.mu.Unlock()
+	list := make([]Alarm, 0, len(k.alarms.standing))
+	for _, a := range k.alarms.standing {
+		list = append(list, a)
+	}
+	slices.SortFunc(list, func(a, b Alarm) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name)) })
+	return list
+}
+
+// own is the beginning of an event about an act of this node.
+func (k *KME) own(a audit.Action) audit.Event {
+	return audit.Event{Action: a, Outcome: audit.Done, Actor: audit.Actor{Role: "node", ID: k.Node}}
+}

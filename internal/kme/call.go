@@ -1,0 +1,126 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
+)
+
+// requestTime bounds a request from the moment it is judged, whatever its client does.
+const requestTime = 5 * time.Second
+
+// call is one request of an SAE on its way to exactly one outcome event.
+type call struct {
+	k   *KME
+	sae identity.SAE
+	ev  audit.Event
+}
+
+// begin starts the record of a request.
+func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identity.SAE) *call {
+	sae, _ := c.SAE()
+	cert := c.Certificate()
+	return &call{k: k, sae: sae, ev: audit.Event{
+		Action: a, Request: rid, Peer: other.String(),
+		Actor: audit.Actor{
+			Role: string(c.Role()), ID: c.ID(), Rule: c.Rule(), Remote: c.Remote(),
+			Serial: cert.Serial, Issuer: cert.Issuer, Fingerprint: cert.Fingerprint,
+		},
+	}}
+}
+
+// judge decides whether the caller may do this with the other SAE, here. An
+// unknown SAE and a forbidden one look alike.
+func (c *call) judge(other identity.SAE, number, bits int) *problem.Error {
+	if c.sae == (identity.SAE{}) {
+		return problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
+	}
+	set := c.k.Policies()
+	if !set.Homed(c.sae, c.k.Self) {
+		return problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, c.k.Self))
+	}
+	q := policies.Question{Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits, Provenance: key.LocalRNG}
+	if l, err := c.k.route(other); err == nil && l != nil {
+		q.Provenance = l.Provenance
+	} else {
+		q.SameKME = err == nil
+	}
+	d := set.Decide(q)
+	c.ev.Policy = d.Policies
+	if !d.Allow {
+		return problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
+	}
+	return nil
+}
+
+// refuse records that the request ended badly and returns what the door answers.
+// A refusal that cannot be recorded is counted for the summary that follows when
+// the database is back, and answered as unavailable: no answer without its record.
+func (c *call) refuse(ctx context.Context, err error) error {
+	var p *problem.Error
+	if !errors.As(err, &p) {
+		p = c.k.classify(err)
+	}
+	c.ev.Outcome, c.ev.Reason = audit.Refused, p.Error()
+	if p.Kind == problem.Unavailable || p.Kind == problem.Internal {
+		c.ev.Outcome = audit.Failed
+	}
+	return c.k.recordOrCount(ctx, p, c.ev)
+}
+
+// recordOrCount writes the outcome event of a refused request and returns p, or
+// the 503 that stands for it while the database is away.
+func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Event) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer cancel()
+	err := k.Store.Record(ctx, ev)
+	if err == nil {
+		return p
+	}
+	k.outage.count()
+	return &problem.Error{Kind: problem.Unavailable, RetryAfter: time.Second, Err: fmt.Errorf("recording a refusal (%w): %w", p, err)}
+}
+
+// late records that what the call asked for was committed after it was answered 503.
+func (c *call) late() {
+	ev := c.ev
+	ev.Action, ev.Outcome, ev.Reason = audit.Lost, audit.Failed, "committed after the caller was told 503"
+	go c.k.note(context.Background(), ev) // the committer calls late: it cannot wait for itself
+}
+
+// classify says what a failure of an organ means to a caller.
+func (k *KME) classify(err error) *problem.Error {
+	switch {
+	case errors.Is(err, hsm.ErrTampered):
+		return problem.Because(problem.Unavailable, err)
+	case errors.Is(err, hsm.ErrUnavailable), errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrDropped),
+		errors.Is(err, store.ErrDoubt), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return &problem.Error{Kind: problem.Unavailable, RetryAfter: time.Second, Err: err}
+	}
+	return problem.Because(problem.Internal, err)
+}
+
+// unavailable is a 503 with a sentence for the caller and the cause for the operator.
+func unavailable(retry time.Duration, detail string, cause error) *problem.Error {
+	return &problem.Error{Kind: problem.Unavailable, Detail: detail, RetryAfter: retry, Err: cause}
+}
+
+// able is nil when this node can hand out keys at all.
+func (k *KME) able() *problem.Error {
+	if err := k.hsmWell(); err != nil {
+		return unavailable(time.Second, "the key store is not available", fmt.Errorf("HSM: %w", err))
+	}
+	if err := k.Store.Healthy(); err != nil {
+		return unavailable(time.Second, "the key store is not available", fmt.Errorf("database: %w", err))
+	}
+	return nil
+}

@@ -1,0 +1,200 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
+)
+
+// notFound is the fixed message of 014, 6.4. Whether a key never was, is gone or
+// is another pair's is in the audit only.
+const notFound = "one or more keys specified are not found on KME"
+
+// DecKeys is Get key with key IDs of 014, 5.4: the caller takes keys that master
+// asked for. All of them or none; each only once.
+func (k *KME) DecKeys(ctx context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (etsi014.Container, error) {
+	call := k.begin(c, rid, audit.DecKeys, master)
+	call.ev.Keys = ids
+	taken, err := k.take(ctx, call, master, ids)
+	if err != nil {
+		return etsi014.Container{}, call.refuse(ctx, err)
+	}
+	failpoint.Hit(failpoint.DecCommitted)
+	keys := make([]etsi014.Key, len(taken))
+	for i, t := range taken {
+		keys[i] = etsi014.Key{ID: t.row.Key, Material: t.material, Provenance: t.row.Provenance}
+	}
+	return etsi014.Container{Keys: keys}, nil
+}
+
+// taken is a key on its way to its taker.
+type taken struct {
+	row      store.Due
+	material key.Material
+}
+
+// take judges the request against the rows and policy, unwraps and commits. The
+// zero master stands for whoever asked for the keys (the legacy door names none).
+func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.ID) (keys []taken, err error) {
+	if c.sae == (identity.SAE{}) {
+		return nil, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
+	}
+	if err := k.able(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer cancel()
+	rows, named, err := k.Store.FindDue(ctx, c.sae, ids)
+	if err != nil {
+		return nil, fmt.Errorf("finding keys: %w", err)
+	}
+	due, err := k.entitled(c, master, ids, rows, named)
+	if err != nil {
+		return nil, err
+	}
+	keys = make([]taken, 0, len(due))
+	defer func() {
+		if err != nil {
+			for _, t := range keys {
+				t.material.Wipe()
+			}
+		}
+	}()
+	refs := make([]store.DueRef, len(due))
+	for i, d := range due {
+		plain, err := k.unsealDue(ctx, d)
+		if errors.Is(err, hsm.ErrTampered) {
+			k.raise(ctx, "tampered-"+d.Key.String(), fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", d.Key, d.SAE))
+		}
+		if err != nil {
+			return keys, fmt.Errorf("unwrapping key %s: %w", d.Key, err)
+		}
+		keys = append(keys, taken{d, key.NewMaterial(plain)})
+		refs[i] = store.DueRef{Key: d.Key, ExpiryEpoch: d.ExpiryEpoch}
+	}
+	failpoint.Hit(failpoint.DecUnwrapped)
+	done := c.ev
+	done.Outcome = audit.Done
+	err = k.Store.Take(ctx, store.TakeJob{SAE: c.sae, Rows: refs, How: "taken", Events: []audit.Event{done}, Late: func(committed bool) {
+		if committed {
+			c.late()
+		}
+	}})
+	if errors.Is(err, store.ErrShort) || errors.Is(err, store.ErrExpired) {
+		return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: fmt.Errorf("taken by another request at the same time: %w", err)}
+	}
+	return keys, err
+}
+
+// entitled finds the rows that the caller may take now, in the order asked for.
+// Being named for another's key outweighs everything else (014, 5.4: 401).
+func (k *KME) entitled(c *call, master identity.SAE, ids []key.ID, rows map[key.ID]store.Taken, named map[key.ID]bool) ([]store.Due, error) {
+	for _, id := range ids {
+		if _, mine := rows[id]; !mine && named[id] {
+			return nil, problem.Because(problem.Unauthorized, fmt.Errorf("%s is not named for key %s", c.sae, id))
+		}
+	}
+	absent := func(format string, args ...any) error {
+		return &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: fmt.Errorf(format, args...)}
+	}
+	due := make([]store.Due, len(ids))
+	for i, id := range ids {
+		row, ok := rows[id]
+		switch {
+		case !ok:
+			return nil, absent("key %s is unknown here", id)
+		case master != (identity.SAE{}) && row.Master != master:
+			return nil, absent("key %s was asked for by %s, not %s", id, row.Master, master)
+		case row.Gone != "":
+			return nil, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{id, row.Gone}}
+		case !k.Now().Before(row.ExpiresAt):
+			return nil, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{id, "expired"}}
+		}
+		due[i] = row.Due
+	}
+	set := k.Policies()
+	c.ev.Master, c.ev.Slaves, c.ev.Bits = due[0].Master.String(), []string{c.sae.String()}, due[0].Bits
+	c.ev.Provenance, c.ev.PeerNode, c.ev.PeerRun, c.ev.Batch = due[0].Provenance, due[0].Node, due[0].Run, due[0].Batch
+	if !set.Homed(c.sae, k.Self) {
+		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, k.Self))
+	}
+	d := set.Decide(policies.Question{Action: string(audit.DecKeys), Caller: c.sae, Other: due[0].Master, Number: len(ids), Bits: due[0].Bits, Provenance: due[0].Provenance})
+	c.ev.Policy = d.Policies
+	if !d.Allow {
+		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("policy does not let %s take keys of %s", c.sae, due[0].Master))
+	}
+	return due, nil
+}
+
+// goneError says that a key was there and has ended.
+type goneError struct {
+	id  key.ID
+	how string
+}
+
+func (e goneError) Error() string { return fmt.Sprintf("key %s is gone: %s", e.id, e.how) }
+
+// AnswerLost records that an answer was committed and could not be delivered: the
+// keys in it are burned. It never undoes anything.
+func (k *KME) AnswerLost(ctx context.Context, c identity.Caller, rid string, err error) {
+	ev := k.begin(c, rid, audit.Lost, identity.SAE{}).ev
+	ev.Outcome, ev.Reason = audit.Failed, err.Error()
+	k.note(ctx, ev)
+}
+
+// Status is Get status of 014, 5.2.
+func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
+	call := k.begin(c, rid, audit.Status, slave)
+	if err := call.judge(slave, 0, 0); err != nil {
+		return etsi014.Status{}, call.refuse(ctx, err)
+	}
+	l, err := k.route(slave)
+	if err != nil {
+		return etsi014.Status{}, call.refuse(ctx, err)
+	}
+	limits := k.Limits()
+	s := etsi014.Status{
+		SourceKME: k.Self.String(), TargetKME: k.Self.String(), Master: call.sae.String(), Slave: slave.String(),
+		KeySize: limits.KeySize, MaxPerRequest: limits.MaxPerRequest, MaxSize: limits.MaxSize, MinSize: limits.MinSize, MaxSAEs: limits.MaxSAEs,
+		Max: k.PoolLimit,
+	}
+	if l != nil {
+		s.TargetKME = l.Peer.String()
+		if s.Stored, err = k.Store.Stored(ctx, l.ID); err != nil {
+			return etsi014.Status{}, call.refuse(ctx, fmt.Errorf("counting the pool: %w", err))
+		}
+		s.Max = max(s.Max, s.Stored)
+	} else {
+		s.Stored = k.PoolLimit // made at request time: as many as are asked for
+	}
+	done := call.ev
+	done.Outcome = audit.Done
+	ctx, cancel := context.WithTimeout(ctx, requestTime)
+	defer cancel()
+	if err := k.Store.Record(ctx, done); err != nil {
+		return etsi014.Status{}, call.refuse(ctx, err)
+	}
+	return s, nil
+}
+
+// Limits are what this KME serves: keys of one atom, for one slave.
+func (k *KME) Limits() etsi014.Limits {
+	return etsi014.Limits{KeySize: key.AtomBits, MinSize: key.AtomBits, MaxSize: key.AtomBits, MaxPerRequest: 128, MaxSAEs: 0}
+}
+
+// Refused records what a door itself turned away after TLS, and returns what to answer.
+func (k *KME) Refused(ctx context.Context, c identity.Caller, rid, route string, err error) error {
+	call := k.begin(c, rid, audit.Malformed, identity.SAE{})
+	call.ev.Route = route
+	return call.refuse(ctx, err)
+}

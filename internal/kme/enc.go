@@ -1,0 +1,250 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// order is what a master asks for, with every default filled in.
+type order struct {
+	slave  identity.SAE
+	number int
+	bits   int // size of each key
+	ttl    time.Duration
+}
+
+// issue is what it gets.
+type issue struct {
+	keys       []etsi014.Key
+	provenance key.Provenance
+	expires    time.Time
+}
+
+// EncKeys is Get key of 014, 5.3: new keys for the caller (master) and slave.
+func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
+	got, err := k.initiate(ctx, k.begin(c, rid, audit.EncKeys, slave), order{slave: slave, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL})
+	return etsi014.Container{Keys: got.keys}, err
+}
+
+// initiate judges an order and fills it. On an error nothing was handed out.
+func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
+	if err := c.judge(o.slave, o.number, o.bits); err != nil {
+		return issue{}, c.refuse(ctx, err)
+	}
+	c.ev.Master, c.ev.Slaves, c.ev.Bits = c.sae.String(), []string{o.slave.String()}, o.bits
+	if err := k.able(); err != nil {
+		return issue{}, c.refuse(ctx, err)
+	}
+	l, err := k.route(o.slave)
+	if err != nil {
+		return issue{}, c.refuse(ctx, err)
+	}
+	// From here on the request lives by its own clock: a client that goes away
+	// must not leave a key half handed over.
+	client := ctx
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer cancel()
+	var got issue
+	if l == nil {
+		got, err = k.initiateHere(ctx, c, o)
+	} else {
+		got, err = l.initiate(ctx, client, c, o)
+	}
+	if err != nil {
+		wipe(got.keys)
+		return issue{}, c.refuse(ctx, err)
+	}
+	failpoint.Hit(failpoint.EncCommitted)
+	return got, nil
+}
+
+// route finds the way to a slave: a link to its home, or, with neither link nor
+// error, this KME itself. For a key, the slave's home is one that is not the
+// master's, if there is one.
+func (k *KME) route(slave identity.SAE) (*link, error) {
+	home, ok := k.Policies().Home(slave, k.Self)
+	if ok && home == k.Self {
+		return nil, nil
+	}
+	for _, l := range k.links {
+		if ok && l.Peer == home {
+			return l, nil
+		}
+	}
+	return nil, problem.New(problem.Invalid, "no link leads to the KME of the slave SAE")
+}
+
+// initiate hands out keys of the link's pool: unwrap, announce, commit.
+func (l *link) initiate(ctx, client context.Context, c *call, o order) (got issue, err error) {
+	k := l.k
+	c.ev.Link = l.ID
+	if !k.isReady() {
+		return got, unavailable(time.Second, "the key store is starting", errors.New("the takeover of this node's earlier run is not finished"))
+	}
+	atoms := (o.bits + key.AtomBits - 1) / key.AtomBits
+	lends, err := l.pool.take(ctx, o.number, atoms)
+	if err != nil {
+		return got, err
+	}
+	if lends == nil {
+		return got, unavailable(5*time.Second, "not enough keys are stored", fmt.Errorf("link %s has fewer than %d keys of %d bits", l.ID, o.number, o.bits))
+	}
+	failpoint.Hit(failpoint.EncLeased)
+	got, bad, err := l.open(ctx, lends, o)
+	if err != nil {
+		if errors.Is(err, hsm.ErrTampered) {
+			l.quarantine(ctx, c.ev.Request, bad, err)
+			lends = without(lends, bad)
+		}
+		l.pool.give(lends)
+		return got, err
+	}
+	failpoint.Hit(failpoint.EncUnwrapped)
+
+	c.ev.Provenance, c.ev.Keys, c.ev.Atoms = got.provenance, keyIDs(got.keys), ranges(lends)
+	request := l.request(c.ev.Request, c.sae, o, lends, atoms)
+	fate := l.ask(ctx, client, request, lends)
+	if fate.err != nil {
+		return got, fate.err // whoever settled it has dealt with the atoms
+	}
+	failpoint.Hit(failpoint.EncAnnounceAnswered)
+	return got, l.commit(ctx, c, lends, fate.batch)
+}
+
+// commit deletes what the peer has assigned and records it; then the keys may be
+// answered. A commit that fails, or whose outcome is not known in time, leaves
+// keys that nobody may get: they are burned here and voided at the peer.
+func (l *link) commit(ctx context.Context, c *call, lends []lent, batch int64) error {
+	served := c.ev
+	served.Outcome, served.Batch = audit.Done, batch
+	owed := debt{link: l, lends: lends, request: c.ev.Request, batch: batch, void: c.ev.Keys}
+	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Events: []audit.Event{served}, Late: func(committed bool) {
+		if committed {
+			c.late()
+		} else {
+			l.k.owe(owed)
+		}
+	}})
+	if err != nil && !errors.Is(err, store.ErrDoubt) {
+		l.k.owe(owed)
+	}
+	return err
+}
+
+// open unwraps the atoms of an order and makes its keys of them. On an error it
+// names the atom that would not open.
+func (l *link) open(ctx context.Context, lends []lent, o order) (issue, lent, error) {
+	got := issue{provenance: lends[0].from.Provenance, expires: l.k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
+	per := len(lends) / o.number
+	for i := 0; i < len(lends); i += per {
+		secret := make([]byte, 0, per*key.AtomBytes)
+		for _, a := range lends[i : i+per] {
+			plain, err := l.k.unsealAtom(ctx, a.Atom, *a.from)
+			if err != nil {
+				clear(secret[:cap(secret)])
+				wipe(got.keys)
+				return issue{}, a, fmt.Errorf("unwrapping atom %s: %w", a.ID, err)
+			}
+			secret = append(secret, plain...)
+			clear(plain)
+		}
+		clear(secret[o.bits/8:]) // a smaller key is the first bits of an atom
+		got.keys = append(got.keys, etsi014.Key{ID: lends[i].ID, Material: key.NewMaterial(secret[:o.bits/8]), Provenance: got.provenance})
+	}
+	return got, lent{}, nil
+}
+
+// request is what the peer is asked to assign.
+func (l *link) request(rid string, master identity.SAE, o order, lends []lent, per int) handover.Request {
+	r := handover.Request{ID: rid, Link: l.ID, Master: master, Slaves: []identity.SAE{o.slave}, Bits: o.bits, TTL: o.ttl.Milliseconds()}
+	for i := 0; i < len(lends); i += per {
+		first := lends[i]
+		k := handover.Key{Session: first.from.Session, Block: first.from.Block, First: first.Index}
+		for _, a := range lends[i : i+per] {
+			k.Atoms = append(k.Atoms, a.ID)
+		}
+		r.Keys = append(r.Keys, k)
+	}
+	return r
+}
+
+// initiateHere serves a pair of SAEs that are both homed here: the key is made in
+// the HSM at request time, sealed for the slave and committed in one transaction.
+func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error) {
+	got := issue{provenance: key.LocalRNG, expires: k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
+	epoch := key.EpochAt(k.Now(), k.EpochLength)
+	var dues []store.Due
+	for range o.number {
+		secret := make([]byte, o.bits/8)
+		if err := k.Token.Random(ctx, secret); err != nil {
+			return got, fmt.Errorf("making a key: %w", err)
+		}
+		id := key.NewLocalID(epoch.Start(k.EpochLength))
+		got.keys = append(got.keys, etsi014.Key{ID: id, Material: key.NewMaterial(secret), Provenance: key.LocalRNG})
+		due := store.Due{Key: id, SAE: o.slave, Master: c.sae, Bits: o.bits, Provenance: key.LocalRNG, ExpiresAt: got.expires, Node: k.Node, Run: k.run.Load()}
+		if err := k.sealDue(ctx, &due, secret); err != nil {
+			return got, fmt.Errorf("sealing a key: %w", err)
+		}
+		dues = append(dues, due)
+	}
+	c.ev.Provenance, c.ev.Keys = key.LocalRNG, keyIDs(got.keys)
+	served := c.ev
+	served.Outcome = audit.Done
+	return got, k.Store.Serve(ctx, store.ServeJob{Due: dues, Events: []audit.Event{served}, Late: func(committed bool) {
+		if committed {
+			c.late()
+		}
+	}})
+}
+
+func keyIDs(keys []etsi014.Key) []key.ID {
+	ids := make([]key.ID, len(keys))
+	for i := range keys {
+		ids[i] = keys[i].ID
+	}
+	return ids
+}
+
+func wipe(keys []etsi014.Key) {
+	for _, k := range keys {
+		k.Material.Wipe()
+	}
+}
+
+func without(lends []lent, bad lent) []lent {
+	kept := make([]lent, 0, len(lends))
+	for _, a := range lends {
+		if a.ID != bad.ID {
+			kept = append(kept, a)
+		}
+	}
+	return kept
+}
+
+// ranges sums up atoms as runs of consecutive ones, in order.
+func ranges(lends []lent) []audit.Atoms {
+	var rs []audit.Atoms
+	for _, a := range lends {
+		if n := len(rs); n > 0 {
+			last := &rs[n-1]
+			if last.Link == a.from.Link && last.Session == a.from.Session && last.Block == a.from.Block && last.First+last.Count == a.Index {
+				last.Count++
+				continue
+			}
+		}
+		rs = append(rs, audit.Atoms{Link: a.from.Link, Session: a.from.Session, Block: a.from.Block, First: a.Index, Count: 1})
+	}
+	return rs
+}

@@ -1,0 +1,199 @@
+package kme
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// intake cuts a block into atoms, wraps each in the HSM the moment it exists,
+// stores them HELD and has the other end told. The bits are wiped before it
+// returns. If the process dies before HELD is committed, the session dies with
+// it, and the other end is answered NEVER: nothing of the block is ever used.
+func (l *link) intake(ctx context.Context, b qlink.Block) error {
+	defer clear(b.Bits)
+	failpoint.Hit(failpoint.IntakeDistilled)
+	k := l.k
+	if k.Production && b.Provenance == key.Simulated {
+		return fmt.Errorf("block %d is simulated: this node is set to production", b.Block)
+	}
+	block, err := l.wrap(ctx, b)
+	if err != nil {
+		return err
+	}
+	failpoint.Hit(failpoint.IntakeWrapped)
+	ev := k.own(audit.Hold)
+	ev.Link, ev.Peer, ev.Provenance, ev.Count, ev.Bits = l.ID, l.Peer.String(), b.Provenance, len(block.Atoms), key.AtomBits
+	ev.Atoms = []audit.Atoms{{Link: l.ID, Session: b.Session, Block: b.Block, Count: len(block.Atoms)}}
+	ev.Reason = fmt.Sprintf("qber %.4f, leak %d bits, %d secret bits", b.QBER, b.Leak, b.Length)
+	if err := k.Store.HoldBlock(ctx, block, ev); err != nil {
+		return fmt.Errorf("holding block %s: %w", block.BlockRef, err)
+	}
+	failpoint.Hit(failpoint.IntakeHeldCommitted)
+	k.hurry()
+	return nil
+}
+
+// wrap names the atoms of a block and seals each alone.
+func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
+	k := l.k
+	block := store.Block{
+		BlockRef: handover.BlockRef{Link: l.ID, Session: b.Session, Block: b.Block},
+		Epoch:    key.Epoch(b.Terms.Epoch), Owners: handover.Owners(b.Terms.Owners), Mine: l.End,
+		Provenance: b.Provenance, Atoms: make([]store.Atom, b.Outcome.Atoms()),
+	}
+	kek, err := k.keks.forEpoch(ctx, block.Epoch)
+	if err != nil {
+		return block, err
+	}
+	name := key.Name{Link: l.ID, Session: b.Session, Block: b.Block, Transcript: b.Transcript}
+	ids := make([]key.ID, len(block.Atoms))
+	for i := range ids {
+		ids[i] = name.ID(block.Epoch.Start(k.EpochLength), i)
+	}
+	block.Digest = handover.DigestOf(ids, block.Owners)
+	workers := runtime.GOMAXPROCS(0)
+	g, ctx := errgroup.WithContext(ctx)
+	for w := range workers {
+		g.Go(func() error {
+			var aad [256]byte
+			for i := w; i < len(ids); i += workers {
+				plain := b.Bits[i*key.AtomBytes : (i+1)*key.AtomBytes]
+				iv, ct, err := kek.kek.Wrap(ctx, plain, AtomAAD(aad[:0], k.Self, kek.id, block.BlockRef, i, ids[i], b.Provenance))
+				if err != nil {
+					return fmt.Errorf("wrapping atom %d of block %s: %w", i, block.BlockRef, err)
+				}
+				block.Atoms[i] = store.Atom{ID: ids[i], Index: i, KEK: kek.id, IV: iv, CT: ct}
+			}
+			return nil
+		})
+	}
+	return block, g.Wait()
+}
+
+// tellPeers repeats, until it is answered, what the peers must hear: which blocks
+// we hold, and which assigned keys they must void.
+func (k *KME) tellPeers(ctx context.Context) {
+	for id, l := range k.links {
+		blocks, err := k.Store.HeldBlocks(ctx, id)
+		if err != nil {
+			return // the database is away; its own alarm stands
+		}
+		for _, h := range blocks {
+			if err := l.tellHeld(ctx, h); err != nil {
+				k.Log.Debug("telling of a held block", "block", h.BlockRef.String(), "err", err)
+				break
+			}
+		}
+	}
+	voids, err := k.Store.Voids(ctx)
+	if err != nil {
+		return
+	}
+	for _, v := range voids {
+		client := k.Peers[v.Peer]
+		if client == nil {
+			continue // a peer that is no longer configured: its voids stand in the table for the operator
+		}
+		ctx, cancel := context.WithTimeout(ctx, announceTime)
+		err := client.Void(ctx, v.Void)
+		if err == nil {
+			err = k.Store.AckVoid(ctx, v)
+		}
+		cancel()
+		if err != nil {
+			k.Log.Debug("telling of a void", "peer", v.Peer.String(), "err", err)
+			return
+		}
+	}
+}
+
+// tellHeld says HELD for one block and acts on the answer.
+func (l *link) tellHeld(ctx context.Context, h handover.Held) error {
+	ctx, cancel := context.WithTimeout(ctx, announceTime)
+	defer cancel()
+	answer, err := l.client.Held(ctx, h)
+	if err != nil {
+		return err
+	}
+	failpoint.Hit(failpoint.IntakeHeldSent)
+	if err := l.k.Store.HeardHeldAnswer(ctx, h.BlockRef, answer, l.k.blockEvents(h.BlockRef, h.Atoms)); err != nil {
+		return err
+	}
+	switch answer {
+	case handover.Equal:
+		failpoint.Hit(failpoint.IntakeReady)
+	case handover.Different:
+		l.k.raise(ctx, "block-"+h.BlockRef.String(), "the other end holds another block under this name: both copies are dropped")
+	}
+	return nil
+}
+
+// oldest is the first epoch whose atoms are still used.
+func (k *KME) oldest() key.Epoch {
+	return key.EpochAt(k.Now().Add(-k.PoolTTL), k.EpochLength)
+}
+
+// expire ends what has outlived its time, counts the HSM's work, makes the next
+// epochs and writes the summary of an outage that is over.
+func (k *KME) expire(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := k.Store.Healthy(); err != nil {
+		k.raise(ctx, "database", "the database does not answer: "+err.Error())
+		return
+	}
+	k.clear(ctx, "database")
+	k.summarise(ctx)
+	for {
+		n, err := k.Store.ExpireDue(ctx, k.Now(), expireBatch, k.dueExpired)
+		if err != nil {
+			k.Log.Warn("expiring assigned keys", "err", err)
+		}
+		if err != nil || n < expireBatch {
+			break
+		}
+	}
+	if _, err := k.Store.ExpirePool(ctx, k.oldest(), k.poolExpired); err != nil {
+		k.Log.Warn("expiring the pool", "err", err)
+	}
+	k.keks.count(ctx)
+	if k.hsmWell() == nil {
+		if err := k.keks.prepare(ctx); err != nil {
+			k.raise(ctx, "epochs", "the next epochs cannot be opened: "+err.Error())
+		} else {
+			k.clear(ctx, "epochs")
+		}
+	}
+}
+
+// expireBatch is how many rows one transaction expires.
+const expireBatch = 500
+
+func (k *KME) dueExpired(rows []store.DueRef) audit.Event {
+	ev := k.own(audit.Expire)
+	ev.Count, ev.Reason = len(rows), "not taken in time"
+	for _, r := range rows {
+		ev.Keys = append(ev.Keys, r.Key)
+	}
+	return ev
+}
+
+func (k *KME) poolExpired(link string, atoms []audit.Atoms) audit.Event {
+	ev := k.own(audit.Expire)
+	ev.Link, ev.Atoms, ev.Reason = link, atoms, "not asked for in time"
+	for _, a := range atoms {
+		ev.Count += a.Count
+	}
+	return ev
+}

@@ -1,0 +1,204 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// keyring holds the KEKs that this node has opened: session copies in the HSM,
+// one KEK per epoch. It makes the epochs ahead of need.
+type keyring struct {
+	k  *KME
+	mu sync.Mutex // held while a KEK is made or opened: rare, and never on the hot path
+
+	snapshot sync.Map // kek id (int64) -> *hsm.KEK
+	current  sync.Map // key.Epoch -> openKEK
+
+	counted map[int64]int64 // wraps already in the register; owned by whoever calls count
+}
+
+// openKEK is a KEK ready for use and the id that rows know it by.
+type openKEK struct {
+	id  int64
+	kek *hsm.KEK
+}
+
+func newKeyring(k *KME) *keyring { return &keyring{k: k, counted: make(map[int64]int64)} }
+
+// prepare opens the epochs that the next hour needs, so that no request waits for one.
+func (r *keyring) prepare(ctx context.Context) error {
+	now := key.EpochAt(r.k.Now(), r.k.EpochLength)
+	last := key.EpochAt(r.k.Now().Add(r.k.DefaultTTL), r.k.EpochLength) + 1
+	for e := now; e <= last; e++ {
+		if _, err := r.forEpoch(ctx, e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forEpoch is the KEK under which what belongs to epoch e is sealed. It makes the
+// epoch's partitions and KEK if they do not exist.
+func (r *keyring) forEpoch(ctx context.Context, e key.Epoch) (openKEK, error) {
+	if v, ok := r.current.Load(e); ok {
+		return v.(openKEK), nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if v, ok := r.current.Load(e); ok {
+		return v.(openKEK), nil
+	}
+	if _, err := r.k.Store.EnsureEpoch(ctx, e); err != nil {
+		return openKEK{}, fmt.Errorf("opening epoch %d: %w", e, err)
+	}
+	rows, err := r.k.Store.KEKs(ctx)
+	if err != nil {
+		return openKEK{}, fmt.Errorf("listing KEKs: %w", err)
+	}
+	for _, row := range rows {
+		if row.Epoch == e && row.State == "open" {
+			return r.open(ctx, row)
+		}
+	}
+	return r.make(ctx, e)
+}
+
+// make creates a KEK in the token and registers it. If the process dies between
+// the two, the token object is left without a row: nothing was sealed under it.
+func (r *keyring) make(ctx context.Context, e key.Epoch) (openKEK, error) {
+	label := fmt.Sprintf("kek-%s-%s", r.k.Self, e.Start(r.k.EpochLength).UTC().Format("20060102T150405"))
+	info, err := r.k.Token.NewKEK(ctx, label)
+	if err != nil {
+		return openKEK{}, fmt.Errorf("making the KEK of epoch %d: %w", e, err)
+	}
+	ev := r.k.own(audit.KEKMade)
+	ev.Reason = fmt.Sprintf("%s, check value %x", label, info.CheckValue)
+	row, err := r.k.Store.AddKEK(ctx, store.KEK{Epoch: e, Label: info.Label, PKCS11ID: info.ID, CheckValue: info.CheckValue[:], State: "open"}, ev)
+	if err != nil {
+		return openKEK{}, fmt.Errorf("registering the KEK of epoch %d: %w", e, err)
+	}
+	if string(row.PKCS11ID) != string(info.ID) { // another node was first
+		if err := r.k.Token.DestroyKEK(ctx, info); err != nil {
+			r.k.Log.Warn("destroying a KEK that is not needed", "label", label, "err", err)
+		}
+	}
+	return r.open(ctx, row)
+}
+
+func (r *keyring) open(ctx context.Context, row store.KEK) (openKEK, error) {
+	if v, ok := r.snapshot.Load(row.ID); ok {
+		o := openKEK{row.ID, v.(*hsm.KEK)}
+		r.current.Store(row.Epoch, o)
+		return o, nil
+	}
+	if len(row.CheckValue) != 3 {
+		return openKEK{}, fmt.Errorf("KEK %d has a check value of %d bytes, want 3", row.ID, len(row.CheckValue))
+	}
+	kek, err := r.k.Token.OpenKEK(ctx, hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)})
+	if err != nil {
+		return openKEK{}, fmt.Errorf("opening KEK %d of epoch %d: %w", row.ID, row.Epoch, err)
+	}
+	r.snapshot.Store(row.ID, kek)
+	o := openKEK{row.ID, kek}
+	if row.State == "open" {
+		r.current.Store(row.Epoch, o)
+	}
+	return o, nil
+}
+
+// byID is the KEK that a row names.
+func (r *keyring) byID(ctx context.Context, id int64) (*hsm.KEK, error) {
+	if v, ok := r.snapshot.Load(id); ok {
+		return v.(*hsm.KEK), nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rows, err := r.k.Store.KEKs(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("listing KEKs: %w", err)
+	}
+	for _, row := range rows {
+		if row.ID == id {
+			o, err := r.open(ctx, row)
+			return o.kek, err
+		}
+	}
+	return nil, fmt.Errorf("no KEK %d is registered", id)
+}
+
+// count adds the wraps made since the last call to the register, KEK by KEK.
+func (r *keyring) count(ctx context.Context) {
+	wraps := make(map[int64]int64)
+	r.snapshot.Range(func(id, kek any) bool {
+		if n := kek.(*hsm.KEK).Wraps(); n > r.counted[id.(int64)] {
+			wraps[id.(int64)] = n - r.counted[id.(int64)]
+		}
+		return true
+	})
+	if len(wraps) == 0 {
+		return
+	}
+	if err := r.k.Store.AddWraps(ctx, wraps); err != nil {
+		r.k.Log.Warn("counting wraps", "err", err)
+		return
+	}
+	for id, n := range wraps {
+		r.counted[id] += n
+	}
+}
+
+func (r *keyring) close() {
+	r.snapshot.Range(func(_, kek any) bool {
+		if err := kek.(*hsm.KEK).Close(); err != nil && !errors.Is(err, hsm.ErrUnavailable) {
+			r.k.Log.Warn("giving up a KEK's session copy", "err", err)
+		}
+		return true
+	})
+}
+
+// unsealAtom opens a pool atom. The caller wipes what it gets.
+func (k *KME) unsealAtom(ctx context.Context, a store.Atom, l store.Lease) ([]byte, error) {
+	kek, err := k.keks.byID(ctx, a.KEK)
+	if err != nil {
+		return nil, err
+	}
+	var buf [256]byte
+	return kek.Unwrap(ctx, a.IV, a.CT, AtomAAD(buf[:0], k.Self, a.KEK, l.BlockRef, a.Index, a.ID, l.Provenance))
+}
+
+// unsealDue opens a key that waits for one SAE. The caller wipes what it gets.
+func (k *KME) unsealDue(ctx context.Context, d store.Due) ([]byte, error) {
+	kek, err := k.keks.byID(ctx, d.KEK)
+	if err != nil {
+		return nil, err
+	}
+	var buf [512]byte
+	return kek.Unwrap(ctx, d.IV, d.CT, DueAAD(buf[:0], k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread))
+}
+
+// sealDue seals plain for d.SAE under the KEK of the epoch in which d expires,
+// and completes d. It does not wipe plain.
+func (k *KME) sealDue(ctx context.Context, d *store.Due, plain []byte) error {
+	d.ExpiryEpoch = key.EpochAt(d.ExpiresAt, k.EpochLength)
+	o, err := k.keks.forEpoch(ctx, d.ExpiryEpoch)
+	if err != nil {
+		return err
+	}
+	d.KEK = o.id
+	var buf [512]byte
+	d.IV, d.CT, err = o.kek.Wrap(ctx, plain, DueAAD(buf[:0], k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread))
+	return err
+}
+
+// expiry is when a key that lives for ttl from now ends, in the audit's precision.
+func (k *KME) expiry(ttl time.Duration) time.Time {
+	return k.Now().Add(ttl).Truncate(audit.Clock)
+}

@@ -1,0 +1,263 @@
+// Package kme is the core: the one place where the rules of key delivery live.
+// Doors (014, legacy, peers, operators) hand it a Caller that was made from a
+// verified certificate and get an answer or a problem.Error; the organs (store,
+// HSM, policy, link) do what it says.
+//
+// It promises: every request that a handler saw gets exactly one outcome event in
+// the audit, written before the answer; a key leaves at most once for each SAE
+// that is named for it; plain key bytes live for one request, in buffers that are
+// wiped; and whatever is gone (HSM, database, peer, link), callers are told 503
+// and nothing is consumed unless the peer may already have assigned it.
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
+)
+
+// Config says what a KME node is made of. Everything must be set unless said otherwise.
+type Config struct {
+	Self     identity.KME
+	Node     string // unique within the site
+	Store    *store.DB
+	Token    *hsm.Token
+	Policies func() *policies.Set // the current set; swapped as a whole on reload
+	Peers    map[identity.KME]*peer.Client
+	Links    []LinkConfig
+	Log      *slog.Logger
+	Now      func() time.Time // the one clock
+
+	DataDir     string        // run file and outage file, both fsynced
+	EpochLength time.Duration // the same at both ends of a link
+	DefaultTTL  time.Duration // lifetime of an assigned key that nobody asked to be shorter or longer
+	MaxTTL      time.Duration
+	PoolTTL     time.Duration // how long an unassigned atom stays useful
+	PoolLimit   int           // atoms per link, both owners together, above which no light is sent
+	Production  bool          // refuses simulated keys
+}
+
+// KME is one node of a Key Management Entity.
+type KME struct {
+	Config
+	run     atomic.Int64 // 0 until Run has begun it
+	started time.Time
+	keks    *keyring
+	links   map[string]*link
+	hsmDown atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
+	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
+	alarms  alarms
+	outage  *outage
+	debts   debts
+
+	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
+	news      chan struct{} // there is something to tell a peer
+}
+
+// New checks the configuration and prepares a node. It touches neither the
+// database nor the HSM; Run does.
+func New(c Config) (*KME, error) {
+	if c.Store == nil || c.Token == nil || c.Policies == nil || c.Log == nil || c.Now == nil || c.DataDir == "" || c.Node == "" {
+		return nil, errors.New("configuring the KME: a part is missing")
+	}
+	if c.EpochLength <= 0 || c.DefaultTTL <= 0 || c.MaxTTL < c.DefaultTTL || c.PoolTTL <= 0 || c.PoolLimit <= 0 {
+		return nil, errors.New("configuring the KME: epoch length, lifetimes and pool limit must be positive, and the longest lifetime at least the default")
+	}
+	k := &KME{
+		Config:    c,
+		started:   c.Now(),
+		links:     make(map[string]*link),
+		debts:     debts{more: make(chan struct{}, 1)},
+		takenOver: make(chan struct{}),
+		news:      make(chan struct{}, 1),
+	}
+	k.hsmDown.Store("")
+	k.keks = newKeyring(k)
+	for _, lc := range c.Links {
+		if c.Peers[lc.Peer] == nil {
+			return nil, fmt.Errorf("configuring the KME: link %s: no client for peer %s", lc.ID, lc.Peer)
+		}
+		k.links[lc.ID] = newLink(k, lc)
+	}
+	var err error
+	if k.outage, err = openOutage(c.DataDir); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// Run starts the node's next run and serves until ctx ends or the node may serve
+// no more (another process has taken over its name). The doors may be opened as
+// soon as started is called; what cannot be done yet is answered 503.
+func (k *KME) Run(ctx context.Context, started func()) error {
+	if err := k.beginRun(ctx); err != nil {
+		return err
+	}
+	if err := k.keks.prepare(ctx); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return k.watchFence(ctx) })
+	g.Go(func() error { return k.takeOver(ctx) })
+	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
+	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
+	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
+	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.greet) })
+	g.Go(func() error { return k.payDebts(ctx) })
+	for _, l := range k.links {
+		g.Go(func() error { return l.announce(ctx) })
+		g.Go(func() error { return l.distil(ctx) })
+	}
+	started()
+	err := g.Wait()
+	k.stopped()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// watchFence ends the node when another process has bumped its run.
+func (k *KME) watchFence(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-k.Store.Fenced():
+		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more", k.Node, k.run.Load())
+	}
+}
+
+// every calls do at once and then once per interval, and earlier when there is
+// news (which may be nil), until ctx ends.
+func (k *KME) every(ctx context.Context, interval time.Duration, news <-chan struct{}, do func(context.Context)) error {
+	t := time.NewTicker(interval)
+	defer t.Stop()
+	for {
+		do(ctx)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		case <-news:
+		}
+	}
+}
+
+// hurry has the peers told what there is to tell, now.
+func (k *KME) hurry() {
+	select {
+	case k.news <- struct{}{}:
+	default:
+	}
+}
+
+// isReady says whether this node may lease and announce.
+func (k *KME) isReady() bool {
+	select {
+	case <-k.takenOver:
+		return true
+	default:
+		return false
+	}
+}
+
+// stopped records that the node stops, as well as it can: the database may be what stopped it.
+func (k *KME) stopped() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if err := k.Store.Record(ctx, k.own(audit.Stop)); err != nil {
+		k.Log.Warn("recording the stop", "err", err)
+	}
+	k.keks.close()
+}
+
+// beat asks the HSM whether it is well. While it is not, nothing is wrapped or unwrapped.
+func (k *KME) beat(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	err := k.Token.Heartbeat(ctx)
+	if err == nil {
+		k.hsmDown.Store("")
+		k.clear(ctx, "hsm")
+		return
+	}
+	k.hsmDown.Store(err.Error())
+	k.raise(ctx, "hsm", "HSM token does not answer: "+err.Error())
+}
+
+// hsmWell is nil while the HSM answers its heartbeat.
+func (k *KME) hsmWell() error {
+	if why := k.hsmDown.Load().(string); why != "" {
+		return errors.New(why)
+	}
+	return nil
+}
+
+// greet says hello to every peer: it notices a clock that is off and a peer that is gone.
+func (k *KME) greet(ctx context.Context) {
+	for id, client := range k.Peers {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		before := k.Now()
+		h, err := client.Hello(ctx, k.hello(ctx))
+		cancel()
+		name := peerAlarm(id)
+		if err != nil {
+			k.raise(ctx, name, fmt.Sprintf("%s does not answer: %v", id, err))
+			continue
+		}
+		k.clear(ctx, name)
+		k.judgeClock(ctx, id, h, before)
+	}
+}
+
+// peerAlarm is the name of the alarm that a peer does not answer.
+func peerAlarm(id identity.KME) string { return "peer-" + id.String() }
+
+const (
+	clockAlarm = time.Second      // an offset that operators should know of
+	clockLimit = 30 * time.Second // an offset beyond which no block is made
+)
+
+// judgeClock compares the peer's clock with the middle of the exchange.
+func (k *KME) judgeClock(ctx context.Context, id identity.KME, h handover.Hello, before time.Time) {
+	middle := before.Add(k.Now().Sub(before) / 2)
+	ahead := time.UnixMilli(h.Clock).Sub(middle)
+	k.offsets.Store(id, ahead)
+	offset := ahead.Abs()
+	for _, l := range k.links {
+		if l.Peer == id {
+			l.skewed.Store(offset > clockLimit)
+		}
+	}
+	if name := "clock-" + id.String(); offset > clockAlarm {
+		k.raise(ctx, name, fmt.Sprintf("the clocks here and at %s differ by %v", id, offset.Round(time.Millisecond)))
+	} else {
+		k.clear(ctx, name)
+	}
+}
+
+func (k *KME) hello(ctx context.Context) handover.Hello {
+	h := handover.Hello{KME: k.Self, Node: k.Node, Run: k.run.Load(), Clock: k.Now().UnixMilli()}
+	for id, l := range k.links {
+		session, err := k.Store.Session(ctx, id)
+		if err != nil {
+			continue // the database is away: the rest of the hello still says that we live
+		}
+		h.Links = append(h.Links, handover.HelloLink{Link: l.ID, Session: session, TTL: k.DefaultTTL.Milliseconds(), Pool: k.PoolLimit})
+	}
+	return h
+}

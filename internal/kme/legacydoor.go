@@ -1,0 +1,103 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/legacy"
+	"github.com/qutemail/kme/internal/problem"
+)
+
+// LegacyLimits are what the legacy door holds requests to: those of 014, and lifetimes.
+func (k *KME) LegacyLimits() legacy.Limits {
+	l := k.Limits()
+	return legacy.Limits{KeySize: l.KeySize, MinSize: l.MinSize, MaxSize: l.MaxSize, TTL: k.DefaultTTL, MaxTTL: k.MaxTTL}
+}
+
+// RequestKey is the legacy form of Get key: one key for the caller and recipient.
+func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, recipient identity.SAE, bits int, ttl time.Duration) (legacy.Issued, error) {
+	call := k.begin(c, rid, audit.EncKeys, recipient)
+	got, err := k.initiate(ctx, call, order{slave: recipient, number: 1, bits: bits, ttl: ttl})
+	if err != nil {
+		return legacy.Issued{}, err
+	}
+	return legacy.Issued{
+		ID: got.keys[0].ID, Material: got.keys[0].Material, Bits: bits,
+		Algorithm: algorithm(got.provenance), Source: source(got.provenance), ExpiresAt: got.expires,
+	}, nil
+}
+
+// RetrieveKey is the legacy form of Get key with key IDs. It tells what became of
+// a key, as its users expect: 404, 403 or 410.
+func (k *KME) RetrieveKey(ctx context.Context, c identity.Caller, rid string, id key.ID) (legacy.Retrieved, error) {
+	call := k.begin(c, rid, audit.DecKeys, identity.SAE{})
+	call.ev.Keys = []key.ID{id}
+	got, err := k.take(ctx, call, identity.SAE{}, call.ev.Keys)
+	if err != nil {
+		return legacy.Retrieved{}, call.refuse(ctx, legacyKind(err))
+	}
+	failpoint.Hit(failpoint.DecCommitted)
+	return legacy.Retrieved{ID: id, Material: got[0].material, Bits: got[0].row.Bits, Algorithm: algorithm(got[0].row.Provenance)}, nil
+}
+
+// legacyKind tells apart what 014 answers alike.
+func legacyKind(err error) error {
+	var gone goneError
+	switch {
+	case errors.As(err, &gone):
+		return problem.Because(problem.Gone, err)
+	case problem.KindOf(err) == problem.Unauthorized:
+		return problem.Because(problem.Forbidden, err)
+	case problem.KindOf(err) == problem.Invalid:
+		return problem.Because(problem.NotFound, err)
+	}
+	return err
+}
+
+func algorithm(p key.Provenance) string {
+	if p == key.LocalRNG {
+		return "RNG"
+	}
+	return "BB84"
+}
+
+func source(p key.Provenance) string {
+	if p == key.LocalRNG {
+		return string(p)
+	}
+	return "pool"
+}
+
+// Service tells how the KME is, in the words of the service it replaces.
+func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (legacy.Service, error) {
+	call := k.begin(c, rid, audit.Status, identity.SAE{})
+	if call.sae == (identity.SAE{}) {
+		return legacy.Service{}, call.refuse(ctx, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE")))
+	}
+	s := legacy.Service{Database: legacy.Connected, HSM: legacy.Connected}
+	if k.hsmWell() != nil {
+		s.HSM = "error: the HSM does not answer"
+	}
+	for _, l := range k.LinkStates() {
+		s.Sessions += int(l.Session)
+		s.ErrorRate = l.Last.QBER
+		n, err := k.Store.Stored(ctx, l.ID)
+		if err != nil {
+			s.Database = "error: the database does not answer"
+			break
+		}
+		s.Stored += n
+	}
+	done := call.ev
+	done.Outcome = audit.Done
+	if err := k.Store.Record(ctx, done); err != nil {
+		k.outage.count()
+		s.Database = "error: the database does not answer"
+	}
+	return s, nil
+}

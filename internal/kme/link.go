@@ -1,0 +1,453 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// LinkConfig says what a link is made of at this end.
+type LinkConfig struct {
+	ID         string
+	Peer       identity.KME
+	End        handover.End
+	Profile    distill.Params
+	Provenance key.Provenance                              // of the keys that it makes
+	Interval   time.Duration                               // least time from the start of a block to that of the next
+	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
+	Dial       func(context.Context) (*peer.Stream, error) // Alice's end only: the classical channel
+	Box        func(context.Context) (*qlink.Box, error)   // this end of the quantum channel
+	Random     io.Reader                                   // seeds and public choices: crypto/rand XOR the HSM
+}
+
+// link is one quantum link at this node: its leased pool, the announcer of its
+// keys and the distillation of new ones.
+type link struct {
+	LinkConfig
+	k      *KME
+	client *peer.Client
+	pool   pool
+	asks   chan *ask
+	doubt  atomic.Bool // an announce is unanswered: new requests are refused
+	skewed atomic.Bool // the peer's clock is too far off to make blocks
+
+	mu     sync.Mutex
+	stream *peer.Stream // of the session under way; a new one closes it
+	state  LinkState
+}
+
+// LinkState is what operators see of a link.
+type LinkState struct {
+	ID       string
+	Peer     identity.KME
+	End      handover.End
+	State    string // down, open, full, paused
+	Why      string // what is in the way, if anything is
+	Session  int64
+	Blocks   int // distilled since this process started
+	Aborts   int
+	Stage    string          // of the block under way
+	Done     float64         // of that stage, 0 to 1
+	Last     distill.Outcome // of the last block or abort; without bits
+	LastAt   time.Time
+	LastTook time.Duration
+	LastWhy  string // why the last block was aborted; "" if it was not
+}
+
+// askQueue is how many requests may wait for an announce: what the request
+// deadline allows, and no more.
+const askQueue = 512
+
+func newLink(k *KME, c LinkConfig) *link {
+	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue)}
+	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down"}
+	l.pool = pool{
+		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
+		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
+		fresh:  func(e key.Epoch) bool { return e >= k.oldest() },
+	}
+	return l
+}
+
+// update changes what operators see.
+func (l *link) update(change func(*LinkState)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	change(&l.state)
+}
+
+// LinkStates lists the state of every link.
+func (k *KME) LinkStates() []LinkState {
+	list := make([]LinkState, 0, len(k.links))
+	for _, lc := range k.Config.Links {
+		l := k.links[lc.ID]
+		l.mu.Lock()
+		list = append(list, l.state)
+		l.mu.Unlock()
+	}
+	return list
+}
+
+// distil runs the link's sessions, one after another. Bob's end waits to be
+// called: see Classical.
+func (l *link) distil(ctx context.Context) error {
+	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
+		if l.End == handover.Alice {
+			began := l.k.Now()
+			err := l.alice(ctx)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			l.down(err)
+			if l.k.Now().Sub(began) > repeatMax {
+				wait = repeatMin
+			}
+		} else {
+			wait = repeatMax
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+// down notes that a session has ended.
+func (l *link) down(err error) {
+	if errors.Is(err, context.Canceled) {
+		return
+	}
+	l.k.Log.Warn("link session ended", "link", l.ID, "err", err)
+	l.update(func(s *LinkState) { s.State, s.Why, s.Stage, s.Done = "down", err.Error(), "", 0 })
+	l.k.raise(context.Background(), "link-"+l.ID, fmt.Sprintf("link %s is down: %v", l.ID, err))
+}
+
+// The frames that open a session, before distillation has the channel for itself.
+const (
+	frameOffer = 1 // Alice: the link and the highest session she has opened
+	frameKnown = 2 // Bob: the highest he has opened
+	frameOpen  = 3 // Alice, then Bob: the session that is now open at this end, durably
+)
+
+type sessionFrame struct {
+	Link    string `json:"link"`
+	Session int64  `json:"session"`
+}
+
+func say(s *peer.Stream, kind byte, f sessionFrame) error {
+	body, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	return s.Send(kind, body)
+}
+
+func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
+	got, body, err := s.Recv()
+	if err != nil {
+		return sessionFrame{}, err
+	}
+	var f sessionFrame
+	if got != kind {
+		return f, fmt.Errorf("frame of kind %d, want %d", got, kind)
+	}
+	if err := json.Unmarshal(body, &f); err != nil || f.Session < 0 {
+		return f, fmt.Errorf("frame of kind %d does not parse: %w", kind, err)
+	}
+	return f, nil
+}
+
+// alice leads one session: she dials, opens a session with a number higher than
+// either end has ever opened, and distils block after block.
+func (l *link) alice(ctx context.Context) error {
+	mine, err := l.k.Store.Session(ctx, l.ID)
+	if err != nil {
+		return fmt.Errorf("reading the session: %w", err)
+	}
+	s, err := l.Dial(ctx)
+	if err != nil {
+		return fmt.Errorf("opening the classical channel to %s: %w", l.Peer, err)
+	}
+	defer s.Close()
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer stop()
+	if err := say(s, frameOffer, sessionFrame{l.ID, mine}); err != nil {
+		return err
+	}
+	theirs, err := hear(s, frameKnown)
+	if err != nil {
+		return fmt.Errorf("opening a session: %w", err)
+	}
+	session := max(mine, theirs.Session) + 1
+	if err := l.openHere(ctx, session); err != nil {
+		return err
+	}
+	if err := say(s, frameOpen, sessionFrame{l.ID, session}); err != nil {
+		return err
+	}
+	if f, err := hear(s, frameOpen); err != nil || f.Session != session {
+		return fmt.Errorf("opening session %d: the peer opened %d: %w", session, f.Session, err)
+	}
+	return l.session(ctx, s, session)
+}
+
+// Classical is the handler of the classical door: one call a stream, at Bob's end.
+func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) {
+	offer, err := hear(s, frameOffer)
+	if err != nil {
+		k.Log.Warn("classical channel", "from", from.String(), "err", err)
+		return
+	}
+	l := k.links[offer.Link]
+	if l == nil || l.Peer != from || l.End != handover.Bob {
+		k.raise(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %q, of which it is not Alice's end", from, offer.Link))
+		return
+	}
+	if err := l.bob(ctx, s, offer); ctx.Err() == nil {
+		l.down(err)
+	}
+}
+
+// bob follows one session.
+func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) error {
+	l.replace(s)
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer stop()
+	mine, err := l.k.Store.Session(ctx, l.ID)
+	if err != nil {
+		return fmt.Errorf("reading the session: %w", err)
+	}
+	if err := say(s, frameKnown, sessionFrame{l.ID, mine}); err != nil {
+		return err
+	}
+	f, err := hear(s, frameOpen)
+	if err != nil {
+		return fmt.Errorf("opening a session: %w", err)
+	}
+	if f.Session <= max(mine, offer.Session) {
+		return fmt.Errorf("opening a session: the peer opened %d, not above %d and %d", f.Session, mine, offer.Session)
+	}
+	if err := l.openHere(ctx, f.Session); err != nil {
+		return err
+	}
+	if err := say(s, frameOpen, f); err != nil {
+		return err
+	}
+	return l.session(ctx, s, f.Session)
+}
+
+// replace closes the stream of an earlier session that has not noticed its end.
+func (l *link) replace(s *peer.Stream) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.stream != nil {
+		l.stream.Close()
+	}
+	l.stream = s
+}
+
+// openHere commits that a session is open here, and with it that all older ones are
+// closed: from now on this end answers NEVER for blocks of those that it does not hold.
+func (l *link) openHere(ctx context.Context, session int64) error {
+	ev := l.k.own(audit.LinkOpen)
+	ev.Link, ev.Peer, ev.Reason = l.ID, l.Peer.String(), fmt.Sprintf("session %d as %s", session, l.End)
+	if err := l.k.Store.OpenSession(ctx, l.ID, session, ev); err != nil {
+		return fmt.Errorf("opening session %d: %w", session, err)
+	}
+	l.k.hurry() // blocks held in older sessions are settled now
+	return nil
+}
+
+// session distils blocks until something fails that is more than a bad block.
+func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error {
+	source, done, err := l.source(ctx, s, session)
+	if err != nil {
+		return fmt.Errorf("opening the quantum channel: %w", err)
+	}
+	defer done()
+	l.update(func(st *LinkState) { st.State, st.Why, st.Session = "open", "", session })
+	l.k.clear(ctx, "link-"+l.ID)
+	for {
+		if l.End == handover.Alice {
+			if err := l.room(ctx); err != nil {
+				return err
+			}
+		}
+		began := l.k.Now()
+		block, err := source.Next(ctx)
+		var abort *distill.Abort
+		switch {
+		case errors.Is(err, qlink.ErrCut):
+			l.cut(ctx, err)
+		case errors.As(err, &abort):
+			l.aborted(ctx, block, abort, l.k.Now().Sub(began))
+		case err != nil:
+			return err
+		default:
+			if err := l.intake(ctx, block); err != nil {
+				return err
+			}
+			l.distilled(ctx, block, l.k.Now().Sub(began))
+		}
+		if l.End == handover.Alice {
+			if err := l.pace(ctx, began); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// cut notes that no light passes; the next block is tried as if nothing had been.
+func (l *link) cut(ctx context.Context, err error) {
+	l.update(func(st *LinkState) { st.State, st.Why, st.Stage, st.Done = "down", err.Error(), "", 0 })
+	l.k.raise(ctx, "link-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, err))
+}
+
+// source opens this end of the quantum channel for a session.
+func (l *link) source(ctx context.Context, s *peer.Stream, session int64) (blockSource, func(), error) {
+	if l.Filler > 0 {
+		f, err := qlink.NewFiller(qlink.FillerConfig{
+			End: l.End, Link: l.ID, Session: session, Channel: s, Atoms: l.Filler, Random: l.Random, Terms: l.terms, Accept: l.accept,
+		})
+		return f, func() {}, err
+	}
+	box, err := l.Box(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	done := func() { _ = box.Close() }
+	source, err := qlink.NewSource(ctx, l.distillation(s, box, session))
+	if err != nil {
+		done()
+		return nil, nil, err
+	}
+	return source, done, nil
+}
+
+// blockSource is where the secret blocks of a session come from.
+type blockSource interface {
+	Next(context.Context) (qlink.Block, error)
+}
+
+// distillation is what a source of this end is made of.
+func (l *link) distillation(s *peer.Stream, box *qlink.Box, session int64) qlink.SourceConfig {
+	return qlink.SourceConfig{
+		End: l.End, Link: l.ID, Session: session, Channel: s, Box: box, Params: l.Profile, Random: l.Random, Log: l.k.Log,
+		Terms:  l.terms,
+		Stored: func() int { return 0 }, // Alice counts both ends' shares in her own register
+		Accept: l.accept,
+		Progress: func(stage string, done float64) {
+			l.update(func(st *LinkState) { st.Stage, st.Done = stage, done })
+		},
+	}
+}
+
+// terms are named by Alice's end: the epoch of the block and who owns which chunk.
+func (l *link) terms(atoms, _ int) distill.Terms {
+	ctx, cancel := context.WithTimeout(context.Background(), requestTime)
+	defer cancel()
+	here, there, err := l.k.Store.Pool(ctx, l.ID)
+	if err != nil {
+		here, there = 0, 0 // the hold that follows will say that the database is away
+	}
+	return distill.Terms{
+		Epoch:  int64(key.EpochAt(l.k.Now(), l.k.EpochLength)),
+		Owners: string(handover.Share(atoms, here, there)),
+	}
+}
+
+// epochSlack is how far the ends' clocks may differ at the border of two epochs.
+const epochSlack = 30 * time.Second
+
+// accept judges Alice's terms at Bob's end: his own clock's epoch, or the
+// neighbour close to the border.
+func (l *link) accept(t distill.Terms, atoms int) error {
+	if !handover.Owners(t.Owners).Valid(atoms) {
+		return fmt.Errorf("owners %q of %d atoms", t.Owners, atoms)
+	}
+	now, e := l.k.Now(), key.Epoch(t.Epoch)
+	if now.Before(e.Start(l.k.EpochLength).Add(-epochSlack)) || now.After(e.End(l.k.EpochLength).Add(epochSlack)) {
+		return fmt.Errorf("epoch %d is not the one of this clock", e)
+	}
+	return nil
+}
+
+// room waits until another block is wanted and could be kept.
+func (l *link) room(ctx context.Context) error {
+	for {
+		state, why := "open", ""
+		here, there, err := l.k.Store.Pool(ctx, l.ID)
+		switch {
+		case err != nil:
+			state, why = "paused", "the database is away"
+		case l.k.hsmWell() != nil:
+			state, why = "paused", "the HSM is away"
+		case l.skewed.Load():
+			state, why = "paused", "the clocks of the ends differ too much"
+		case here+there >= l.k.PoolLimit:
+			state, why = "full", fmt.Sprintf("%d keys are stored", here+there)
+		}
+		l.update(func(s *LinkState) { s.State, s.Why = state, why })
+		if state == "open" {
+			return nil
+		}
+		if err := l.pace(ctx, l.k.Now()); err != nil {
+			return err
+		}
+	}
+}
+
+// pace waits until the link's interval has passed since began.
+func (l *link) pace(ctx context.Context, began time.Time) error {
+	t := time.NewTimer(max(0, l.Interval-l.k.Now().Sub(began)))
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+// distilled notes a block for operators.
+func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration) {
+	o := b.Outcome
+	o.Bits = nil
+	l.update(func(s *LinkState) {
+		s.Blocks++
+		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
+	})
+	l.k.clear(ctx, "qber-"+l.ID)
+	l.k.clear(ctx, "link-"+l.ID)
+	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", took.Round(time.Millisecond))
+}
+
+// aborted records a block that was given up: an alarm, and the link goes on.
+func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, took time.Duration) {
+	o := b.Outcome
+	o.QBER = a.QBER
+	l.update(func(s *LinkState) {
+		s.Aborts++
+		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, a.Reason, "", 0
+	})
+	ev := l.k.own(audit.LinkAbort)
+	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
+	l.k.note(ctx, ev)
+	l.k.raise(ctx, "qber-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, a))
+}

@@ -1,0 +1,171 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// OperatorDoor is the Backend of the operator door. It shows and changes nothing,
+// so its requests are logged by the door and not recorded in the audit.
+type OperatorDoor struct{ k *KME }
+
+// OperatorDoor returns the Backend of the operator door.
+func (k *KME) OperatorDoor() OperatorDoor { return OperatorDoor{k} }
+
+// Node tells how this node stands.
+func (d OperatorDoor) Node(context.Context, identity.Caller, string) (admin.Node, error) {
+	k := d.k
+	n := admin.Node{
+		KME: k.Self.String(), Node: k.Config.Node, Version: version(), Run: k.run.Load(), Started: k.started,
+		Uptime: k.Now().Sub(k.started).Seconds(), Production: k.Production, Policies: k.Policies().Digest,
+		HSM: health(k.hsmWell()), Database: health(k.Store.Healthy()),
+	}
+	if info := k.Token.Info(); n.HSM.OK {
+		n.HSM.Detail = fmt.Sprintf("%s %s, serial %s", info.Manufacturer, info.Model, info.Serial)
+	}
+	for id := range k.Peers {
+		p := admin.Peer{KME: id.String(), Health: admin.Health{OK: true}}
+		for _, a := range k.Alarms() {
+			if a.Name == peerAlarm(id) {
+				p.Health = admin.Health{Detail: a.Text}
+			}
+		}
+		if at, ok := k.offsets.Load(id); ok {
+			p.ClockOffset = at.(time.Duration).Seconds()
+		}
+		n.Peers = append(n.Peers, p)
+	}
+	return n, nil
+}
+
+func health(err error) admin.Health {
+	if err != nil {
+		return admin.Health{Detail: err.Error()}
+	}
+	return admin.Health{OK: true}
+}
+
+// version is that of the build.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
+// stages are those of a block, in order.
+var stages = []string{distill.StageSift, distill.StageEstimate, distill.StageReconcile, distill.StageVerify, distill.StageAmplify}
+
+// Links tells how the links stand at this end.
+func (d OperatorDoor) Links(ctx context.Context, _ identity.Caller, _ string) ([]admin.Link, error) {
+	var list []admin.Link
+	for _, s := range d.k.LinkStates() {
+		l := admin.Link{
+			ID: s.ID, Peer: s.Peer.String(), End: s.End.String(), Provenance: string(d.k.links[s.ID].Provenance),
+			State: s.State, Why: s.Why, Session: s.Session, Blocks: s.Blocks, Aborts: s.Aborts,
+		}
+		var err error
+		if l.Stored, l.StoredPeer, err = d.k.Store.Pool(ctx, s.ID); err != nil {
+			return nil, fmt.Errorf("counting the pool: %w", err)
+		}
+		if step := slices.Index(stages, s.Stage); step >= 0 {
+			l.Current = &admin.Progress{Stage: s.Stage, Step: step + 1, Steps: len(stages), Done: s.Done}
+		}
+		if !s.LastAt.IsZero() {
+			o := s.Last
+			l.Last = &admin.Block{
+				Session: o.Session, Block: o.Block, At: s.LastAt, Took: s.LastTook.Seconds(), QBER: o.QBER, Efficiency: o.Efficiency,
+				Length: o.Length, Gates: o.Gates, Detected: o.Detected, Aborted: s.LastWhy,
+			}
+			if s.LastWhy != "" {
+				l.Last.Length = 0
+			}
+		}
+		list = append(list, l)
+	}
+	return list, nil
+}
+
+// Alarms lists those that stand.
+func (d OperatorDoor) Alarms(context.Context, identity.Caller, string) ([]admin.Alarm, error) {
+	list := make([]admin.Alarm, 0)
+	for _, a := range d.k.Alarms() {
+		list = append(list, admin.Alarm(a))
+	}
+	return list, nil
+}
+
+// Healthy is nil if this node can hand out keys.
+func (d OperatorDoor) Healthy(context.Context) error {
+	if !d.k.isReady() {
+		return errors.New("the takeover of this node's earlier run is not finished")
+	}
+	if err := d.k.able(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// Refused records what the operator door turned away after TLS.
+func (d OperatorDoor) Refused(ctx context.Context, c identity.Caller, rid, route string, err error) error {
+	return d.k.Refused(ctx, c, rid, route, err)
+}
+
+// Metrics of the core, by their names on the wire.
+var (
+	storedDesc = prometheus.NewDesc("kme_pool_keys", "256-bit keys in the pool of a link, by the end that may assign them.", []string{"link", "owner"}, nil)
+	blockDesc  = prometheus.NewDesc("kme_link_blocks_total", "Blocks of a link since the node started, by how they ended.", []string{"link", "outcome"}, nil)
+	qberDesc   = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1.", []string{"link"}, nil)
+	fDesc      = prometheus.NewDesc("kme_link_efficiency", "Reconciliation efficiency f of the last block.", []string{"link"}, nil)
+	hsmDesc    = prometheus.NewDesc("kme_hsm_up", "1 while the HSM answers its heartbeat.", nil, nil)
+	dbDesc     = prometheus.NewDesc("kme_database_up", "1 while the database answers.", nil, nil)
+	alarmDesc  = prometheus.NewDesc("kme_alarm", "1 for each alarm that stands.", []string{"about"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (k *KME) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{storedDesc, blockDesc, qberDesc, fDesc, hsmDesc, dbDesc, alarmDesc} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (k *KME) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	up := func(err error) float64 {
+		if err != nil {
+			return 0
+		}
+		return 1
+	}
+	gauge(hsmDesc, up(k.hsmWell()))
+	gauge(dbDesc, up(k.Store.Healthy()))
+	for _, a := range k.Alarms() {
+		gauge(alarmDesc, 1, a.Name)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	for _, s := range k.LinkStates() {
+		ch <- prometheus.MustNewConstMetric(blockDesc, prometheus.CounterValue, float64(s.Blocks), s.ID, string(audit.Done))
+		ch <- prometheus.MustNewConstMetric(blockDesc, prometheus.CounterValue, float64(s.Aborts), s.ID, "aborted")
+		gauge(qberDesc, s.Last.QBER, s.ID)
+		gauge(fDesc, s.Last.Efficiency, s.ID)
+		if here, there, err := k.Store.Pool(ctx, s.ID); err == nil {
+			gauge(storedDesc, float64(here), s.ID, s.End.String())
+			gauge(storedDesc, float64(there), s.ID, s.End.Other().String())
+		}
+	}
+}

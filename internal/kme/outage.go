@@ -1,0 +1,110 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+
+	"github.com/qutemail/kme/internal/audit"
+)
+
+// outage counts the refusals that could not be recorded because the database was
+// away, in a file that is fsynced, so that one summary can follow when it is
+// back. The file holds one number, so it cannot grow.
+type outage struct {
+	mu   sync.Mutex
+	path string
+	n    int64
+}
+
+func openOutage(dir string) (*outage, error) {
+	o := &outage{path: filepath.Join(dir, "outage")}
+	n, err := readRun(o.path)
+	if err != nil {
+		return nil, err
+	}
+	o.n = n
+	return o, nil
+}
+
+// count adds one refusal. If the process dies before the file is written, the
+// caller has not been answered either.
+func (o *outage) count() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.n++
+	o.save()
+}
+
+// take returns the count and starts again from nothing.
+func (o *outage) take() int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	n := o.n
+	if n != 0 {
+		o.n = 0
+		o.save()
+	}
+	return n
+}
+
+// save writes the number. A disk that does not take it leaves the number in
+// memory: refusing goes on, which is all there is to do.
+func (o *outage) save() { _ = writeDurably(o.path, []byte(strconv.FormatInt(o.n, 10)+"\n")) }
+
+// summarise writes the summary of an outage that is over.
+func (k *KME) summarise(ctx context.Context) {
+	if k.Store.Healthy() != nil {
+		return
+	}
+	if n := k.outage.take(); n > 0 {
+		k.noteOutage(ctx, n)
+	}
+}
+
+func (k *KME) noteOutage(ctx context.Context, n int64) {
+	ev := k.own(audit.Outage)
+	ev.Outcome, ev.Count, ev.Reason = audit.Refused, int(n), "refused while the database was away"
+	if err := k.Store.Record(ctx, ev); err != nil {
+		k.Log.Error("recording an outage", "refusals", n, "err", err)
+		k.outage.restore(n)
+	}
+}
+
+func (o *outage) restore(n int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.n += n
+	o.save()
+}
+
+// writeDurably replaces a small file so that after a crash it holds either the old
+// or the new content: write beside, fsync, rename, fsync the folder.
+func writeDurably(path string, content []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	_, werr := f.Write(content)
+	err = errors.Join(werr, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	defer dir.Close()
+	if err := dir.Sync(); err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	return nil
+}

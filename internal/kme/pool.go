@@ -1,0 +1,124 @@
+package kme
+
+import (
+	"context"
+	"slices"
+	"sync"
+
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// lent is a pool atom that a request holds: it goes back to the pool unless it is
+// served or burned.
+type lent struct {
+	store.Atom
+	from *store.Lease
+}
+
+// atomIDs are the IDs of atoms, in order.
+func atomIDs(lends []lent) []key.ID {
+	ids := make([]key.ID, len(lends))
+	for i := range lends {
+		ids[i] = lends[i].ID
+	}
+	return ids
+}
+
+// pool is the part of a link's atoms that this node has leased: in memory, still
+// wrapped. Losing it loses nothing: a takeover frees the chunks.
+type pool struct {
+	lease  func(ctx context.Context, chunks int) ([]store.Lease, error)
+	stored func(ctx context.Context) (int, error)
+	fresh  func(key.Epoch) bool // false once atoms of that epoch are too old to be used
+
+	mu     sync.Mutex
+	leases []*held
+}
+
+// held is a leased chunk and its atoms not yet lent, in index order.
+type held struct {
+	store.Lease
+	left []store.Atom
+}
+
+// maxLease bounds how many chunks one refill takes.
+const maxLease = 32
+
+// take lends number keys of atoms consecutive atoms each, from the oldest epochs
+// first, or nothing at all: nil without an error means that the pool is too small.
+func (p *pool) take(ctx context.Context, number, atoms int) ([]lent, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	got := p.pick(nil, number, atoms)
+	for len(got) < number*atoms {
+		more, err := p.refill(ctx, number*atoms-len(got))
+		if err != nil || !more {
+			p.put(got)
+			return nil, err
+		}
+		got = p.pick(got, number-len(got)/atoms, atoms)
+	}
+	return got, nil
+}
+
+// pick moves up to number keys from the leases to got. The caller holds mu.
+func (p *pool) pick(got []lent, number, atoms int) []lent {
+	p.leases = slices.DeleteFunc(p.leases, func(h *held) bool { return len(h.left) == 0 || !p.fresh(h.Epoch) })
+	for _, h := range p.leases {
+		for i := 0; number > 0 && i+atoms <= len(h.left); {
+			if h.left[i+atoms-1].Index != h.left[i].Index+atoms-1 {
+				i++ // a gap: a key is made of consecutive atoms
+				continue
+			}
+			for _, a := range h.left[i : i+atoms] {
+				got = append(got, lent{a, &h.Lease})
+			}
+			h.left = slices.Delete(h.left, i, i+atoms)
+			number--
+		}
+		if number == 0 {
+			break
+		}
+	}
+	return got
+}
+
+// refill leases more chunks, and says whether there were any. The caller holds mu.
+func (p *pool) refill(ctx context.Context, atoms int) (bool, error) {
+	stored, err := p.stored(ctx)
+	if err != nil {
+		return false, err
+	}
+	need := (atoms + key.ChunkAtoms - 1) / key.ChunkAtoms
+	want := max(need, min(maxLease, stored/(2*key.ChunkAtoms)))
+	leases, err := p.lease(ctx, want)
+	if err != nil {
+		return false, err
+	}
+	for i := range leases {
+		p.leases = append(p.leases, &held{Lease: leases[i], left: leases[i].Atoms})
+	}
+	return len(leases) > 0, nil
+}
+
+// give takes atoms back that were lent and not used.
+func (p *pool) give(atoms []lent) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.put(atoms)
+}
+
+func (p *pool) put(atoms []lent) {
+	for _, a := range atoms {
+		i := slices.IndexFunc(p.leases, func(h *held) bool { return &h.Lease == a.from })
+		if i < 0 { // its chunk was emptied meanwhile and dropped from the list
+			p.leases = slices.Insert(p.leases, 0, &held{Lease: *a.from})
+			i = 0
+			a.from = &p.leases[0].Lease
+		}
+		h := p.leases[i]
+		at, _ := slices.BinarySearchFunc(h.left, a.Index, func(x store.Atom, index int) int { return x.Index - index })
+		h.left = slices.Insert(h.left, at, a.Atom)
+	}
+}

@@ -1,0 +1,166 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// beginRun gives this process a run number that none has used before, even if the
+// database was set back: the token and a file beside it witness the last one.
+//
+// If the process dies between the steps, a number is skipped, which harms nothing.
+func (k *KME) beginRun(ctx context.Context) error {
+	counter := "kme-run-" + k.Node
+	inToken, err := k.Token.Counter(ctx, counter)
+	if err != nil {
+		return fmt.Errorf("reading the run number in the token: %w", err)
+	}
+	path := filepath.Join(k.DataDir, "run")
+	inFile, err := readRun(path)
+	if err != nil {
+		return err
+	}
+	run, err := k.Store.BumpRun(ctx, k.Node, max(inToken, inFile))
+	if err != nil {
+		return fmt.Errorf("beginning a run: %w", err)
+	}
+	k.run.Store(run)
+	if err := k.Token.SetCounter(ctx, counter, run); err != nil {
+		return fmt.Errorf("keeping the run number in the token: %w", err)
+	}
+	if err := writeDurably(path, []byte(strconv.FormatInt(run, 10)+"\n")); err != nil {
+		return err
+	}
+	if err := k.Store.Begin(ctx, run); err != nil {
+		return fmt.Errorf("beginning run %d: %w", run, err)
+	}
+	for id, l := range k.links {
+		if err := k.Store.EnsureLink(ctx, id, l.Peer, l.End); err != nil {
+			return fmt.Errorf("registering link %s: %w", id, err)
+		}
+	}
+	ev := k.own(audit.Start)
+	ev.Reason = fmt.Sprintf("run %d", run)
+	if n := k.outage.take(); n > 0 {
+		k.noteOutage(ctx, n)
+	}
+	return k.Store.Record(ctx, ev)
+}
+
+func readRun(path string) (int64, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("reading the run number: %w", err)
+	}
+	run, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("reading the run number in %s: %w", path, err)
+	}
+	return run, nil
+}
+
+// takeOver deals with what this node's earlier runs left behind: it asks each peer
+// what was assigned for them, burns and voids what was never served, and frees the
+// chunks that they had leased. Until then nothing is leased or announced.
+func (k *KME) takeOver(ctx context.Context) error {
+	for id := range k.Peers {
+		for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
+			err := k.reclaimAt(ctx, id)
+			if err == nil {
+				break
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if errors.Is(err, store.ErrFenced) {
+				return err
+			}
+			k.raise(ctx, "takeover-"+id.String(), fmt.Sprintf("cannot learn what %s assigned for this node's earlier runs: %v", id, err))
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(wait):
+			}
+		}
+		k.clear(ctx, "takeover-"+id.String())
+	}
+	ev := k.own(audit.Takeover)
+	ev.Reason = fmt.Sprintf("earlier runs than %d are dealt with", k.run.Load())
+	for {
+		err := k.Store.EndTakeover(ctx, k.Node, k.run.Load(), ev)
+		if err == nil {
+			close(k.takenOver)
+			return nil
+		}
+		if errors.Is(err, store.ErrFenced) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(repeatMax):
+		}
+	}
+}
+
+// reclaimAt tells a peer of this run and burns and voids what it had assigned for
+// lower ones and is still in the pool here. What is not was served.
+func (k *KME) reclaimAt(ctx context.Context, id identity.KME) error {
+	tctx, cancel := context.WithTimeout(ctx, 2*announceTime)
+	assigned, err := k.Peers[id].Run(tctx, handover.RunStarted{Node: k.Node, Run: k.run.Load()})
+	cancel()
+	if err != nil {
+		return err
+	}
+	for _, l := range k.links {
+		if l.Peer != id {
+			continue
+		}
+		if err := l.reclaimAssigned(ctx, assigned); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reclaimAssigned burns those of the assigned keys whose atoms are in this link's pool.
+func (l *link) reclaimAssigned(ctx context.Context, assigned []handover.Assigned) error {
+	refs := make([]handover.Key, len(assigned))
+	for i, a := range assigned {
+		refs[i] = handover.Key{Atoms: a.Atoms}
+	}
+	pooled, err := l.k.Store.PoolAtoms(ctx, refs, l.ID)
+	if err != nil {
+		return fmt.Errorf("looking for assigned atoms: %w", err)
+	}
+	for _, a := range assigned {
+		d := debt{link: l, run: a.Run, batch: a.Batch, void: []key.ID{a.Key}, why: "assigned for an earlier run, and not served"}
+		for _, id := range a.Atoms {
+			if p, ok := pooled[id]; ok {
+				d.lends = append(d.lends, lentOf(p))
+			}
+		}
+		if len(d.lends) == 0 {
+			continue
+		}
+		if err := l.k.pay(ctx, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,488 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/kme"
+	"github.com/qutemail/kme/internal/pgdev"
+)
+
+// Report is what Check found.
+type Report struct {
+	Violations []string // each names its invariant: I1 to I7
+	Blocks     int      // blocks seen, both sites
+	Events     int      // audit events verified, both sites
+	Atoms      int      // atoms in the pools, both sites
+	Compared   int      // atoms that were unwrapped at both sites and compared
+	Served     int      // keys handed to masters
+	Taken      int      // keys handed to slaves
+}
+
+func (r *Report) fail(invariant, site, format string, args ...any) {
+	r.Violations = append(r.Violations, fmt.Sprintf("%s at %s: ", invariant, site)+fmt.Sprintf(format, args...))
+}
+
+// Summary is one line for people.
+func (r Report) Summary() string {
+	verdict := "all invariants hold"
+	if n := len(r.Violations); n > 0 {
+		verdict = fmt.Sprintf("%d VIOLATIONS", n)
+	}
+	return fmt.Sprintf("%s: %d blocks, %d events, %d keys stored (%d compared), %d served, %d taken",
+		verdict, r.Blocks, r.Events, r.Atoms, r.Compared, r.Served, r.Taken)
+}
+
+// maxCompared bounds how many atoms Check unwraps at each site.
+const maxCompared = 2000
+
+// Check holds the invariants against the tables, the audit and the tokens of both
+// sites. It asks no daemon anything. What it cannot see from there (the bytes that
+// clients got, plaintext in files) is for tests: see FindPlaintext.
+func (l *Lab) Check(ctx context.Context) (Report, error) {
+	var r Report
+	var evidence [2]*evidence
+	for i, s := range []*Site{l.KM1, l.KM2} {
+		e, err := s.gather(ctx)
+		if err != nil {
+			return r, fmt.Errorf("reading the database of %s: %w", s.Name, err)
+		}
+		evidence[i] = e
+	}
+	// Blocks are read again after the events of both sites: what an event at one
+	// site relies on was committed at the other before.
+	for i, s := range []*Site{l.KM1, l.KM2} {
+		other := evidence[1-i]
+		blocks, err := s.blocksNow(ctx)
+		if err != nil {
+			return r, err
+		}
+		other.checkServedBlocks(&r, blocks, s.Name)
+	}
+	for _, e := range evidence {
+		e.checkOutcomes(&r)
+		e.checkArithmetic(&r)
+		r.Blocks += len(e.blocks)
+		r.Atoms += len(e.keys)
+	}
+	checkOnce(&r, evidence[0], evidence[1])
+	return r, l.compare(ctx, &r, evidence[0], evidence[1])
+}
+
+// evidence is one consistent reading of a site's database.
+type evidence struct {
+	site   *Site
+	events []event
+	blocks map[handover.BlockRef]block
+	keys   map[key.ID]pooled
+	due    []dueRow
+	parked int
+	dues   int64 // rows of due that went with dropped partitions
+}
+
+type block struct {
+	atoms      int
+	state      string
+	digest     []byte
+	provenance key.Provenance
+	inPool     int
+}
+
+type pooled struct {
+	ref   handover.BlockRef
+	index int
+	kek   int64
+	iv    []byte
+	ct    []byte
+}
+
+type dueRow struct {
+	id      key.ID
+	sae     string
+	gone    string
+	expired bool
+}
+
+// event is what Check reads of an audit event: its own reading of the text.
+type event struct {
+	Node    string   `json:"node"`
+	Seq     int64    `json:"seq"`
+	Action  string   `json:"action"`
+	Outcome string   `json:"outcome"`
+	Request string   `json:"request"`
+	Slaves  []string `json:"slaves"`
+	Keys    []key.ID `json:"keys"`
+	Count   int      `json:"count"`
+	Actor   struct {
+		ID string `json:"id"`
+	} `json:"actor"`
+	Atoms []struct {
+		Link    string `json:"link"`
+		Session int64  `json:"session"`
+		Block   int64  `json:"block"`
+		First   int    `json:"first"`
+		Count   int    `json:"count"`
+	} `json:"atoms"`
+}
+
+// gather reads a site's database in one snapshot, and verifies the audit chains
+// (I5) on the way.
+func (s *Site) gather(ctx context.Context) (*evidence, error) {
+	e := &evidence{site: s, blocks: make(map[handover.BlockRef]block), keys: make(map[key.ID]pooled)}
+	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(ctx)
+	if _, err := conn.Exec(ctx, "SET search_path = kme"); err != nil {
+		return nil, err
+	}
+	err = pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		if err := e.readAudit(ctx, tx); err != nil {
+			return err
+		}
+		return e.readTables(ctx, tx)
+	})
+	return e, err
+}
+
+func (e *evidence) readAudit(ctx context.Context, tx pgx.Tx) error {
+	heads := make(map[string]audit.Head)
+	rows, err := tx.Query(ctx, "SELECT node, seq, prev, body FROM audit ORDER BY node, seq")
+	if err != nil {
+		return err
+	}
+	var node, body string
+	var seq int64
+	var prev []byte
+	if _, err = pgx.ForEachRow(rows, []any{&node, &seq, &prev, &body}, func() error {
+		head, err := heads[node].Next(seq, prev, []byte(body))
+		if err != nil {
+			return fmt.Errorf("I5 at %s: node %s: %w", e.site.Name, node, err)
+		}
+		heads[node] = head
+		var ev event
+		if err := json.Unmarshal([]byte(body), &ev); err != nil {
+			return fmt.Errorf("I5 at %s: node %s: event %d does not parse: %w", e.site.Name, node, seq, err)
+		}
+		if ev.Node != node || ev.Seq != seq {
+			return fmt.Errorf("I5 at %s: event %d of node %s says that it is %d of %s", e.site.Name, seq, node, ev.Seq, ev.Node)
+		}
+		e.events = append(e.events, ev)
+		return nil
+	}); err != nil {
+		return err
+	}
+	rows, err = tx.Query(ctx, "SELECT node, seq, head FROM node_run")
+	if err != nil {
+		return err
+	}
+	var hash []byte
+	_, err = pgx.ForEachRow(rows, []any{&node, &seq, &hash}, func() error {
+		if h := heads[node]; h.Seq != seq || !bytes.Equal(h.Hash[:], hash) && seq > 0 {
+			return fmt.Errorf("I5 at %s: the chain of node %s ends at %d, its run row says %d", e.site.Name, node, h.Seq, seq)
+		}
+		return nil
+	})
+	return err
+}
+
+func (e *evidence) readTables(ctx context.Context, tx pgx.Tx) error {
+	blocks, err := readBlocks(ctx, tx)
+	if err != nil {
+		return err
+	}
+	e.blocks = blocks
+	rows, err := tx.Query(ctx, "SELECT k.id, c.link, c.session, c.block, k.index, k.kek, k.iv, k.ct FROM key k JOIN chunk c ON c.id = k.chunk")
+	if err != nil {
+		return err
+	}
+	var id [16]byte
+	var p pooled
+	if _, err := pgx.ForEachRow(rows, []any{&id, &p.ref.Link, &p.ref.Session, &p.ref.Block, &p.index, &p.kek, &p.iv, &p.ct}, func() error {
+		kept := p
+		kept.iv, kept.ct = slices.Clone(p.iv), slices.Clone(p.ct)
+		e.keys[id] = kept
+		b := e.blocks[p.ref]
+		b.inPool++
+		e.blocks[p.ref] = b
+		return nil
+	}); err != nil {
+		return err
+	}
+	rows, err = tx.Query(ctx, "SELECT key_id, sae, coalesce(gone_how, ''), expires_at < $1 FROM due", time.Now())
+	if err != nil {
+		return err
+	}
+	var d dueRow
+	if _, err := pgx.ForEachRow(rows, []any{&id, &d.sae, &d.gone, &d.expired}, func() error {
+		d.id = id
+		e.due = append(e.due, d)
+		return nil
+	}); err != nil {
+		return err
+	}
+	if err := tx.QueryRow(ctx, "SELECT count(*) FROM parked").Scan(&e.parked); err != nil {
+		return err
+	}
+	return tx.QueryRow(ctx, "SELECT coalesce(sum(dropped_due), 0) FROM epoch").Scan(&e.dues)
+}
+
+// querier is a connection or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+func readBlocks(ctx context.Context, q querier) (map[handover.BlockRef]block, error) {
+	rows, err := q.Query(ctx, "SELECT link, session, id, atoms, state, digest, provenance FROM kme.block")
+	if err != nil {
+		return nil, err
+	}
+	blocks := make(map[handover.BlockRef]block)
+	var ref handover.BlockRef
+	var b block
+	_, err = pgx.ForEachRow(rows, []any{&ref.Link, &ref.Session, &ref.Block, &b.atoms, &b.state, &b.digest, &b.provenance}, func() error {
+		kept := b
+		kept.digest = slices.Clone(b.digest)
+		blocks[ref] = kept
+		return nil
+	})
+	return blocks, err
+}
+
+func (s *Site) blocksNow(ctx context.Context) (map[handover.BlockRef]block, error) {
+	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(ctx)
+	return readBlocks(ctx, conn)
+}
+
+// The actions of the audit that Check knows by name.
+const (
+	encKeys, decKeys, status, malformed, consume = "enc_keys", "dec_keys", "status", "malformed", "consume"
+	assign, burn, expire, lost                   = "assign", "burn", "expire", "block-lost"
+)
+
+// checkOutcomes is I4: a request that a handler saw has exactly one outcome event.
+func (e *evidence) checkOutcomes(r *Report) {
+	r.Events += len(e.events)
+	outcomes := make(map[string]int)
+	for _, ev := range e.events {
+		switch ev.Action {
+		case encKeys, decKeys, status, malformed, consume:
+			if ev.Request != "" {
+				outcomes[ev.Request]++
+			}
+		}
+	}
+	for request, n := range outcomes {
+		if n != 1 {
+			r.fail("I4", e.site.Name, "request %s has %d outcome events", request, n)
+		}
+	}
+}
+
+// checkServedBlocks is I7: nothing was handed out or assigned from a block that the
+// other site does not hold.
+func (e *evidence) checkServedBlocks(r *Report, there map[handover.BlockRef]block, other string) {
+	seen := make(map[handover.BlockRef]bool)
+	for _, ev := range e.events {
+		if ev.Outcome != "done" || ev.Action != encKeys && ev.Action != assign {
+			continue
+		}
+		for _, a := range ev.Atoms {
+			ref := handover.BlockRef{Link: a.Link, Session: a.Session, Block: a.Block}
+			if seen[ref] {
+				continue
+			}
+			seen[ref] = true
+			b, ok := there[ref]
+			switch {
+			case !ok:
+				r.fail("I7", e.site.Name, "keys of block %s are used, and %s does not know it", ref, other)
+			case b.state == "lost":
+				r.fail("I7", e.site.Name, "keys of block %s are used, and %s has dropped it", ref, other)
+			case !bytes.Equal(b.digest, e.blocks[ref].digest):
+				r.fail("I7", e.site.Name, "keys of block %s are used, and %s holds another under this name", ref, other)
+			}
+		}
+	}
+}
+
+// checkArithmetic is I6: every atom of every block is in the pool or left it by
+// one event, and every assignment has its row.
+func (e *evidence) checkArithmetic(r *Report) {
+	left := make(map[handover.BlockRef]int)
+	assigned := int64(0)
+	for _, ev := range e.events {
+		if ev.Action == lost {
+			for _, a := range ev.Atoms {
+				left[handover.BlockRef{Link: a.Link, Session: a.Session, Block: a.Block}] += ev.Count
+			}
+			continue
+		}
+		local := len(ev.Atoms) == 0 // a key of two SAEs at this KME came from no block
+		if ev.Outcome == "done" && (ev.Action == assign || ev.Action == encKeys && local) {
+			assigned += int64(len(ev.Keys) * len(ev.Slaves))
+		}
+		if ev.Action == burn || ev.Action == expire || ev.Outcome == "done" && (ev.Action == assign || ev.Action == encKeys) {
+			for _, a := range ev.Atoms {
+				left[handover.BlockRef{Link: a.Link, Session: a.Session, Block: a.Block}] += a.Count
+			}
+		}
+	}
+	for ref, b := range e.blocks {
+		if b.inPool+left[ref] != b.atoms {
+			r.fail("I6", e.site.Name, "block %s (%s) of %d atoms: %d in the pool and %d left it", ref, b.state, b.atoms, b.inPool, left[ref])
+		}
+	}
+	if rows := int64(len(e.due)) + e.dues; rows != assigned {
+		r.fail("I6", e.site.Name, "%d keys were assigned, and there are %d rows for them", assigned, rows)
+	}
+}
+
+// checkOnce is I2: no key is handed to one SAE twice, nor to one that was not named.
+func checkOnce(r *Report, sites ...*evidence) {
+	served := make(map[key.ID]int)
+	named := make(map[key.ID][]string)
+	type taking struct {
+		id  key.ID
+		sae string
+	}
+	taken := make(map[taking]int)
+	for _, e := range sites {
+		for _, ev := range e.events {
+			if ev.Outcome != "done" {
+				continue
+			}
+			for _, id := range ev.Keys {
+				switch ev.Action {
+				case encKeys:
+					served[id]++
+					named[id] = append(named[id], ev.Slaves...)
+				case assign:
+					named[id] = append(named[id], ev.Slaves...)
+				case decKeys:
+					taken[taking{id, ev.Actor.ID}]++
+				}
+			}
+		}
+	}
+	for id, n := range served {
+		if n != 1 {
+			r.fail("I2", "both", "key %s was handed to a master %d times", id, n)
+		}
+	}
+	for t, n := range taken {
+		if n != 1 {
+			r.fail("I2", "both", "key %s was handed to %s %d times", t.id, t.sae, n)
+		}
+		if !slices.Contains(named[t.id], t.sae) {
+			r.fail("I2", "both", "key %s was handed to %s, who was not named", t.id, t.sae)
+		}
+	}
+	r.Served, r.Taken = len(served), len(taken)
+}
+
+// compare is I1: under one ID both sites hold the same bytes, which only their
+// tokens can show.
+func (l *Lab) compare(ctx context.Context, r *Report, one, two *evidence) error {
+	var ids []key.ID
+	for id := range one.keys {
+		if _, both := two.keys[id]; both && len(ids) < maxCompared {
+			ids = append(ids, id)
+		}
+	}
+	first, err := one.open(ctx, ids)
+	if err != nil {
+		return err
+	}
+	second, err := two.open(ctx, ids)
+	if err != nil {
+		return err
+	}
+	r.Compared = len(ids)
+	for i, id := range ids {
+		if !bytes.Equal(first[i], second[i]) {
+			r.fail("I1", "both", "key %s has different bytes at the two sites", id)
+		}
+		clear(first[i])
+		clear(second[i])
+	}
+	return nil
+}
+
+// open unwraps atoms with the site's token.
+func (e *evidence) open(ctx context.Context, ids []key.ID) ([][]byte, error) {
+	keks, err := e.site.keks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	moduleOwner.Lock()
+	defer moduleOwner.Unlock()
+	if err := os.Setenv("SOFTHSM2_CONF", e.site.path("hsm", "softhsm2.conf")); err != nil {
+		return nil, err
+	}
+	token, err := hsm.Open(ctx, hsm.Config{Module: softHSM, TokenLabel: e.site.Name, PINFile: e.site.path("hsm", "pin")})
+	if err != nil {
+		return nil, err
+	}
+	defer token.Close()
+	opened := make(map[int64]*hsm.KEK)
+	secrets := make([][]byte, len(ids))
+	for i, id := range ids {
+		p := e.keys[id]
+		kek := opened[p.kek]
+		if kek == nil {
+			if kek, err = token.OpenKEK(ctx, keks[p.kek]); err != nil {
+				return nil, err
+			}
+			opened[p.kek] = kek
+		}
+		aad := kme.AtomAAD(nil, e.site.KME(), p.kek, p.ref, p.index, id, e.blocks[p.ref].provenance)
+		if len(p.iv) != hsm.IVBytes {
+			return nil, fmt.Errorf("key %s at %s has an IV of %d bytes", id, e.site.Name, len(p.iv))
+		}
+		if secrets[i], err = kek.Unwrap(ctx, [hsm.IVBytes]byte(p.iv), p.ct, aad); err != nil {
+			return nil, fmt.Errorf("unwrapping key %s at %s: %w", id, e.site.Name, err)
+		}
+	}
+	return secrets, nil
+}
+
+func (s *Site) keks(ctx context.Context) (map[int64]hsm.KEKInfo, error) {
+	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(ctx)
+	rows, err := conn.Query(ctx, "SELECT id, label, pkcs11_id, check_value FROM kme.kek")
+	if err != nil {
+		return nil, err
+	}
+	keks := make(map[int64]hsm.KEKInfo)
+	var id int64
+	var label string
+	var ckaID, check []byte
+	_, err = pgx.ForEachRow(rows, []any{&id, &label, &ckaID, &check}, func() error {
+		if len(check) != 3 {
+			return fmt.Errorf("KEK %d has a check value of %d bytes", id, len(check))
+		}
+		keks[id] = hsm.KEKInfo{Label: label, ID: slices.Clone(ckaID), CheckValue: [3]byte(check)}
+		return nil
+	})
+	return keks, err
+}

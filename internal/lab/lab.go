@@ -1,0 +1,260 @@
+// Package lab is a whole two-site QKD network on one machine, of real processes:
+// the three CAs, a SoftHSM token and a private Postgres per site, the quantum
+// channel, KM1 and KM2, and SAEs with certificates. It is what `make run` starts
+// and what the end-to-end tests use; Check holds the invariants of the product
+// against what lies in the databases and tokens.
+//
+// It is a lab: both sites' secrets lie in one folder. It promises to stop every
+// process that it started, by its pid, also when it is killed itself; and that a
+// second start in the same folder finds the keys and certificates of the first.
+package lab
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/qutemail/kme/internal/qlink"
+)
+
+// Config says where a lab lies and what is peculiar about it. Dir, Bin and Log
+// must be set.
+type Config struct {
+	Dir string // everything of the lab; made if missing
+	Bin string // folder of kmed, kme-ca and qlink
+	Log *slog.Logger
+
+	Ports     Ports         // the zero Ports are those of the README
+	Interval  time.Duration // between blocks of the link; default 1s
+	PoolLimit int           // keys stored per link; default 20000
+	Eve       float64       // fraction of photons intercepted at the start
+	Filler    int           // if not 0: no light, but blocks of so many paired random atoms (provenance simulated), for load tests
+
+	// Env is added to the environment of a kmed: how tests arm failpoints.
+	Env map[string][]string
+
+	// Step, if not nil, is told what the lab is doing.
+	Step func(what string)
+}
+
+// Lab is a running lab.
+type Lab struct {
+	Config
+	KM1, KM2 *Site
+	cas      []*process
+	fibre    *process
+	nursery  *nursery
+}
+
+// Names of the parts that are the same in every lab.
+const (
+	trustDomain = "lab.test"
+	linkID      = "km1-km2"
+)
+
+// Up makes what is missing in cfg.Dir and starts everything. On an error nothing
+// is left running.
+func Up(ctx context.Context, cfg Config) (*Lab, error) {
+	l := &Lab{Config: cfg, nursery: newNursery()}
+	if err := l.up(ctx); err != nil {
+		return nil, errors.Join(err, l.Down())
+	}
+	return l, nil
+}
+
+func (l *Lab) up(ctx context.Context) error {
+	var err error
+	if l.Dir, err = filepath.Abs(l.Dir); err != nil {
+		return err
+	}
+	if l.Bin, err = filepath.Abs(l.Bin); err != nil {
+		return err
+	}
+	if l.Ports == (Ports{}) {
+		l.Ports = ReadmePorts
+	}
+	if l.Interval == 0 {
+		l.Interval = time.Second
+	}
+	if l.PoolLimit == 0 {
+		l.PoolLimit = 20_000
+	}
+	if err := os.MkdirAll(l.Dir, 0o755); err != nil {
+		return fmt.Errorf("making the lab's folder: %w", err)
+	}
+	if err := l.writePolicies(); err != nil {
+		return err
+	}
+	l.KM1, l.KM2 = l.site("km1", "alice"), l.site("km2", "bob")
+	if err := l.saveState(); err != nil {
+		return err
+	}
+
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { l.step("certificate authorities"); return l.startCAs(gctx) })
+	g.Go(func() error { l.step("databases"); return l.KM1.prepareDatabase(gctx) })
+	g.Go(func() error { return l.KM2.prepareDatabase(gctx) })
+	g.Go(func() error { // one after the other: the PKCS#11 module has one owner in a process
+		l.step("HSM tokens")
+		return errors.Join(l.KM1.prepareToken(), l.KM2.prepareToken())
+	})
+	g.Go(func() error { l.step("fibre"); return l.startFibre(gctx) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	l.step("KM1 and KM2")
+	g, gctx = errgroup.WithContext(ctx)
+	g.Go(func() error { return l.KM1.Start(gctx) })
+	g.Go(func() error { return l.KM2.Start(gctx) })
+	g.Go(func() error { return l.enrolPeople(gctx) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	g, gctx = errgroup.WithContext(ctx)
+	g.Go(func() error { return l.KM1.Await(gctx) })
+	g.Go(func() error { return l.KM2.Await(gctx) })
+	return g.Wait()
+}
+
+func (l *Lab) step(what string) {
+	if l.Step != nil {
+		l.Step(what)
+	}
+}
+
+// Down stops everything that this lab started: the daemons first, the databases last.
+func (l *Lab) Down() error {
+	var errs []error
+	var mu sync.Mutex
+	together := func(stops ...func() error) {
+		var wg sync.WaitGroup
+		for _, stop := range stops {
+			wg.Go(func() {
+				if err := stop(); err != nil {
+					mu.Lock()
+					errs = append(errs, err)
+					mu.Unlock()
+				}
+			})
+		}
+		wg.Wait()
+	}
+	var last []func() error
+	if l.KM1 != nil {
+		together(l.KM1.Stop, l.KM2.Stop)
+		last = append(last, l.KM1.stopDatabase, l.KM2.stopDatabase)
+	}
+	last = append(last, l.fibre.stop)
+	for _, ca := range l.cas {
+		last = append(last, ca.stop)
+	}
+	together(last...)
+	l.nursery.close()
+	return errors.Join(errs...)
+}
+
+// Fibre speaks to the quantum channel: "eve 0.5", "cut", "mend", "status".
+func (l *Lab) Fibre(ctx context.Context, command string) (string, error) {
+	return qlink.Command(ctx, l.ControlSocket(), command)
+}
+
+// ControlSocket is where the quantum channel takes commands.
+func (l *Lab) ControlSocket() string { return filepath.Join(l.sockets(), "control.sock") }
+
+// StopFibre and StartFibre are for tests of what the KMEs do without one.
+func (l *Lab) StopFibre() error { return l.fibre.stop() }
+
+// StartFibre starts the quantum channel.
+func (l *Lab) StartFibre(ctx context.Context) error { return l.startFibre(ctx) }
+
+func (l *Lab) startFibre(ctx context.Context) error {
+	dir := l.path("qlink")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	for _, end := range []string{"alice", "bob"} {
+		if err := secretFile(filepath.Join(dir, end+".secret")); err != nil {
+			return err
+		}
+	}
+	sockets, err := l.socketFolder()
+	if err != nil {
+		return err
+	}
+	l.fibre, err = l.nursery.start("qlink", dir, filepath.Join(dir, "log"), nil, filepath.Join(l.Bin, "qlink"),
+		"--alice-socket", filepath.Join(sockets, "alice.sock"), "--bob-socket", filepath.Join(sockets, "bob.sock"), "--control", filepath.Join(sockets, "control.sock"),
+		"--alice-secret", "alice.secret", "--bob-secret", "bob.secret", fmt.Sprintf("--eve=%g", l.Eve))
+	if err != nil {
+		return err
+	}
+	return l.fibre.await(ctx, func() error {
+		_, err := l.Fibre(ctx, "status")
+		return err
+	})
+}
+
+// sockets is a name of the folder of the quantum channel's sockets that is short
+// enough: a socket's path may not be longer than 107 bytes.
+func (l *Lab) sockets() string {
+	dir := l.path("qlink")
+	if len(dir) < 90 {
+		return dir
+	}
+	sum := sha256.Sum256([]byte(dir))
+	return filepath.Join(os.TempDir(), "kme-lab-"+hex.EncodeToString(sum[:6]))
+}
+
+// socketFolder makes that name, if it is not the folder itself.
+func (l *Lab) socketFolder() (string, error) {
+	dir, name := l.path("qlink"), l.sockets()
+	if name == dir {
+		return dir, nil
+	}
+	if target, err := os.Readlink(name); err == nil && target == dir {
+		return name, nil
+	}
+	if err := os.Symlink(dir, name); err != nil {
+		return "", fmt.Errorf("making a short name for the sockets: %w", err)
+	}
+	return name, nil
+}
+
+func (l *Lab) path(parts ...string) string {
+	return filepath.Join(append([]string{l.Dir}, parts...)...)
+}
+
+// state is what other commands find in lab.json about a lab that is up.
+type state struct {
+	Ports Ports             `json:"ports"`
+	Bin   string            `json:"bin"`
+	Nodes map[string]string `json:"nodes"`
+}
+
+func (l *Lab) saveState() error {
+	text, err := json.MarshalIndent(state{Ports: l.Ports, Bin: l.Bin}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(l.path("lab.json"), append(text, '\n'), 0o644)
+}
+
+// replaceAddresses puts this lab's ports where a shipped file has those of the README.
+func (l *Lab) replaceAddresses(text string) string {
+	var pairs []string
+	own := l.Ports.all()
+	for i, p := range ReadmePorts.all() {
+		pairs = append(pairs, fmt.Sprintf("localhost:%d", p), fmt.Sprintf("localhost:%d", own[i]))
+	}
+	return strings.NewReplacer(pairs...).Replace(text)
+}

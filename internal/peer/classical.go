@@ -1,0 +1,145 @@
+package peer
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// classicalProtocol is the ALPN name of a Stream.
+const classicalProtocol = "kme-classical/1"
+
+// maxStreams bounds the connections of a classical door, in handshake or in use.
+const maxStreams = 64
+
+// DialClassical opens a Stream to the classical door at address (host:port). cfg
+// has our certificate and must accept the peer's KME alone.
+func DialClassical(ctx context.Context, address string, cfg *tls.Config) (*Stream, error) {
+	c, err := dialTLS(ctx, address, cfg, classicalProtocol)
+	if err != nil {
+		return nil, err
+	}
+	return newStream(c.Conn), nil
+}
+
+// ClassicalConfig is what a classical door needs. All fields must be set.
+type ClassicalConfig struct {
+	TLS      *tls.Config // must ask for a certificate of the KME CA
+	Identify func(tls.ConnectionState) (identity.Caller, error)
+	// Handle works with one stream, which is closed when it returns. It must
+	// return soon after ctx ends.
+	Handle func(ctx context.Context, from identity.KME, s *Stream)
+	// Refused is told of each stream turned away after TLS. It records one event.
+	Refused func(ctx context.Context, c identity.Caller, r Refusal)
+	Log     *slog.Logger
+}
+
+// ServeClassical accepts streams on ln until ctx ends; then it closes ln and every
+// stream, waits for the handlers and returns nil. It returns an error if ln fails.
+func ServeClassical(ctx context.Context, ln net.Listener, c ClassicalConfig) error {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { _ = ln.Close() })
+	var streams sync.WaitGroup
+	defer func() {
+		if stop() {
+			_ = ln.Close()
+		}
+		cancel()
+		streams.Wait()
+	}()
+	cfg := onlyClassical(c.TLS)
+	places := make(chan struct{}, maxStreams)
+	for pause := time.Duration(0); ; {
+		raw, err := ln.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("accepting a classical stream: %w", err)
+			}
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			c.Log.WarnContext(ctx, "accepting a classical stream", "err", err, "pause", pause)
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+			}
+			continue
+		}
+		pause = 0
+		select {
+		case places <- struct{}{}:
+		default:
+			c.Log.WarnContext(ctx, "too many classical streams", "remote", raw.RemoteAddr())
+			_ = raw.Close()
+			continue
+		}
+		streams.Go(func() {
+			defer func() { <-places }()
+			c.serve(ctx, raw, cfg)
+		})
+	}
+}
+
+// onlyClassical is cfg with our protocol, also where cfg is made anew for each
+// connection.
+func onlyClassical(cfg *tls.Config) *tls.Config {
+	cfg = cfg.Clone()
+	cfg.NextProtos = []string{classicalProtocol}
+	if fresh := cfg.GetConfigForClient; fresh != nil {
+		cfg.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+			made, err := fresh(h)
+			if made == nil || err != nil {
+				return made, err
+			}
+			made = made.Clone()
+			made.NextProtos = []string{classicalProtocol}
+			return made, nil
+		}
+	}
+	return cfg
+}
+
+// serve takes one connection from its handshake to its end.
+func (c ClassicalConfig) serve(ctx context.Context, raw net.Conn, cfg *tls.Config) {
+	defer func() { _ = raw.Close() }()
+	log := c.Log.With("remote", raw.RemoteAddr().String())
+	if t, ok := raw.(*net.TCPConn); ok {
+		_ = t.SetKeepAliveConfig(keepAlive)
+	}
+	limitUnacknowledged(raw)
+	conn := tls.Server(raw, cfg)
+	shake, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	if err := conn.HandshakeContext(shake); err != nil {
+		log.WarnContext(ctx, "handshake refused", "err", err)
+		return
+	}
+	state := conn.ConnectionState()
+	if state.NegotiatedProtocol != classicalProtocol {
+		log.WarnContext(ctx, "stream without the classical protocol")
+		return
+	}
+	caller, err := c.Identify(state)
+	caller = caller.WithRemote(raw.RemoteAddr().String())
+	from, ok := caller.KME()
+	if err == nil && !ok {
+		err = fmt.Errorf("role %q is no KME", caller.Role())
+	}
+	if err != nil {
+		log.WarnContext(ctx, "stream refused", "err", err)
+		c.Refused(ctx, caller, Refusal{Route: "classical", Err: err})
+		return
+	}
+	s := newStream(conn)
+	defer func() { _ = s.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = s.Close() })()
+	c.Handle(ctx, from, s)
+}

@@ -1,0 +1,107 @@
+package peer
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"sync/atomic"
+	"time"
+)
+
+// How a connection notices an end that has gone without a word: probes when it is
+// idle, and a limit on how long bytes may wait for their acknowledgement.
+const (
+	handshakeTime = 10 * time.Second
+	userTimeout   = 10 * time.Second
+)
+
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3}
+
+// dialTLS connects to address and finishes the handshake. Only the protocols
+// named in protos are offered; the name that the certificate must carry is
+// cfg.ServerName or, if that is empty, the host of address.
+func dialTLS(ctx context.Context, address string, cfg *tls.Config, protos ...string) (*conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	dialer := net.Dialer{KeepAliveConfig: keepAlive}
+	raw, err := dialer.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("dialling the peer: %w", err)
+	}
+	limitUnacknowledged(raw)
+	cfg = cfg.Clone()
+	cfg.NextProtos = protos
+	if cfg.ServerName == "" {
+		host, _, err := net.SplitHostPort(address)
+		if err != nil {
+			_ = raw.Close()
+			return nil, fmt.Errorf("dialling the peer: %w", err)
+		}
+		cfg.ServerName = host
+	}
+	counted := &countedConn{Conn: raw}
+	c := &conn{Conn: tls.Client(counted, cfg), raw: counted}
+	if err := c.HandshakeContext(ctx); err != nil {
+		_ = raw.Close()
+		return nil, fmt.Errorf("TLS handshake with the peer: %w", err)
+	}
+	return c, nil
+}
+
+// limitUnacknowledged asks the kernel to give up a connection whose bytes nobody
+// acknowledges. Where that cannot be had, deadlines alone notice.
+func limitUnacknowledged(c net.Conn) {
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = setUserTimeout(t, userTimeout)
+	}
+}
+
+// conn is a TLS connection that knows whether anything of the request that it
+// carries has left. It carries one request at a time.
+type conn struct {
+	*tls.Conn
+	raw   *countedConn
+	state atomic.Int32
+}
+
+// The states of a conn's request.
+const (
+	unsent int32 = iota // not one byte has left
+	moving              // a write has begun or is done: bytes may have left
+	cut                 // judged unsent, and no byte may leave any more
+)
+
+// begin starts a new request.
+func (c *conn) begin() { c.state.Store(unsent) }
+
+// cutOff says whether not one byte of the request has left, and if so sees to it
+// that none will.
+func (c *conn) cutOff() bool { return c.state.CompareAndSwap(unsent, cut) }
+
+// Write sends b. A write that fails before the kernel took one byte counts as
+// none.
+func (c *conn) Write(b []byte) (int, error) {
+	first := c.state.CompareAndSwap(unsent, moving)
+	if !first && c.state.Load() != moving {
+		return 0, net.ErrClosed
+	}
+	before := c.raw.sent.Load()
+	n, err := c.Conn.Write(b)
+	if first && err != nil && c.raw.sent.Load() == before {
+		c.state.Store(unsent)
+	}
+	return n, err
+}
+
+// countedConn counts the bytes that the kernel took.
+type countedConn struct {
+	net.Conn
+	sent atomic.Int64
+}
+
+func (c *countedConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.sent.Add(int64(n))
+	return n, err
+}

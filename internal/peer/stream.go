@@ -1,0 +1,225 @@
+package peer
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+)
+
+// MaxFrame is the longest frame of a Stream, kind and body, in bytes.
+const MaxFrame = 16 << 20
+
+// A beat is sent where nothing else was for beatEvery; an end that has sent
+// nothing for silence, or taken nothing for stall, is given up.
+const (
+	beatEvery = 5 * time.Second
+	silence   = 3 * beatEvery
+	stall     = 60 * time.Second
+)
+
+// ErrSilent says that the other end of a Stream has not been heard for 15 s, or
+// has taken nothing for 60 s, although the connection was not closed.
+var ErrSilent = errors.New("the other end has gone silent")
+
+// Stream is a sequence of frames over one TLS connection: the classical channel
+// of a link. A frame is its length in four bytes, big-endian, then a byte of kind
+// and the body; the length counts kind and body. A frame of length 0 has neither:
+// it is a beat, which says that the sender is alive, and Recv passes over it.
+//
+// One goroutine may Send while another is in Recv. After an error of Send or Recv
+// the Stream is of no more use and is to be closed.
+type Stream struct {
+	conn  net.Conn
+	in    *bufio.Reader
+	close func() error
+
+	mu   sync.Mutex // guards what follows, and is held for the whole of a write
+	out  []byte
+	sent bool // since the last tick
+
+	deadline struct {
+		sync.Mutex
+		at time.Time
+	}
+	stop chan struct{}
+	done chan struct{} // closed when the beating goroutine has ended
+}
+
+// newStream takes conn over and begins to beat.
+func newStream(conn net.Conn) *Stream {
+	s := &Stream{conn: conn, stop: make(chan struct{}), done: make(chan struct{})}
+	s.in = bufio.NewReaderSize(heard{s}, 64<<10)
+	s.close = sync.OnceValue(func() error {
+		close(s.stop)
+		err := conn.Close()
+		<-s.done
+		return err
+	})
+	go s.beat()
+	return s
+}
+
+// Close ends the stream at both ends. It may be called more than once and while
+// Send or Recv are under way, which then fail.
+func (s *Stream) Close() error { return s.close() }
+
+// SetDeadline bounds every Send and Recv from now on, and those under way; the
+// zero time removes the bound. What it ends fails with os.ErrDeadlineExceeded.
+func (s *Stream) SetDeadline(t time.Time) error {
+	s.deadline.Lock()
+	s.deadline.at = t
+	s.deadline.Unlock()
+	return errors.Join(s.conn.SetReadDeadline(s.until(silence)), s.conn.SetWriteDeadline(s.until(stall)))
+}
+
+// until is the time in d from now, or the deadline if that is earlier.
+func (s *Stream) until(d time.Duration) time.Time {
+	s.deadline.Lock()
+	defer s.deadline.Unlock()
+	t := time.Now().Add(d)
+	if at := s.deadline.at; !at.IsZero() && at.Before(t) {
+		return at
+	}
+	return t
+}
+
+// overdue tells a deadline of the caller's from one of ours.
+func (s *Stream) overdue(err error) error {
+	s.deadline.Lock()
+	defer s.deadline.Unlock()
+	at := s.deadline.at
+	if errors.Is(err, os.ErrDeadlineExceeded) && (at.IsZero() || time.Now().Before(at)) {
+		return fmt.Errorf("%w: %w", ErrSilent, err)
+	}
+	return err
+}
+
+// Send writes one frame. body is not kept.
+func (s *Stream) Send(kind byte, body []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	frame, err := appendFrame(s.out[:0], kind, body)
+	if err != nil {
+		return err
+	}
+	s.out, s.sent = frame, true
+	if err := s.write(frame); err != nil {
+		return fmt.Errorf("sending frame %d: %w", kind, err)
+	}
+	return nil
+}
+
+// write sends b in pieces, so that a slow other end has stall for each of them.
+func (s *Stream) write(b []byte) error {
+	const piece = 64 << 10
+	for len(b) > 0 {
+		if err := s.conn.SetWriteDeadline(s.until(stall)); err != nil {
+			return err
+		}
+		n, err := s.conn.Write(b[:min(piece, len(b))])
+		if err != nil {
+			return s.overdue(err)
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// beat says that this end is alive, even while its owner computes for long.
+func (s *Stream) beat() {
+	defer close(s.done)
+	t := time.NewTicker(beatEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-t.C:
+		}
+		if !s.mu.TryLock() {
+			continue // a frame is on its way: that is a sign of life
+		}
+		if !s.sent {
+			_ = s.write(make([]byte, 4)) // whoever sends or receives next sees the error
+		}
+		s.sent = false
+		s.mu.Unlock()
+	}
+}
+
+// Recv reads the next frame. The body is the caller's.
+func (s *Stream) Recv() (kind byte, body []byte, err error) {
+	kind, body, err = readFrame(s.in)
+	if err != nil {
+		return 0, nil, fmt.Errorf("receiving a frame: %w", s.overdue(err))
+	}
+	return kind, body, nil
+}
+
+// heard reads from the connection, and gives the other end silence to say
+// something each time.
+type heard struct{ s *Stream }
+
+func (h heard) Read(b []byte) (int, error) {
+	if err := h.s.conn.SetReadDeadline(h.s.until(silence)); err != nil {
+		return 0, err
+	}
+	return h.s.conn.Read(b)
+}
+
+// appendFrame appends a frame to b.
+func appendFrame(b []byte, kind byte, body []byte) ([]byte, error) {
+	if len(body) >= MaxFrame {
+		return b, fmt.Errorf("frame %d of %d bytes is longer than %d", kind, len(body)+1, MaxFrame)
+	}
+	b = binary.BigEndian.AppendUint32(b, uint32(len(body)+1))
+	return append(append(b, kind), body...), nil
+}
+
+// readFrame reads the next frame that is not a beat. Memory grows with what has
+// arrived, not with what the length promises. The error is io.EOF only at the end
+// of a frame.
+func readFrame(r io.Reader) (kind byte, body []byte, err error) {
+	var head [5]byte
+	for {
+		if _, err := io.ReadFull(r, head[:4]); err != nil {
+			return 0, nil, err
+		}
+		if binary.BigEndian.Uint32(head[:]) != 0 {
+			break
+		}
+	}
+	n := int(binary.BigEndian.Uint32(head[:]))
+	if n > MaxFrame {
+		return 0, nil, fmt.Errorf("frame of %d bytes is longer than %d", n, MaxFrame)
+	}
+	if _, err := io.ReadFull(r, head[4:]); err != nil {
+		return 0, nil, unexpected(err)
+	}
+	n-- // the kind
+	const piece = 64 << 10
+	body = make([]byte, 0, min(n, piece))
+	for len(body) < n {
+		start := len(body)
+		more := min(n-start, max(piece, start))
+		body = slices.Grow(body, more)[:start+more]
+		if _, err := io.ReadFull(r, body[start:]); err != nil {
+			return 0, nil, unexpected(err)
+		}
+	}
+	return head[4], body, nil
+}
+
+func unexpected(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}

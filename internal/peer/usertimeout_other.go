@@ -1,0 +1,11 @@
+//go:build !linux
+
+package peer
+
+import (
+	"errors"
+	"net"
+	"time"
+)
+
+func setUserTimeout(*net.TCPConn, time.Duration) error { return errors.ErrUnsupported }

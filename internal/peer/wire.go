@@ -1,0 +1,87 @@
+package peer
+
+import (
+	"fmt"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/qutemail/kme/internal/handover"
+)
+
+// maxBody is the longest message that either side reads, in bytes. The largest
+// announce that passes its Check takes a third of it.
+const maxBody = 4 << 20
+
+// maxRunBody is the longest answer to a RunStarted that a Client reads, in bytes.
+// It lists every key of the dead run that is not expired, taken ones too: about
+// half a million fit.
+const maxRunBody = 64 << 20
+
+// The routes. All are POST.
+const (
+	pathHello    = "/peer/v1/hello"
+	pathHeld     = "/peer/v1/held"
+	pathAnnounce = "/peer/v1/announce"
+	pathVoid     = "/peer/v1/void"
+	pathRun      = "/peer/v1/run"
+)
+
+// heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.
+type heldAnswer struct {
+	Answer handover.HeldAnswer `json:"answer"`
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a heldAnswer) Check() error { return a.Answer.Check() }
+
+type runAnswer struct {
+	Assigned []handover.Assigned `json:"assigned"`
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a runAnswer) Check() error {
+	for _, k := range a.Assigned {
+		if err := k.Check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// done is the answer to a Void: an empty object.
+type done struct{}
+
+// Check finds nothing wrong.
+func (done) Check() error { return nil }
+
+// failure is the body of every answer that is not 200.
+type failure struct {
+	Kind    string `json:"kind"`
+	Message string `json:"message"`
+}
+
+// message is anything that travels: its Check bounds every field, so that what
+// passed it can be handed to the functions of package handover.
+type message interface{ Check() error }
+
+// parse reads one message: exactly one JSON value, member names exact and each at
+// most once, no member that we do not know, UTF-8 only; then its Check.
+func parse[M message](body []byte) (M, error) {
+	var m, none M
+	if err := json.Unmarshal(body, &m, json.RejectUnknownMembers(true)); err != nil {
+		return none, fmt.Errorf("parsing: %w", err)
+	}
+	if err := m.Check(); err != nil {
+		return none, err
+	}
+	return m, nil
+}
+
+// format writes a message that parse reads. A message that its own Check refuses
+// is a fault of ours and is not written.
+func format[M message](m M) ([]byte, error) {
+	if err := m.Check(); err != nil {
+		return nil, err
+	}
+	return json.Marshal(m)
+}

@@ -1,0 +1,150 @@
+package qlink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/handover"
+)
+
+// Box is a KME's hold on its own end of the quantum channel. Its calls may come
+// from several goroutines and are carried out one after the other.
+//
+// Errors are ErrCut, ErrLost or a *Refusal, after which the Box is as usable as
+// before, or say that the connection is broken, after which every call fails. A
+// context that ends during a call breaks the connection.
+type Box struct {
+	end  handover.End
+	mu   sync.Mutex
+	conn net.Conn
+}
+
+// OpenBox connects to the local socket of an end and shows the secret in
+// secretFile. Whoever had the end open is put out, and the end forgets what it
+// knew: Seed comes next.
+func OpenBox(ctx context.Context, path, secretFile string, end handover.End) (*Box, error) {
+	secret, err := readSecret(secretFile)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(secret)
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to the quantum channel: %w", err)
+	}
+	b := &Box{end: end, conn: conn}
+	if _, err := b.call(ctx, kindHello, hello{end: end, secret: secret}.encode(), kindDone); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening %s's end: %w", end, err), b.Close())
+	}
+	return b, nil
+}
+
+// Close gives the end up. It is not an error to close a Box twice.
+func (b *Box) Close() error {
+	if err := b.conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("closing the quantum channel: %w", err)
+	}
+	return nil
+}
+
+// Seed gives the end the seed of its secret choices and the number of the session
+// (not negative), and drops what it had of an earlier one. A seed is used once.
+func (b *Box) Seed(ctx context.Context, seed [bb84.SeedSize]byte, session int64) error {
+	_, err := b.call(ctx, kindSeed, encodeSeed(session, &seed), kindDone)
+	clear(seed[:])
+	if err != nil {
+		return fmt.Errorf("seeding %s's end for session %d: %w", b.end, session, err)
+	}
+	return nil
+}
+
+// Fire sends a block of gates from Alice's end and returns when the last is
+// measured. Block numbers of a session rise; a block that failed has used its
+// number up. That nobody was there to receive is not an error.
+func (b *Box) Fire(ctx context.Context, session, block, gates int64) error {
+	if _, err := b.call(ctx, kindFire, encodeFire(blockName{session, block}, gates), kindDone); err != nil {
+		return fmt.Errorf("firing block %d of session %d: %w", block, session, err)
+	}
+	return nil
+}
+
+// Sent asks Alice's end for what it sent at gates of the block fired last, which
+// must ascend strictly and lie above those asked before: the transmitter's buffer
+// is read in order and once. Both answers are secret, belong to the caller, and
+// are packed, least significant bit first: that of gates[i] is bit i%8 of byte
+// i/8. A set bit among bases is basis Z.
+func (b *Box) Sent(ctx context.Context, session, block int64, gates []int64) (bases, bits []byte, err error) {
+	body, err := encodeSent(blockName{session, block}, gates)
+	if err == nil {
+		body, err = b.call(ctx, kindSent, body, kindChoices)
+	}
+	if err == nil {
+		bases, bits, err = parseChoices(body, len(gates))
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("asking what was sent in block %d of session %d: %w", block, session, err)
+	}
+	return bases, bits, nil
+}
+
+// Detections asks Bob's end for what it saw in a block, once, gates ascending.
+// The answer is secret and belongs to the caller.
+func (b *Box) Detections(ctx context.Context, session, block int64) ([]bb84.Detection, error) {
+	body, err := b.call(ctx, kindDetections, encodeName(blockName{session, block}), kindDetectedAt)
+	if err != nil {
+		return nil, fmt.Errorf("asking what was seen in block %d of session %d: %w", block, session, err)
+	}
+	defer clear(body)
+	list, err := parseDetections(body)
+	if err != nil {
+		return nil, fmt.Errorf("reading what was seen in block %d of session %d: %w", block, session, err)
+	}
+	return list, nil
+}
+
+// call sends one request, wipes it, and returns the body of the answer wanted.
+func (b *Box) call(ctx context.Context, kind byte, body []byte, want byte) (_ []byte, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	stop := context.AfterFunc(ctx, func() { _ = b.conn.SetDeadline(time.Unix(1, 0)) })
+	defer func() {
+		if !stop() { // the deadline is set, or about to be: what comes is not known to be whole
+			_ = b.conn.Close()
+			err = ctx.Err()
+		}
+	}()
+	answer, got, err := b.exchange(kind, body)
+	if err != nil {
+		_ = b.conn.Close() // out of step: no later call may take this one's answer
+		return nil, err
+	}
+	switch got {
+	case want:
+		return answer, nil
+	case kindCut:
+		return nil, ErrCut
+	case kindLost:
+		return nil, ErrLost
+	case kindRefused:
+		return nil, &Refusal{Reason: string(answer)}
+	}
+	_ = b.conn.Close()
+	return nil, fmt.Errorf("%w: answer of kind %#x", errMalformed, got)
+}
+
+func (b *Box) exchange(kind byte, body []byte) (answer []byte, got byte, err error) {
+	if err := writeFrame(b.conn, kind, body); err != nil {
+		return nil, 0, err
+	}
+	got, answer, err = readFrame(b.conn, maxFrame)
+	return answer, got, err
+}

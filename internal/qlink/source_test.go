@@ -1,0 +1,347 @@
+package qlink
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"io"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// The numbers that mean a basis are the same in the packages that hand it on.
+var (
+	_ = [1]struct{}{}[byte(bb84.X)-distill.KeyBasis]
+	_ = [1]struct{}{}[byte(bb84.Z)-distill.TestBasis]
+)
+
+func TestTextbookProfile(t *testing.T) {
+	link, p := Textbook()
+	if err := errors.Join(link.Validate(), p.Validate()); err != nil {
+		t.Fatal(err)
+	}
+	// The reference value for eps_cor = 1e-15 is 155840; the tag is 128 bits where
+	// that takes 49.83.
+	if want := 155840 - 79; p.LeakLimit != 40786 || p.SecretBits < want || p.SecretBits > want+1 {
+		t.Errorf("leak limit %d, secret %d bits; want 40786, %d", p.LeakLimit, p.SecretBits, want)
+	}
+	if p.PX != link.PX {
+		t.Errorf("basis X with %v in the profile and %v on the link", p.PX, link.PX)
+	}
+	p.QTol = .11
+	if Profile(p).Validate() == nil {
+		t.Error("a profile that makes no key was accepted")
+	}
+}
+
+// wire is one direction of a channel in memory.
+type wire chan message
+
+type message struct {
+	kind byte
+	body []byte
+}
+
+// end is one end of a channel in memory.
+type end struct {
+	out, in wire
+	gone    chan struct{} // closed with the channel
+}
+
+func (e *end) Send(kind byte, body []byte) error {
+	select {
+	case e.out <- message{kind, bytes.Clone(body)}:
+		return nil
+	case <-e.gone:
+		return io.ErrClosedPipe
+	}
+}
+
+func (e *end) Recv() (kind byte, body []byte, err error) {
+	select {
+	case m := <-e.in:
+		return m.kind, m.body, nil
+	case <-e.gone:
+		return 0, nil, io.EOF
+	}
+}
+
+// newWires makes a channel, and what closes it.
+func newWires() (alice, bob *end, hangUp func()) {
+	there, back, gone := make(wire), make(wire), make(chan struct{})
+	return &end{there, back, gone}, &end{back, there, gone}, sync.OnceFunc(func() { close(gone) })
+}
+
+// link is a session with a Source at either end.
+type link struct {
+	alice, bob *Source
+	hangUp     func()
+}
+
+func sourceConfig(e handover.End, ch distill.Channel, box *Box, session int64) SourceConfig {
+	_, profile := Textbook()
+	cfg := SourceConfig{
+		End: e, Link: "km1-km2", Session: session, Channel: ch, Box: box,
+		Params: profile, Random: rand.Reader, Log: slog.New(slog.DiscardHandler),
+	}
+	if e == handover.Alice {
+		cfg.Terms = func(atoms, bobStored int) distill.Terms {
+			return distill.Terms{Epoch: 1234, Owners: string(handover.Share(atoms, 0, bobStored))}
+		}
+		return cfg
+	}
+	cfg.Stored = func() int { return 640 }
+	cfg.Accept = func(terms distill.Terms, atoms int) error {
+		if !handover.Owners(terms.Owners).Valid(atoms) {
+			return errors.New("owners do not fit")
+		}
+		return nil
+	}
+	return cfg
+}
+
+func (c *channel) link(t testing.TB, session int64) *link {
+	t.Helper()
+	a, b, hangUp := newWires()
+	t.Cleanup(hangUp)
+	l := &link{hangUp: hangUp}
+	aliceBox, bobBox := c.open(t, handover.Alice), c.open(t, handover.Bob)
+	errA, errB := both(
+		func() (err error) {
+			l.alice, err = NewSource(t.Context(), sourceConfig(handover.Alice, a, aliceBox, session))
+			return err
+		},
+		func() (err error) {
+			l.bob, err = NewSource(t.Context(), sourceConfig(handover.Bob, b, bobBox, session))
+			return err
+		})
+	if err := errors.Join(errA, errB); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// both runs the two ends at the same time.
+func both(alice, bob func() error) (errA, errB error) {
+	done := make(chan error)
+	go func() { done <- bob() }()
+	errA = alice()
+	return errA, <-done
+}
+
+// next distils a block at both ends.
+func (l *link) next(t testing.TB) (a, b Block, errA, errB error) {
+	errA, errB = both(
+		func() (err error) { a, err = l.alice.Next(t.Context()); return err },
+		func() (err error) { b, err = l.bob.Next(t.Context()); return err })
+	return a, b, errA, errB
+}
+
+func aborted(t *testing.T, err error) *distill.Abort {
+	t.Helper()
+	var a *distill.Abort
+	if !errors.As(err, &a) {
+		t.Fatalf("got %v, want an abort", err)
+	}
+	return a
+}
+
+// The whole link: light, distillation, equal secrets; Eve aborts blocks at both
+// ends and goes; the fibre is cut and mended; the session goes on through it all.
+func TestSource(t *testing.T) {
+	c := newChannel(t, nil)
+	l := c.link(t, 3)
+	good := func(number int64) Block {
+		t.Helper()
+		a, b, errA, errB := l.next(t)
+		if errA != nil || errB != nil {
+			t.Fatalf("block %d: %v; %v", number, errA, errB)
+		}
+		if a.Block != number || b.Block != number || a.Session != 3 {
+			t.Errorf("blocks %d and %d of session %d, want %d of 3", a.Block, b.Block, a.Session, number)
+		}
+		if !bytes.Equal(a.Bits, b.Bits) || len(a.Bits) == 0 || a.Length != b.Length || a.Transcript != b.Transcript {
+			t.Errorf("block %d: the ends differ", number)
+		}
+		if a.Provenance != key.Simulated || b.Provenance != key.Simulated {
+			t.Errorf("provenance %q and %q", a.Provenance, b.Provenance)
+		}
+		if a.Length != l.alice.cfg.Params.SecretBits || a.QBER > .015 || a.QBER < .005 || a.Terms != b.Terms {
+			t.Errorf("block %d: %d bits, QBER %v, terms %v and %v", number, a.Length, a.QBER, a.Terms, b.Terms)
+		}
+		t.Logf("block %d: %d detections, %d and %d sifted, QBER %.4f and %.4f, leak %d, f %.3f, %d rounds, %d bits",
+			number, a.Detected, a.SiftedKey, a.SiftedTest, a.QBER, a.KeyQBER, a.Leak, a.Efficiency, a.Rounds, a.Length)
+		return a
+	}
+	first := good(1)
+	if second := good(2); bytes.Equal(first.Bits, second.Bits) {
+		t.Error("two blocks have the same secret")
+	}
+
+	c.tell(t, "eve 0.5")
+	a, b, errA, errB := l.next(t)
+	if ab, bb := aborted(t, errA), aborted(t, errB); ab.Reason != distill.ReasonQBER || bb.Reason != ab.Reason || ab.Peer == bb.Peer {
+		t.Errorf("with Eve: %v; %v", ab, bb)
+	}
+	if a.Bits != nil || b.Bits != nil || b.QBER < .12 || b.QBER > .145 {
+		t.Errorf("with Eve on half of the photons: bits %v, QBER %v, want .1325", a.Bits != nil || b.Bits != nil, b.QBER)
+	}
+	c.tell(t, "eve 0")
+	good(4)
+
+	// A cut is Alice's to notice; nothing is said to Bob, and she tries again.
+	c.tell(t, "cut")
+	for range 2 {
+		if _, err := l.alice.Next(t.Context()); !errors.Is(err, ErrCut) {
+			t.Fatalf("through a cut fibre: %v, want ErrCut", err)
+		}
+	}
+	c.tell(t, "mend")
+	good(7)
+
+	// The receiver is taken over by somebody with the secret: this session's light
+	// is lost, then its end is told so.
+	thief := c.open(t, handover.Bob)
+	ok(t, thief.Seed(t.Context(), seedOf(1), 99))
+	errA, errB = both(
+		func() error { _, err := l.alice.Next(t.Context()); return err },
+		func() error {
+			_, err := l.bob.Next(t.Context())
+			l.hangUp() // as the caller does after any other error
+			return err
+		})
+	if errA == nil || errB == nil || errors.As(errB, new(*distill.Abort)) {
+		t.Errorf("a session whose receiver was taken: %v; %v", errA, errB)
+	}
+}
+
+// A fresh session starts after the restart of both ends on the same channel.
+func TestSourceSessions(t *testing.T) {
+	c := newChannel(t, nil)
+	old := c.link(t, 1)
+	old.hangUp()
+	if _, err := old.bob.Next(t.Context()); err == nil {
+		t.Error("a block came through a closed channel")
+	}
+	l := c.link(t, 2)
+	if a, b, errA, errB := l.next(t); errA != nil || errB != nil || !bytes.Equal(a.Bits, b.Bits) {
+		t.Fatalf("a block of the new session: %v; %v", errA, errB)
+	}
+	if _, err := old.alice.Next(t.Context()); err == nil {
+		t.Error("the old session still fires")
+	}
+}
+
+// beforehand is a channel whose owner is kept busy for a moment when the next
+// message has come.
+type beforehand struct {
+	*end
+	do func()
+}
+
+func (b *beforehand) Recv() (kind byte, body []byte, err error) {
+	kind, body, err = b.end.Recv()
+	if b.do != nil {
+		b.do()
+		b.do = nil
+	}
+	return kind, body, err
+}
+
+// Light that met no receiver is a block without detections: an abort at both ends,
+// and the session goes on.
+func TestSourceInTheDark(t *testing.T) {
+	c := newChannel(t, nil)
+	l := c.link(t, 1)
+	straight := l.bob.cfg.Channel.(*end)
+	l.bob.cfg.Channel = &beforehand{end: straight, do: func() {
+		if err := l.bob.cfg.Box.Seed(t.Context(), seedOf(7), 1); err != nil { // the receiver forgets what it saw
+			t.Error(err)
+		}
+	}}
+	a, b, errA, errB := l.next(t)
+	if ab, bb := aborted(t, errA), aborted(t, errB); ab.Reason != distill.ReasonCounts || bb.Reason != ab.Reason {
+		t.Errorf("in the dark: %v; %v", ab, bb)
+	}
+	if a.Detected != 0 || b.Detected != 0 {
+		t.Errorf("in the dark: %d and %d detections", a.Detected, b.Detected)
+	}
+	if _, b, errA, errB := l.next(t); errA != nil || errB != nil || b.Block != 2 {
+		t.Errorf("the block after: number %d, %v; %v", b.Block, errA, errB)
+	}
+}
+
+func TestNewSourceRefuses(t *testing.T) {
+	c := newChannel(t, nil)
+	box, other := c.open(t, handover.Alice), c.open(t, handover.Bob)
+	for name, spoil := range map[string]func(*SourceConfig){
+		"no key":            func(s *SourceConfig) { s.Params.SecretBits = 0 },
+		"no end":            func(s *SourceConfig) { s.End = 'c' },
+		"the other's box":   func(s *SourceConfig) { s.Box = other },
+		"no box":            func(s *SourceConfig) { s.Box = nil },
+		"negative session":  func(s *SourceConfig) { s.Session = -1 },
+		"no channel":        func(s *SourceConfig) { s.Channel = nil },
+		"no terms":          func(s *SourceConfig) { s.Terms = nil },
+		"no accept":         func(s *SourceConfig) { s.End, s.Box = handover.Bob, other },
+		"no random":         func(s *SourceConfig) { s.Random = nil },
+		"too little random": func(s *SourceConfig) { s.Random = strings.NewReader("short") },
+	} {
+		a, _, hangUp := newWires()
+		hangUp()
+		cfg := sourceConfig(handover.Alice, a, box, 1)
+		spoil(&cfg)
+		if _, err := NewSource(t.Context(), cfg); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// The ends must be in the same session before the first light.
+func TestSourcesMeet(t *testing.T) {
+	c := newChannel(t, nil)
+	for name, say := range map[string]message{
+		"another session": {kindSeeded, put8(nil, 2)},
+		"another kind":    {1, put8(nil, 1)},
+		"too short":       {kindSeeded, nil},
+	} {
+		a, b, hangUp := newWires()
+		errA, _ := both(
+			func() error {
+				_, err := NewSource(t.Context(), sourceConfig(handover.Alice, a, c.open(t, handover.Alice), 1))
+				return err
+			},
+			func() error {
+				if _, _, err := b.Recv(); err != nil {
+					return err
+				}
+				return b.Send(say.kind, say.body)
+			})
+		if errA == nil {
+			t.Errorf("%s: accepted", name)
+		}
+		hangUp()
+	}
+}
+
+// BenchmarkSource distils textbook blocks: light, fibre and both ends in this
+// process, nothing authenticated or stored.
+func BenchmarkSource(b *testing.B) {
+	c := newChannel(b, nil)
+	l := c.link(b, 1)
+	secret := 0
+	for b.Loop() {
+		block, _, errA, errB := l.next(b)
+		if err := errors.Join(errA, errB); err != nil {
+			b.Fatal(err)
+		}
+		secret += block.Length
+	}
+	b.ReportMetric(float64(secret)/b.Elapsed().Seconds(), "secret-bits/s")
+}

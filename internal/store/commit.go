@@ -1,0 +1,326 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+const (
+	// tripTime bounds one round trip to the database: whatever takes longer is a
+	// broken connection. It is generous, since giving up on a COMMIT is costly.
+	tripTime = 30 * time.Second
+	// maxTries bounds how often a batch is tried again as it is.
+	maxTries = 5
+
+	reconnectMin = 20 * time.Millisecond
+	reconnectMax = time.Second
+)
+
+// unknown is the error of a COMMIT that was sent and not answered.
+type unknown struct{ err error }
+
+func (u *unknown) Error() string { return "the commit was not answered: " + u.err.Error() }
+
+// errConflict: another committer changed what the batch had read. Again.
+var errConflict = errors.New("a row changed between two statements")
+
+// commit gets jobs committed or refused, each.
+func (c *committer) commit(jobs []*job) {
+	for tries := 1; len(jobs) > 0; tries++ {
+		if errors.Is(c.health(), ErrFenced) {
+			c.finish(ErrFenced, jobs...)
+			return
+		}
+		a := c.newAttempt()
+		refused, err := a.try(jobs)
+		if err == nil && len(refused) == 0 {
+			c.advance(a)
+			c.finish(nil, jobs...)
+			return
+		}
+		if err == nil {
+			jobs = c.refuse(jobs, refused)
+			tries--
+			continue
+		}
+		if u := (*unknown)(nil); errors.As(err, &u) {
+			c.db.cfg.Log.Warn("commit not answered: asking what became of it", "err", u.err, "jobs", len(jobs))
+			switch f := c.resolve(a, err); {
+			case f == fateCommitted:
+				c.finish(nil, jobs...)
+				return
+			case f == fateStopped:
+				c.leaveInDoubt(fmt.Errorf("%w: closed", ErrDoubt), jobs)
+				return
+			case f == fateFenced:
+				c.fence()
+				c.leaveInDoubt(ErrFenced, jobs)
+				return
+			}
+			// Not committed, and it never will be: the same batch again.
+			if tries < maxTries {
+				continue
+			}
+			c.finish(fmt.Errorf("%w: %w", ErrUnavailable, err), jobs...)
+			return
+		}
+		switch c.verdict(err, tries) {
+		case verdictAgain:
+		case verdictFenced:
+			c.fence()
+			c.finish(ErrFenced, jobs...)
+			return
+		case verdictSplit:
+			if half := len(jobs) / 2; half > 0 {
+				c.commit(jobs[:half])
+				c.commit(jobs[half:])
+				return
+			}
+			c.finish(alone(err), jobs...)
+			return
+		case verdictFail:
+			c.finish(fmt.Errorf("%w: %w", ErrUnavailable, err), jobs...)
+			return
+		case verdictLost:
+			c.setDown(err)
+			c.finish(c.health(), jobs...)
+			c.reconnect()
+			return
+		}
+	}
+}
+
+// refuse settles the refused jobs and returns the others.
+func (c *committer) refuse(jobs []*job, refused map[*job]error) []*job {
+	var rest []*job
+	for _, j := range jobs {
+		if err, ok := refused[j]; ok {
+			c.finish(err, j)
+		} else {
+			rest = append(rest, j)
+		}
+	}
+	return rest
+}
+
+// advance makes a's commit the last one.
+func (c *committer) advance(a *attempt) {
+	c.mark, c.head = a.mark, a.head
+	for e := range a.due {
+		c.db.epochs.refill(e)
+	}
+}
+
+// fence ends everything: the run is another's.
+func (c *committer) fence() {
+	c.db.cfg.Log.Error("this node's run has been taken over", "node", c.db.cfg.Node, "run", c.run)
+	c.down.Store(&downReason{ErrFenced})
+	close(c.fenced)
+	c.cancel()
+	c.abandon(nil, ErrFenced)
+}
+
+// leaveInDoubt ends jobs whose outcome nobody will learn in this process: err is
+// what waiting callers get, and no Late is called.
+func (c *committer) leaveInDoubt(err error, jobs []*job) {
+	for _, j := range jobs {
+		j.err = err
+		if j.stage.CompareAndSwap(begun, settled) {
+			close(j.done)
+		}
+	}
+}
+
+type verdict byte
+
+const (
+	verdictAgain verdict = iota // nothing happened: the same batch again
+	verdictSplit                // one of the jobs cannot be done: find it
+	verdictFail                 // the database cannot now
+	verdictLost                 // the connection is gone, and cannot be had again at once
+	verdictFenced
+)
+
+// verdict says what to do about an error that came before anything was committed.
+func (c *committer) verdict(err error, tries int) verdict {
+	var pg *pgconn.PgError
+	if errors.Is(err, errConflict) {
+		pg = &pgconn.PgError{Code: "40001"}
+	} else if !errors.As(err, &pg) || c.conn == nil || c.conn.IsClosed() || pg.Code == "25006" { // read only: no longer the primary
+		if tries < maxTries && c.stop.Err() == nil && c.connect() == nil {
+			return verdictAgain
+		}
+		return verdictLost
+	}
+	switch {
+	case pg.Code == "KME01":
+		return verdictFenced
+	case pg.Code == "40001" || pg.Code == "40P01": // serialization failure, deadlock
+		if tries < maxTries {
+			return verdictAgain
+		}
+		return verdictFail
+	case pg.Code == "42P01": // no such partition: what was believed of them is old
+		clear(c.days)
+		ctx, cancel := context.WithTimeout(context.Background(), tripTime)
+		defer cancel()
+		if tries < 2 && c.db.epochs.refresh(ctx, c.db.pool) == nil {
+			return verdictAgain
+		}
+		return verdictSplit
+	}
+	switch pg.Code[:2] {
+	case "21", "22", "23", "42", "P0": // of one job's data or statement
+		return verdictSplit
+	}
+	return verdictFail
+}
+
+// alone is what the job gets that cannot be done even in a batch of its own.
+func alone(err error) error {
+	if missingTable(err) {
+		return fmt.Errorf("%w: %w", ErrExpired, err)
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
+}
+
+// setDown has jobs refused until setUp.
+func (c *committer) setDown(err error) {
+	if c.down.Swap(&downReason{fmt.Errorf("%w: %w", ErrUnavailable, err)}) == nil {
+		c.db.cfg.Log.Error("database lost", "err", err)
+	}
+}
+
+func (c *committer) setUp() {
+	if c.down.Swap(nil) != nil {
+		c.db.cfg.Log.Info("database connected", "node", c.db.cfg.Node, "run", c.run)
+	}
+}
+
+// ping tries an idle connection.
+func (c *committer) ping() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if err := c.conn.Ping(ctx); err != nil {
+		c.setDown(err)
+		c.reconnect()
+	}
+}
+
+// connect makes a new connection, in one try. The old one is closed first.
+func (c *committer) connect() error {
+	if c.conn != nil {
+		ctx, cancel := context.WithTimeout(c.stop, 100*time.Millisecond)
+		_ = c.conn.Close(ctx) // it is broken, or it is replaced
+		cancel()
+	}
+	ctx, cancel := context.WithTimeout(c.stop, 5*time.Second)
+	defer cancel()
+	conn, err := pgx.ConnectConfig(ctx, c.config)
+	if err != nil {
+		return err
+	}
+	c.conn = conn
+	return nil
+}
+
+// reconnect connects, however long it takes, and refuses whatever comes meanwhile.
+// It says false if it was stopped.
+func (c *committer) reconnect() bool {
+	for wait := reconnectMin; ; wait = min(2*wait, reconnectMax) {
+		err := c.connect()
+		if err == nil {
+			c.setUp()
+			return true
+		}
+		c.setDown(err)
+		c.abandon(nil, c.health())
+		select {
+		case <-c.stop.Done():
+			return false
+		case <-time.After(wait):
+		}
+	}
+}
+
+// fate is what became of a commit that was not answered.
+type fate byte
+
+const (
+	fateCommitted fate = iota
+	fateNot            // and it cannot be any more
+	fateFenced
+	fateStopped // nobody knows
+)
+
+// resolve finds out what became of a's commit. The row is read FOR UPDATE, so that
+// a commit still under way has ended; if it was not committed, this transaction
+// moves the row itself, so that a COMMIT still on its way will fail; and in either
+// case it writes, so that what it saw is as durable as its own commit.
+func (c *committer) resolve(a *attempt, cause error) fate {
+	c.setDown(cause)
+	for {
+		if !c.reconnect() {
+			return fateStopped
+		}
+		f, err := c.askFate(a)
+		if err == nil {
+			return f
+		}
+		c.setDown(err)
+	}
+}
+
+func (c *committer) askFate(a *attempt) (fate, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), tripTime)
+	defer cancel()
+	tx, err := c.conn.Begin(ctx)
+	if err != nil {
+		return fateNot, err
+	}
+	defer func() { _ = tx.Rollback(ctx) }() // after a commit: nothing
+	var run, mark int64
+	err = tx.QueryRow(ctx, "SELECT run, mark FROM node_run WHERE node = $1 FOR UPDATE", c.db.cfg.Node).Scan(&run, &mark)
+	if errors.Is(err, pgx.ErrNoRows) || err == nil && run != c.run {
+		return fateFenced, nil
+	}
+	if err != nil {
+		return fateNot, err
+	}
+	f, next := fateNot, c.nextMark()
+	switch {
+	case mark == a.mark:
+		f, next = fateCommitted, mark
+	case mark != c.mark && mark < a.mark: // not ours: the database was set back
+		return fateFenced, nil
+	}
+	if _, err := tx.Exec(ctx, "UPDATE node_run SET mark = $2 WHERE node = $1", c.db.cfg.Node, next); err != nil {
+		return fateNot, err
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return fateNot, err // whatever became of this one: a's mark stands there or it does not
+	}
+	if c.mark = next; f == fateCommitted {
+		c.advance(a)
+	}
+	return f, nil
+}
+
+// nextMark gives out each number once.
+func (c *committer) nextMark() int64 {
+	c.marks++
+	return c.marks
+}
+
+// sqlState is the SQLSTATE of an error that the server raised, or "".
+func sqlState(err error) string {
+	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) {
+		return pg.Code
+	}
+	return ""
+}

@@ -1,0 +1,277 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// Limits of a batch and of the queue before it.
+const (
+	maxBatchJobs  = 256
+	maxBatchAtoms = 4096
+	maxQueue      = 4096 // jobs; beyond it ErrUnavailable at once
+)
+
+// act is what a job does within the transaction of its batch. Its methods are
+// called in the order below, by the committer alone, and again from the first if
+// the batch is tried again: they must not change anything outside but the act's
+// own result. A *refusal ends the job and has the others tried again; any other
+// error is the database's.
+type act interface {
+	// claims names what no two jobs of a batch may share.
+	claims(func(claim))
+	// weight is the number of atoms or rows that the job touches.
+	weight() int
+	// ask adds what the batch's first round trip is to delete, empty or read.
+	ask(*attempt) error
+	// settle looks at what came back, and adds what the second one is to write.
+	settle(context.Context, *attempt) error
+}
+
+// claim is an atom, a key due to an SAE, or a name.
+type claim struct {
+	id   key.ID
+	name string
+}
+
+// solo is an act that has a batch to itself. Its statements run one by one.
+type solo func(context.Context, *attempt) error
+
+func (solo) claims(func(claim)) {}
+func (solo) weight() int        { return maxBatchAtoms }
+func (solo) ask(*attempt) error { return nil }
+func (s solo) settle(ctx context.Context, a *attempt) error {
+	if err := a.begin(ctx); err != nil {
+		return err
+	}
+	return s(ctx, a)
+}
+
+// refusal is an act's reason why it is not to be done.
+type refusal struct{ err error }
+
+func (r *refusal) Error() string { return r.err.Error() }
+
+func refuse(err error) error { return &refusal{err} }
+
+// job is an act on its way through the committer.
+type job struct {
+	act   act
+	late  func(committed bool)
+	stage atomic.Int32
+	done  chan struct{} // closed at the stage settled
+	err   error         // to be read after done
+}
+
+// The stages of a job. The committer moves it on, but for those that the waiting
+// caller enters when its context ends: dropped from queued, doubted from begun.
+const (
+	queued int32 = iota
+	dropped
+	begun
+	doubted
+	settled
+)
+
+// committer is the one goroutine that changes keys. It owns the fields below the
+// line; the others are for everybody.
+type committer struct {
+	db     *DB
+	queue  chan *job
+	fenced chan struct{} // closed: ErrFenced
+	down   atomic.Pointer[downReason]
+	stop   context.Context // ends with Close; what is under way with the database goes on
+	cancel context.CancelFunc
+	ended  sync.WaitGroup
+	begun  atomic.Bool
+
+	// ---
+	config *pgx.ConnConfig
+	conn   *pgx.Conn
+	run    int64
+	mark   int64      // of this run's last commit, as it stands in node_run
+	marks  int64      // the highest mark given out
+	head   audit.Head // after that commit
+	days   map[string]bool
+}
+
+type downReason struct{ err error }
+
+func newCommitter(db *DB, config *pgx.ConnConfig) *committer {
+	config.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
+	c := &committer{
+		db: db, config: config, queue: make(chan *job, maxQueue), fenced: make(chan struct{}), days: make(map[string]bool),
+	}
+	c.stop, c.cancel = context.WithCancel(context.Background())
+	c.down.Store(&downReason{fmt.Errorf("%w: no run has begun", ErrUnavailable)})
+	return c
+}
+
+// health is why jobs are refused at once, or nil.
+func (c *committer) health() error {
+	if d := c.down.Load(); d != nil {
+		return d.err
+	}
+	return nil
+}
+
+func (c *committer) close() {
+	c.cancel()
+	c.ended.Wait()
+}
+
+// do hands an act to the committer and waits until it is committed or refused, or
+// until ctx ends: then the act is dropped, or in doubt if its batch has begun.
+func (db *DB) do(ctx context.Context, a act, late func(bool)) error {
+	c := db.committer
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%w: %w", ErrDropped, err)
+	}
+	if err := c.health(); err != nil {
+		return err
+	}
+	j := &job{act: a, late: late, done: make(chan struct{})}
+	select {
+	case c.queue <- j:
+	default:
+		return fmt.Errorf("%w: %d jobs wait", ErrUnavailable, maxQueue)
+	}
+	select {
+	case <-j.done:
+		return j.err
+	case <-ctx.Done():
+	case <-c.stop.Done():
+		// The committer settles what it has begun before it ends; what it has not
+		// begun nobody will.
+		c.ended.Wait()
+	}
+	switch {
+	case j.stage.CompareAndSwap(queued, dropped):
+		if ctx.Err() == nil {
+			return c.health()
+		}
+		return fmt.Errorf("%w: %w", ErrDropped, ctx.Err())
+	case j.stage.CompareAndSwap(begun, doubted):
+		return fmt.Errorf("%w: %w", ErrDoubt, context.Cause(ctx))
+	}
+	<-j.done
+	return j.err
+}
+
+// finish settles jobs: err is what their callers get.
+func (c *committer) finish(err error, jobs ...*job) {
+	for _, j := range jobs {
+		j.err = err
+		if j.stage.CompareAndSwap(begun, settled) {
+			close(j.done)
+		} else if j.late != nil {
+			c.db.late.Go(func() { j.late(err == nil) })
+		}
+	}
+}
+
+// idlePing is how often an idle connection is tried, so that a database that has
+// gone is noticed without a job.
+const idlePing = time.Second
+
+// loop takes what waits, commits it, and takes again what waits, until stop.
+func (c *committer) loop() {
+	idle := time.NewTicker(idlePing)
+	defer idle.Stop()
+	var waiting []*job
+	for c.stop.Err() == nil {
+		if len(waiting) == 0 {
+			select {
+			case <-c.stop.Done():
+				continue
+			case <-idle.C:
+				c.ping()
+				continue
+			case j := <-c.queue:
+				waiting = append(waiting, j)
+			}
+		}
+		waiting = c.gather(waiting)
+		var batch []*job
+		batch, waiting = pick(waiting)
+		c.commit(batch)
+	}
+	if !errors.Is(c.health(), ErrFenced) {
+		c.down.Store(&downReason{fmt.Errorf("%w: closed", ErrUnavailable)})
+	}
+	c.abandon(waiting, c.health())
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = c.conn.Close(ctx) // nothing is under way on it
+}
+
+// gather adds what is in the queue, up to what one batch may hold.
+func (c *committer) gather(waiting []*job) []*job {
+	for len(waiting) < maxBatchJobs {
+		select {
+		case j := <-c.queue:
+			waiting = append(waiting, j)
+		default:
+			return waiting
+		}
+	}
+	return waiting
+}
+
+// pick begins a batch: the jobs that have not been dropped, in order, within the
+// limits, and none that shares a claim with one before it. The rest waits on.
+func pick(waiting []*job) (batch, rest []*job) {
+	claimed := make(map[claim]*job)
+	weight := 0
+	for _, j := range waiting {
+		w := j.act.weight()
+		free := len(batch) == 0 || weight+w <= maxBatchAtoms
+		if free {
+			j.act.claims(func(cl claim) { free = free && (claimed[cl] == nil || claimed[cl] == j) })
+		}
+		if !free {
+			rest = append(rest, j)
+			j.act.claims(func(cl claim) { claimed[cl] = first(claimed[cl], j) }) // those behind it keep their place
+			continue
+		}
+		if !j.stage.CompareAndSwap(queued, begun) {
+			continue // dropped
+		}
+		j.act.claims(func(cl claim) { claimed[cl] = j })
+		batch, weight = append(batch, j), weight+w
+	}
+	return batch, rest
+}
+
+func first(a, b *job) *job {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// abandon refuses jobs that have not begun, and all that are in the queue.
+func (c *committer) abandon(waiting []*job, err error) {
+	for {
+		for _, j := range waiting {
+			if j.stage.CompareAndSwap(queued, begun) {
+				c.finish(err, j)
+			}
+		}
+		select {
+		case j := <-c.queue:
+			waiting = []*job{j}
+		default:
+			return
+		}
+	}
+}

@@ -1,0 +1,182 @@
+package store
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// Lease is a chunk that this node's run alone may serve from.
+type Lease struct {
+	Chunk int64
+	handover.BlockRef
+	First      int // index of the chunk's first atom in its block
+	Epoch      key.Epoch
+	Provenance key.Provenance
+	Atoms      []Atom // those still in the pool, by index
+}
+
+// Lease leases up to maxChunks chunks of a link: owned here, of READY blocks, not
+// leased by anybody, oldest epoch first. Chunks that an earlier call leased without
+// being able to return them come first.
+func (db *DB) Lease(ctx context.Context, link string, maxChunks int) ([]Lease, error) {
+	var chunks []int64
+	act := solo(func(ctx context.Context, a *attempt) error {
+		rows, _ := a.conn.Query(ctx, `WITH pick AS (
+				SELECT c.id FROM chunk c JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block
+				WHERE c.link = $1 AND c.owner = 'here' AND c.node IS NULL AND c.remaining > 0 AND b.state = 'ready'
+				ORDER BY c.epoch, c.id LIMIT $2 FOR UPDATE OF c SKIP LOCKED)
+			UPDATE chunk SET node = $3, run = $4 FROM pick WHERE chunk.id = pick.id RETURNING chunk.id`,
+			link, maxChunks, db.cfg.Node, a.c.run)
+		picked, err := pgx.CollectRows(rows, pgx.RowTo[int64])
+		chunks = picked
+		return err
+	})
+	err := db.do(ctx, act, func(committed bool) {
+		if committed {
+			db.setAside(link, chunks)
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("leasing chunks of link %s: %w", link, err)
+	}
+	db.mu.Lock()
+	chunks = append(db.unclaimed[link], chunks...)
+	delete(db.unclaimed, link)
+	db.mu.Unlock()
+	leases, err := db.loadLeases(ctx, link, chunks)
+	if err != nil {
+		db.setAside(link, chunks)
+		return nil, away("loading leased chunks of link "+link, err)
+	}
+	return leases, nil
+}
+
+// setAside keeps chunks of a link that are leased by this run and that nobody uses.
+func (db *DB) setAside(link string, chunks []int64) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	db.unclaimed[link] = append(db.unclaimed[link], chunks...)
+}
+
+// loadLeases reads leased chunks and their atoms. Nobody but this node changes
+// them, unless their block is lost.
+func (db *DB) loadLeases(ctx context.Context, link string, chunks []int64) ([]Lease, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT c.id, c.link, c.session, c.block, c.first, c.epoch, b.provenance FROM chunk c
+		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block
+		WHERE c.id = ANY($1::bigint[]) ORDER BY c.epoch, c.id`, chunks)
+	leases, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (l Lease, err error) {
+		return l, row.Scan(&l.Chunk, &l.Link, &l.Session, &l.Block, &l.First, &l.Epoch, &l.Provenance)
+	})
+	if err != nil {
+		return nil, err
+	}
+	at := make(map[int64]*Lease, len(leases))
+	parts := make(map[key.Epoch][]int64)
+	for i := range leases {
+		l := &leases[i]
+		at[l.Chunk] = l
+		parts[l.Epoch] = append(parts[l.Epoch], l.Chunk)
+	}
+	for e, ids := range parts {
+		rows, _ := db.pool.Query(ctx, "SELECT chunk, id, index, kek, iv, ct FROM "+keyTable(e)+" WHERE chunk = ANY($1::bigint[]) ORDER BY chunk, index", ids)
+		for rows.Next() {
+			var chunk int64
+			var a Atom
+			var iv []byte
+			if err := rows.Scan(&chunk, (*[16]byte)(&a.ID), &a.Index, &a.KEK, &iv, &a.CT); err != nil {
+				rows.Close()
+				return nil, err
+			}
+			copy(a.IV[:], iv)
+			at[chunk].Atoms = append(at[chunk].Atoms, a)
+		}
+		if err := rows.Err(); err != nil {
+			return nil, err
+		}
+	}
+	return leases, nil
+}
+
+// Stored is how many atoms of a link this end may still hand out: those left in
+// the READY chunks that it owns, leased or not.
+func (db *DB) Stored(ctx context.Context, link string) (atoms int, err error) {
+	err = db.pool.QueryRow(ctx, `SELECT COALESCE(sum(c.remaining), 0) FROM chunk c JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block
+		WHERE c.link = $1 AND c.owner = 'here' AND b.state = 'ready'`, link).Scan(&atoms)
+	if err != nil {
+		return 0, away("counting what link "+link+" has stored", err)
+	}
+	return atoms, nil
+}
+
+// Pool is how many atoms of a link are left at each owner, HELD blocks included:
+// what a new block is shared by.
+func (db *DB) Pool(ctx context.Context, link string) (here, peer int, err error) {
+	err = db.pool.QueryRow(ctx, `SELECT COALESCE(sum(remaining) FILTER (WHERE owner = 'here'), 0), COALESCE(sum(remaining) FILTER (WHERE owner = 'peer'), 0)
+		FROM chunk WHERE link = $1`, link).Scan(&here, &peer)
+	if err != nil {
+		return 0, 0, away("counting the pool of link "+link, err)
+	}
+	return here, peer, nil
+}
+
+// PooledAtom is an atom in the pool and where it lies.
+type PooledAtom struct {
+	Atom
+	Chunk int64
+	handover.BlockRef
+	Epoch      key.Epoch
+	Provenance key.Provenance
+	Owner      handover.End
+	BlockState handover.BlockState
+}
+
+// PoolAtoms reads those of the keys' atoms that are in the pool of a link.
+func (db *DB) PoolAtoms(ctx context.Context, refs []handover.Key, link string) (map[key.ID]PooledAtom, error) {
+	var ids []key.ID
+	for _, r := range refs {
+		ids = append(ids, r.Atoms...)
+	}
+	parts := db.byEpoch(ids)
+	for e := range parts {
+		if err := db.learn(ctx, e); err != nil {
+			return nil, away("reading atoms", err)
+		}
+	}
+	atoms := make(map[key.ID]PooledAtom, len(ids))
+	for e, part := range parts {
+		if !db.epochs.has(e) {
+			continue
+		}
+		if err := db.readPool(ctx, e, part, link, atoms); err != nil && !missingTable(err) {
+			return nil, away("reading atoms", err)
+		}
+	}
+	return atoms, nil
+}
+
+func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link string, atoms map[key.ID]PooledAtom) error {
+	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state,
+			CASE WHEN (c.owner = 'here') = (l.my_end = 'alice') THEN 'a' ELSE 'b' END
+		FROM `+keyTable(e)+` k JOIN chunk c ON c.id = k.chunk
+		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block JOIN link l ON l.id = c.link
+		WHERE k.id = ANY($1::uuid[]) AND c.link = $2`, uuids(ids), link)
+	defer rows.Close()
+	for rows.Next() {
+		var p PooledAtom
+		var iv []byte
+		var owner string
+		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &owner)
+		if err != nil {
+			return err
+		}
+		copy(p.IV[:], iv)
+		p.Owner = handover.End(owner[0])
+		atoms[p.ID] = p
+	}
+	return rows.Err()
+}

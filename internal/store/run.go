@@ -1,0 +1,195 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// BumpRun gives node a new run, higher than atLeast and than any that it had. From
+// then on no transaction of its lower runs commits. It is a transaction of its own.
+func (db *DB) BumpRun(ctx context.Context, node string, atLeast int64) (run int64, err error) {
+	err = db.pool.QueryRow(ctx, `INSERT INTO node_run (node, run, mark, seq, head) VALUES ($1, $2::bigint + 1, 0, 0, $3)
+		ON CONFLICT (node) DO UPDATE SET run = greatest(node_run.run, $2::bigint) + 1 RETURNING run`,
+		node, atLeast, make([]byte, 32)).Scan(&run)
+	if err != nil {
+		return 0, away("bumping the run of "+node, err)
+	}
+	return run, nil
+}
+
+// Begin starts the committer of this node's run, which BumpRun made. It is called
+// once in the life of a DB.
+func (db *DB) Begin(ctx context.Context, run int64) error {
+	c := db.committer
+	if !c.begun.CompareAndSwap(false, true) {
+		return errors.New("a run has begun already")
+	}
+	c.run = run
+	err := c.load(ctx)
+	if err != nil {
+		c.begun.Store(false)
+		return fmt.Errorf("beginning run %d of %s: %w", run, db.cfg.Node, err)
+	}
+	c.setUp()
+	c.ended.Go(c.loop)
+	return nil
+}
+
+// load connects and reads where the node's chain stands.
+func (c *committer) load(ctx context.Context) error {
+	if err := c.connect(); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	var run int64
+	var head []byte
+	err := c.conn.QueryRow(ctx, "SELECT run, mark, seq, head FROM node_run WHERE node = $1", c.db.cfg.Node).Scan(&run, &c.mark, &c.head.Seq, &head)
+	if errors.Is(err, pgx.ErrNoRows) || err == nil && run != c.run {
+		return ErrFenced
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	c.marks = c.mark
+	copy(c.head.Hash[:], head)
+	return nil
+}
+
+// EndTakeover ends the takeover that made run: chunks that lower runs of node had
+// leased are free again, and what they had parked is not parked any more. The
+// caller has burned and voided what their announces had assigned.
+func (db *DB) EndTakeover(ctx context.Context, node string, run int64, events ...audit.Event) error {
+	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		var is int64
+		err := a.conn.QueryRow(ctx, "SELECT run FROM node_run WHERE node = $1 FOR UPDATE", node).Scan(&is)
+		if errors.Is(err, pgx.ErrNoRows) || err == nil && is != run {
+			return refuse(ErrOvertaken)
+		}
+		if err != nil {
+			return err
+		}
+		a.record(events...)
+		a.writes.Queue("UPDATE chunk SET node = NULL, run = NULL WHERE node = $1 AND run < $2 AND remaining > 0", node, run)
+		a.writes.Queue("DELETE FROM parked WHERE node = $1 AND run < $2", node, run)
+		return nil
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("ending the takeover of %s: %w", node, err)
+	}
+	return nil
+}
+
+// NodeRun is a run of a node of this site.
+type NodeRun struct {
+	Node string
+	Run  int64
+}
+
+// UnfinishedTakeovers lists the nodes, with their current runs, for which chunks or
+// parked keys of lower runs are left. Any live node may finish them.
+func (db *DB) UnfinishedTakeovers(ctx context.Context) ([]NodeRun, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT node, run FROM node_run n
+		WHERE EXISTS (SELECT FROM chunk c WHERE c.node = n.node AND c.run < n.run AND c.remaining > 0)
+		OR EXISTS (SELECT FROM parked p WHERE p.node = n.node AND p.run < n.run) ORDER BY node`)
+	runs, err := pgx.CollectRows(rows, pgx.RowToStructByPos[NodeRun])
+	if err != nil {
+		return nil, away("listing unfinished takeovers", err)
+	}
+	return runs, nil
+}
+
+// PeerRun is what is known of a node of a peer: zero if nothing is.
+func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (handover.PeerRun, error) {
+	var p handover.PeerRun
+	err := db.pool.QueryRow(ctx, readPeerRun, peer.String(), node).Scan(&p.Run, &p.Last)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return p, away("reading a peer's run", err)
+	}
+	return p, nil
+}
+
+// HearRun notes durably that a peer's node has begun a run: announces of lower ones
+// are refused from then on. ok is false if a higher run is known; otherwise rows
+// are all keys that were assigned here for lower runs, live or gone.
+func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (rows []handover.Assigned, ok bool, err error) {
+	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		_, err := a.conn.Exec(ctx, "INSERT INTO peer_run (peer, node, run, last) VALUES ($1, $2, 0, 0) ON CONFLICT DO NOTHING", peer.String(), r.Node)
+		if err != nil {
+			return err
+		}
+		var p handover.PeerRun
+		if err := a.conn.QueryRow(ctx, readPeerRun+" FOR UPDATE", peer.String(), r.Node).Scan(&p.Run, &p.Last); err != nil {
+			return err
+		}
+		if p, ok = p.Hear(r.Run); ok {
+			a.writes.Queue("UPDATE peer_run SET run = $3, last = $4 WHERE peer = $1 AND node = $2", peer.String(), r.Node, p.Run, p.Last)
+		}
+		return nil
+	}), nil)
+	if err != nil {
+		return nil, false, fmt.Errorf("hearing of run %d of %s: %w", r.Run, r.Node, err)
+	}
+	if !ok {
+		return nil, false, nil
+	}
+	// No transaction can add to these any more: it would have to lock the row above.
+	if rows, err = db.assigned(ctx, peer, r); err != nil {
+		return nil, false, away("listing what was assigned", err)
+	}
+	return rows, true, nil
+}
+
+func (db *DB) assigned(ctx context.Context, peer identity.KME, r handover.RunStarted) (all []handover.Assigned, err error) {
+	return all, db.scan(ctx, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, `SELECT DISTINCT ON (run, batch, key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
+			WHERE peer = $1 AND node = $2 AND run < $3 ORDER BY run, batch, key_id`, peer.String(), r.Node, r.Run)
+		all, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {
+			var atoms [][16]byte
+			err = row.Scan(&g.Run, &g.Batch, (*[16]byte)(&g.Key), &atoms)
+			g.Atoms = keyIDs(atoms)
+			return g, err
+		})
+		return err
+	})
+}
+
+// Void takes back keys that the peer's node had announced and may not have served:
+// those still live end. It is idempotent: event makes the event, and is called
+// only if a key ended now.
+func (db *DB) Void(ctx context.Context, from identity.KME, v handover.Void, event func(voided []key.ID) audit.Event) error {
+	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		rows, _ := a.conn.Query(ctx, `UPDATE due SET ct = NULL, iv = NULL, gone_at = $6, gone_how = 'void'
+			WHERE key_id = ANY($1::uuid[]) AND peer = $2 AND node = $3 AND run = $4 AND batch = $5 AND ct IS NOT NULL RETURNING key_id`,
+			uuids(v.Keys), from.String(), v.Node, v.Run, v.Batch, a.now)
+		ended, err := pgx.CollectRows(rows, pgx.RowTo[[16]byte])
+		if err != nil {
+			return err
+		}
+		voided := make(map[key.ID]bool)
+		for _, id := range ended {
+			voided[id] = true
+		}
+		var ids []key.ID // in the void's order, each once
+		for _, id := range v.Keys {
+			if voided[id] {
+				delete(voided, id)
+				ids = append(ids, id)
+			}
+		}
+		if len(ids) > 0 {
+			a.record(event(ids))
+		}
+		return nil
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("voiding %d keys of %s: %w", len(v.Keys), v.Node, err)
+	}
+	return nil
+}

@@ -1,0 +1,161 @@
+// Package store keeps a site's keys, assignments and audit log in PostgreSQL.
+// There is one method for each verb of the handover and of a key's life.
+//
+// What it promises: exactly-once is SQL. A key leaves the pool by a DELETE that
+// gave it back, an assigned key is taken by an UPDATE that emptied it, and only
+// what came back is recorded and may be answered. Whatever changes a key goes
+// through one committer, in batches of one transaction each, with its audit events
+// in the same transaction; each of these ends with the node's row of node_run moved
+// from one commit to the next. That row fences a node whose run has been taken
+// over, holds the head of its audit chain and answers "did my commit happen?".
+//
+// What it must never do: answer from a key that no commit gave it, write an act
+// without its event, cancel a commit because a client went away, or use the
+// database's clock. It sees wrapped blobs only, never a key.
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+const schemaName = "kme"
+
+// What a verb returns when it is not done. Except after ErrDoubt, nothing happened.
+var (
+	// ErrDropped: ctx ended before the verb's batch began.
+	ErrDropped = errors.New("dropped before its batch began")
+	// ErrDoubt: ctx ended while the batch was being committed. The committer goes
+	// on, and the job's Late, if it has one, is called when the outcome is known.
+	ErrDoubt = errors.New("the outcome of the commit is not known yet")
+	// ErrUnavailable: the database does not answer, or the queue is full.
+	ErrUnavailable = errors.New("the database is not available")
+	// ErrFenced: the node's run has been taken over. The DB is dead, and the
+	// process must end. Only for this error a commit in flight may have happened
+	// unseen; the takeover deals with its keys.
+	ErrFenced = errors.New("the node's run has been taken over")
+	// ErrShort: a key was not there any more.
+	ErrShort = errors.New("a key is gone")
+	// ErrExpired: the epoch of a key has no partition, or not any more.
+	ErrExpired = errors.New("the epoch is over")
+	// ErrClosedSession: the link's session is not the one that is open.
+	ErrClosedSession = errors.New("the link's session is closed")
+	// ErrOtherBlock: a different block of that name is, or was, held here.
+	ErrOtherBlock = errors.New("another block of that name is known")
+	// ErrOvertaken: a later takeover of the node has begun.
+	ErrOvertaken = errors.New("a later takeover of the node has begun")
+)
+
+// Config is what a DB needs. All fields must be set, Log excepted.
+type Config struct {
+	DSN         string           // of the role kme_app; several hosts with target_session_attrs=read-write are fine
+	Site        identity.KME     // whose database it is: a database of another KME is refused
+	Node        string           // this node's name, unique at the site
+	EpochLength time.Duration    // must be what the database was made with
+	Now         func() time.Time // the daemon's clock
+	Log         *slog.Logger     // nil discards
+}
+
+// DB is one node's way to the database of its site. Its methods may be called
+// from many goroutines.
+type DB struct {
+	cfg       Config
+	pool      *pgxpool.Pool // for reading, and for the few changes that carry no event
+	epochs    epochSet
+	committer *committer
+	late      sync.WaitGroup // calls of Late under way
+
+	mu        sync.Mutex
+	unclaimed map[string][]int64 // by link: chunks leased by this run whose Lease had failed to return them
+}
+
+// pointLookups makes the planner take the index whatever it believes about a
+// table's size: hot statements name a few rows of tables that grow by the minute,
+// and a plan made while a partition was empty would stay.
+var pointLookups = map[string]string{
+	"search_path":                         schemaName,
+	"enable_seqscan":                      "off",
+	"enable_bitmapscan":                   "off",
+	"enable_hashjoin":                     "off",
+	"enable_mergejoin":                    "off",
+	"jit":                                 "off",
+	"default_transaction_isolation":       "read committed",
+	"synchronous_commit":                  "on",
+	"idle_in_transaction_session_timeout": "10s",
+}
+
+// Open connects to the database. It refuses one whose schema version, epoch length
+// or site is not the program's. Nothing can be changed before Begin.
+func Open(ctx context.Context, cfg Config) (*DB, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Node == "" || cfg.Site == (identity.KME{}) || cfg.EpochLength <= 0 || cfg.Now == nil {
+		return nil, errors.New("opening the store: node, site, epoch length and clock must be set")
+	}
+	poolConfig, err := pgxpool.ParseConfig(cfg.DSN)
+	if err != nil {
+		return nil, fmt.Errorf("opening the store: %w", err)
+	}
+	maps.Copy(poolConfig.ConnConfig.RuntimeParams, pointLookups)
+	poolConfig.ConnConfig.RuntimeParams["application_name"] = "kmed " + cfg.Node
+	db := &DB{cfg: cfg, unclaimed: make(map[string][]int64)}
+	db.committer = newCommitter(db, poolConfig.ConnConfig.Copy())
+	if db.pool, err = pgxpool.NewWithConfig(ctx, poolConfig); err != nil {
+		return nil, fmt.Errorf("opening the store: %w", err)
+	}
+	err = db.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error { return checkSchema(ctx, conn.Conn(), cfg) })
+	if err == nil {
+		err = db.epochs.refresh(ctx, db.pool)
+	}
+	if err != nil {
+		db.pool.Close()
+		return nil, fmt.Errorf("opening the store: %w", err)
+	}
+	return db, nil
+}
+
+// Close ends the batch under way, refuses those that wait, and closes all
+// connections. If the outcome of a commit is unknown it stays so.
+func (db *DB) Close() {
+	db.committer.close()
+	db.late.Wait()
+	db.pool.Close()
+}
+
+// Healthy is nil while the committer is connected, and otherwise why it is not.
+func (db *DB) Healthy() error { return db.committer.health() }
+
+// Fenced is closed when the node's run has been taken over. Nothing can be
+// committed from then on, and the process must end.
+func (db *DB) Fenced() <-chan struct{} { return db.committer.fenced }
+
+// now is the daemon's time in the precision of the database.
+func (db *DB) now() time.Time { return db.cfg.Now().UTC().Truncate(time.Microsecond) }
+
+// away wraps the error of a read: the caller can but come again.
+func away(doing string, err error) error {
+	return fmt.Errorf("%s: %w: %w", doing, ErrUnavailable, err)
+}
+
+// scan runs a read that goes through whole tables, which the settings of the
+// pool's connections would steer it away from.
+func (db *DB) scan(ctx context.Context, read func(pgx.Tx) error) error {
+	return pgx.BeginTxFunc(ctx, db.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_bitmapscan = on")
+		if err != nil {
+			return err
+		}
+		return read(tx)
+	})
+}

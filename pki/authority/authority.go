@@ -1,0 +1,133 @@
+// Package authority is the certificate authority of the three roles: an offline
+// root and, for each of sae, kme and operator, an issuing CA that is a smallstep
+// authority with a listener, a token key and a database of its own.
+//
+// Init makes the keys, Serve runs the CA of one role, Token makes the one-time
+// token with which its holder fetches one certificate. Clients are pki.Enrol and
+// the stock step CLI.
+//
+// It promises that a certificate of a role carries exactly one URI,
+// qkd://ROLE.TRUST-DOMAIN/ID, whose ID is the subject of a token of that role;
+// that the CA of one role refuses the certificates and tokens of another; and
+// that a token works once. X.509 itself holds the first promise up: each issuing
+// CA is constrained to the host of its role.
+//
+// It must never write a token or a private key to its log, and never needs the
+// root's key to serve.
+//
+// The directory of the authorities:
+//
+//	root.pem                     the root certificate: public, the anchor of servers
+//	root/key.pem                 the root's key: made by Init, needed by nothing else; carry it off
+//	ROLE/ca.json                 what Init decided: settings
+//	ROLE/intermediate.pem        the issuing CA's certificate: public, the anchor of ROLE's clients
+//	ROLE/intermediate.key        its key
+//	ROLE/token.key               the key (JWK) that signs one-time tokens; serving does without it
+//	ROLE/ca.db                   certificates issued and revoked, tokens used
+package authority
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+
+	"go.step.sm/crypto/jose"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// Roles are the roles that have an authority.
+var Roles = [...]identity.Role{identity.RoleSAE, identity.RoleKME, identity.RoleOperator}
+
+const (
+	rootFile         = "root.pem"
+	rootKeyFile      = "root/key.pem"
+	settingsFile     = "ca.json"
+	intermediateFile = "intermediate.pem"
+	issuingKeyFile   = "intermediate.key"
+	tokenKeyFile     = "token.key"
+	databaseFile     = "ca.db"
+)
+
+// settings are what Init decides for one CA and Serve obeys.
+type settings struct {
+	Role        identity.Role   `json:"role"`
+	TrustDomain string          `json:"trust_domain"`
+	Address     string          `json:"address"`     // host:port of the HTTPS listener; the host is a name in its certificate
+	CRLAddress  string          `json:"crl_address"` // host:port of the plain HTTP listener, which serves the CRL and nothing else
+	TokenKey    jose.JSONWebKey `json:"token_key"`   // the public half of token.key
+}
+
+// provisioner is the name of the provisioner that owns the role's tokens. The
+// names differ between the CAs because smallstep looks a certificate's provisioner
+// up by name when it renews.
+func (s settings) provisioner() string { return "enrol-" + string(s.Role) }
+
+// uriHost is the host of the role's URIs, to which its CA is constrained.
+func (s settings) uriHost() string { return string(s.Role) + "." + s.TrustDomain }
+
+func (s settings) crlURL() string { return "http://" + s.CRLAddress + "/crl" }
+
+func loadSettings(dir string, role identity.Role) (settings, error) {
+	var s settings
+	if !slices.Contains(Roles[:], role) {
+		return s, fmt.Errorf("there is no authority for role %q", role)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, string(role), settingsFile))
+	if err != nil {
+		return s, fmt.Errorf("reading the settings of the %s CA: %w", role, err)
+	}
+	if err := json.Unmarshal(text, &s); err != nil {
+		return s, fmt.Errorf("reading the settings of the %s CA: %w", role, err)
+	}
+	if s.Role != role {
+		return s, fmt.Errorf("the settings of the %s CA are those of %q", role, s.Role)
+	}
+	return s, nil
+}
+
+// idPattern is what an ID may be; the profiles in pki/templates say the same.
+var idPattern = regexp.MustCompile(`^[a-z0-9._@-]{1,64}$`)
+
+// checkID refuses dots alone beside what the pattern does: they would vanish from
+// a URL's path.
+func checkID(id string) error {
+	if !idPattern.MatchString(id) || id == "." || id == ".." {
+		return fmt.Errorf("ID %q is not 1 to 64 of a-z, 0-9, ., _, @ and -", id)
+	}
+	return nil
+}
+
+// Fingerprint is the SHA-256 of the root certificate in lower-case hex: the pin
+// that a client needs for its first contact.
+func Fingerprint(dir string) (string, error) {
+	root, err := readCertificate(filepath.Join(dir, rootFile))
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(root.Raw)
+	return hex.EncodeToString(sum[:]), nil
+}
+
+func readCertificate(file string) (*x509.Certificate, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("reading certificate: %w", err)
+	}
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, fmt.Errorf("reading certificate: %s holds no PEM certificate", file)
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("reading certificate %s: %w", file, err)
+	}
+	return cert, nil
+}

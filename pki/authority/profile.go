@@ -1,0 +1,159 @@
+package authority
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"slices"
+	"time"
+
+	smallstep "github.com/smallstep/certificates/authority"
+	"github.com/smallstep/certificates/authority/config"
+	"github.com/smallstep/certificates/authority/provisioner"
+	"github.com/smallstep/certificates/db"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/pki/templates"
+)
+
+// Lifetimes of what a CA issues. A certificate begins backdate before the moment it
+// is made, for clocks that disagree, and so lasts that much longer.
+const (
+	minLifetime     = time.Minute
+	defaultLifetime = 24 * time.Hour
+	maxLifetime     = 7 * 24 * time.Hour
+	backdate        = 30 * time.Second
+	crlLifetime     = 24 * time.Hour
+	crlRenewal      = 10 * time.Minute // and at each revocation
+)
+
+// open starts the smallstep authority of one role.
+func (s settings) open(dir string) (*smallstep.Authority, error) {
+	cfg, err := s.smallstepConfig(dir)
+	if err != nil {
+		return nil, err
+	}
+	a, err := smallstep.New(cfg, smallstep.WithQuietInit(), smallstep.WithX509Enforcers(profile{s}))
+	if err != nil {
+		return nil, fmt.Errorf("starting the authority: %w", err)
+	}
+	return a, nil
+}
+
+func (s settings) smallstepConfig(dir string) (*config.Config, error) {
+	host, _, err := net.SplitHostPort(s.Address)
+	if err != nil {
+		return nil, fmt.Errorf("address of the CA: %w", err)
+	}
+	names := []string{"localhost", "127.0.0.1"}
+	if !slices.Contains(names, host) {
+		names = append(names, host)
+	}
+	jwk, err := s.jwkProvisioner()
+	if err != nil {
+		return nil, err
+	}
+	here := filepath.Join(dir, string(s.Role))
+	cfg := &config.Config{
+		Root:             []string{filepath.Join(dir, rootFile)},
+		IntermediateCert: filepath.Join(here, intermediateFile),
+		IntermediateKey:  filepath.Join(here, issuingKeyFile),
+		Address:          s.Address,
+		DNSNames:         names,
+		CommonName:       s.uriHost() + " CA server",
+		DB:               &db.Config{Type: "bbolt", DataSource: filepath.Join(here, databaseFile)},
+		TLS:              &config.TLSOptions{MinVersion: 1.3, MaxVersion: 1.3},
+		CRL: &config.CRLConfig{
+			Enabled:          true,
+			GenerateOnRevoke: true,
+			CacheDuration:    &provisioner.Duration{Duration: crlLifetime},
+			RenewPeriod:      &provisioner.Duration{Duration: crlRenewal},
+			IDPurl:           s.crlURL(),
+		},
+		AuthorityConfig: &config.AuthConfig{
+			Provisioners: provisioner.List{jwk},
+			Backdate:     &provisioner.Duration{Duration: backdate},
+			// The database remembers used tokens, so those made before a restart may live.
+			DisableIssuedAtCheck: true,
+		},
+	}
+	cfg.Init()
+	return cfg, nil
+}
+
+// jwkProvisioner is the owner of the role's tokens. It has no encryptedKey, which
+// smallstep would hand to anyone who asks. Its extension stays in the
+// certificates: without it smallstep would let any CA renew them.
+func (s settings) jwkProvisioner() (*provisioner.JWK, error) {
+	variables, err := json.Marshal(map[string]string{"TrustDomain": s.TrustDomain, "CRL": s.crlURL()})
+	if err != nil {
+		return nil, err
+	}
+	profiles := map[identity.Role]string{
+		identity.RoleSAE: templates.SAE, identity.RoleKME: templates.KME, identity.RoleOperator: templates.Operator,
+	}
+	return &provisioner.JWK{
+		Type: "JWK",
+		Name: s.provisioner(),
+		Key:  &s.TokenKey,
+		Claims: &provisioner.Claims{
+			MinTLSDur:     &provisioner.Duration{Duration: minLifetime},
+			DefaultTLSDur: &provisioner.Duration{Duration: defaultLifetime},
+			MaxTLSDur:     &provisioner.Duration{Duration: maxLifetime},
+		},
+		Options: &provisioner.Options{X509: &provisioner.X509Options{
+			Template: profiles[s.Role], TemplateData: variables,
+		}},
+	}, nil
+}
+
+// profile is the last look at a certificate before it is signed, whatever the
+// template did. Host names are left to the CA's name constraints.
+type profile struct{ settings }
+
+// Enforce refuses a certificate that is not what its role's profile says. It
+// implements smallstep's provisioner.CertificateEnforcer.
+func (p profile) Enforce(c *x509.Certificate) error {
+	usages := []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	if p.Role == identity.RoleKME {
+		usages = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	}
+	id := c.Subject.CommonName
+	if err := checkID(id); err != nil {
+		return err
+	}
+	want := "qkd://" + p.uriHost() + "/" + id
+	switch {
+	case len(c.URIs) != 1 || c.URIs[0].String() != want:
+		return fmt.Errorf("URIs %v are not exactly %s", c.URIs, want)
+	case len(c.EmailAddresses) > 0:
+		return errors.New("it has an e-mail address")
+	case p.Role != identity.RoleKME && len(c.DNSNames)+len(c.IPAddresses) > 0:
+		return errors.New("it has a host name and is not a KME's")
+	case c.IsCA || c.KeyUsage != x509.KeyUsageDigitalSignature:
+		return errors.New("key usage is not exactly digitalSignature")
+	case !slices.Equal(c.ExtKeyUsage, usages) || len(c.UnknownExtKeyUsage) > 0:
+		return fmt.Errorf("extended key usage is not exactly that of role %s", p.Role)
+	case !strongKey(c.PublicKey):
+		return errors.New("the key is none of ECDSA P-256, P-384 and Ed25519")
+	}
+	return nil
+}
+
+// strongKey says whether the doors accept a key of this kind. RSA is not among
+// them: its handshakes cost 2.5 times the CPU.
+func strongKey(public any) bool {
+	switch key := public.(type) {
+	case *ecdsa.PublicKey:
+		return key.Curve == elliptic.P256() || key.Curve == elliptic.P384()
+	case ed25519.PublicKey:
+		return true
+	}
+	return false
+}

@@ -1,0 +1,13 @@
+{{- /* The certificate of an SAE. Everything is set here: of what the caller asks for only the
+      key counts. The ID is the subject of the one-time token. */ -}}
+{{- $id := .Subject.CommonName -}}
+{{- if or (not (regexMatch "^[a-z0-9._@-]{1,64}$" $id)) (eq $id ".") (eq $id "..") -}}
+{{- fail (printf "SAE ID %q is not allowed" $id) -}}
+{{- end -}}
+{
+  "subject": {"commonName": {{ toJson $id }}, "organizationalUnit": "SAE"},
+  "sans": [{"type": "uri", "value": {{ toJson (printf "qkd://sae.%s/%s" .TrustDomain $id) }}}],
+  "keyUsage": ["digitalSignature"],
+  "extKeyUsage": ["clientAuth"],
+  "crlDistributionPoints": [{{ toJson .CRL }}]
+}

@@ -1,0 +1,224 @@
+package policies
+
+import (
+	"net"
+	"strconv"
+	"strings"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// Network is what network.yaml says.
+type Network struct {
+	TrustDomain string // the domain in URI SANs: qkd://sae.<trust domain>/<id>
+	KMEs        map[identity.KME]KMEEntry
+	Links       []Link
+	SAEs        map[identity.SAE]SAEEntry
+}
+
+// KMEEntry is the addresses of a KME's doors, host:port.
+type KMEEntry struct {
+	SAE       string // for SAEs: 014 and the QuteMail routes
+	Assign    string // for peers: key handover
+	Classical string // for peers: the classical channel of the QKD link
+	Operator  string // for operators
+}
+
+// Link is a QKD link.
+type Link struct {
+	ID         string
+	Alice, Bob identity.KME // Alice's KME sends the light
+}
+
+// SAEEntry is what is known of an SAE.
+type SAEEntry struct {
+	Homes  []identity.KME // at least one; the order is the order of preference
+	Groups []string       // for policies: in the default one, members of a group may share keys
+}
+
+type networkDoc struct {
+	Version     version   `yaml:"version"`
+	TrustDomain word      `yaml:"trust_domain"`
+	KMEs        []kmeDoc  `yaml:"kmes"`
+	Links       []linkDoc `yaml:"links"`
+	SAEs        []saeDoc  `yaml:"saes"`
+}
+
+type kmeDoc struct {
+	ID        word `yaml:"id"`
+	SAE       word `yaml:"sae"`
+	Assign    word `yaml:"assign"`
+	Classical word `yaml:"classical"`
+	Operator  word `yaml:"operator"`
+}
+
+type linkDoc struct {
+	ID    word `yaml:"id"`
+	Alice word `yaml:"alice"`
+	Bob   word `yaml:"bob"`
+}
+
+type saeDoc struct {
+	ID     word   `yaml:"id"`
+	Homes  []word `yaml:"homes"`
+	Groups []word `yaml:"groups"`
+}
+
+func parseNetwork(file string, text []byte) (Network, error) {
+	var doc networkDoc
+	where, err := decode(file, text, &doc)
+	if err != nil {
+		return Network{}, err
+	}
+	b := networkBuilder{here: place{file, 1, 1}, addresses: make(map[string]bool), net: Network{
+		TrustDomain: doc.TrustDomain.text,
+		KMEs:        make(map[identity.KME]KMEEntry),
+		SAEs:        make(map[identity.SAE]SAEEntry),
+	}}
+	if doc.Version != 1 {
+		return Network{}, b.here.errorf("no version: 1")
+	}
+	if d := doc.TrustDomain; !plainName(d.text) || strings.Contains(d.text, "@") {
+		return Network{}, b.at(d).errorf("trust_domain %q is not a lower-case domain", d.text)
+	}
+	for i, k := range doc.KMEs {
+		b.here = where.entry("kmes", i)
+		if err := b.addKME(k); err != nil {
+			return Network{}, err
+		}
+	}
+	for i, l := range doc.Links {
+		b.here = where.entry("links", i)
+		if err := b.addLink(l); err != nil {
+			return Network{}, err
+		}
+	}
+	for i, s := range doc.SAEs {
+		b.here = where.entry("saes", i)
+		if err := b.addSAE(s); err != nil {
+			return Network{}, err
+		}
+	}
+	return b.net, nil
+}
+
+// networkBuilder checks one entry at a time against those before it.
+type networkBuilder struct {
+	here      place // the entry
+	net       Network
+	addresses map[string]bool
+}
+
+// at is the place of w, or of the entry if w is missing in it.
+func (b *networkBuilder) at(w word) place { return b.here.or(w) }
+
+func (b *networkBuilder) addKME(k kmeDoc) error {
+	id, err := identity.ParseKME(k.ID.text)
+	if err != nil {
+		return b.at(k.ID).errorf("%w", err)
+	}
+	if _, ok := b.net.KMEs[id]; ok {
+		return b.at(k.ID).errorf("KME %q is there twice", id)
+	}
+	for _, door := range []word{k.SAE, k.Assign, k.Classical, k.Operator} {
+		if !address(door.text) {
+			return b.at(door).errorf("KME %s: %q is not host:port; it needs sae, assign, classical and operator", id, door.text)
+		}
+		if b.addresses[door.text] {
+			return b.at(door).errorf("the address %s is used twice", door.text)
+		}
+		b.addresses[door.text] = true
+	}
+	b.net.KMEs[id] = KMEEntry{k.SAE.text, k.Assign.text, k.Classical.text, k.Operator.text}
+	return nil
+}
+
+func (b *networkBuilder) addLink(l linkDoc) error {
+	if !plainName(l.ID.text) {
+		return b.at(l.ID).errorf("link id %q is not [a-z0-9._@-]{1,64}", l.ID.text)
+	}
+	link := Link{ID: l.ID.text}
+	var err error
+	if link.Alice, err = b.knownKME(l.Alice); err != nil {
+		return err
+	}
+	if link.Bob, err = b.knownKME(l.Bob); err != nil {
+		return err
+	}
+	if link.Alice == link.Bob {
+		return b.at(l.Bob).errorf("link %s joins %s to itself", link.ID, link.Bob)
+	}
+	for _, other := range b.net.Links {
+		if other.ID == link.ID {
+			return b.at(l.ID).errorf("link %s is there twice", link.ID)
+		}
+		ends := other.Alice == link.Alice && other.Bob == link.Bob || other.Alice == link.Bob && other.Bob == link.Alice
+		if ends {
+			return b.at(l.ID).errorf("link %s joins the KMEs of link %s: one link a pair", link.ID, other.ID)
+		}
+	}
+	b.net.Links = append(b.net.Links, link)
+	return nil
+}
+
+func (b *networkBuilder) addSAE(s saeDoc) error {
+	id, err := identity.ParseSAE(s.ID.text)
+	if err != nil {
+		return b.at(s.ID).errorf("%w", err)
+	}
+	if _, ok := b.net.SAEs[id]; ok {
+		return b.at(s.ID).errorf("SAE %q is there twice", id)
+	}
+	var entry SAEEntry
+	seen := make(map[string]bool)
+	for _, h := range s.Homes {
+		home, err := b.knownKME(h)
+		if err != nil {
+			return err
+		}
+		if seen[h.text] {
+			return b.at(h).errorf("home %s is there twice", home)
+		}
+		seen[h.text] = true
+		entry.Homes = append(entry.Homes, home)
+	}
+	if len(entry.Homes) == 0 {
+		return b.at(s.ID).errorf("SAE %q has no homes", id)
+	}
+	clear(seen)
+	for _, g := range s.Groups {
+		if !plainName(g.text) || seen[g.text] {
+			return b.at(g).errorf("group %q is there twice or is not [a-z0-9._@-]{1,64}", g.text)
+		}
+		seen[g.text] = true
+		entry.Groups = append(entry.Groups, g.text)
+	}
+	b.net.SAEs[id] = entry
+	return nil
+}
+
+func (b *networkBuilder) knownKME(w word) (identity.KME, error) {
+	id, err := identity.ParseKME(w.text)
+	if err != nil {
+		return identity.KME{}, b.at(w).errorf("%w", err)
+	}
+	if _, ok := b.net.KMEs[id]; !ok {
+		return identity.KME{}, b.at(w).errorf("KME %q is not among kmes", id)
+	}
+	return id, nil
+}
+
+// plainName says whether s is [a-z0-9._@-]{1,64}.
+func plainName(s string) bool {
+	foreign := func(r rune) bool {
+		return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789._@-", r)
+	}
+	return s != "" && len(s) <= 64 && !strings.ContainsFunc(s, foreign)
+}
+
+// address says whether s is a host and a port from 1 to 65535.
+func address(s string) bool {
+	host, port, err := net.SplitHostPort(s)
+	n, err2 := strconv.ParseUint(port, 10, 16)
+	return err == nil && err2 == nil && n > 0 && host != "" && !strings.ContainsAny(host, " /@")
+}

@@ -1,0 +1,128 @@
+// Package policies reads the files that say who is who and who may share keys:
+// network.yaml (KMEs, links, SAEs and their homes), principals.yaml (which
+// certificate names which caller) and *.cedar with their schema. It answers two
+// questions: where is an SAE at home, and may this SAE do this with that one.
+//
+// It promises that a folder is loaded whole or not at all: an unknown field, a
+// name used twice, a wrong type, a name that nothing defines or a policy that does
+// not fit the schema is an error that says file:line:column. What no policy
+// permits is refused; a policy that forbids wins; a policy that cannot be
+// evaluated forbids.
+//
+// It must never ask the network, the clock or a certificate, and a Set never
+// changes: new files are a new Set.
+package policies
+
+import (
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// Shipped is the example that comes with the product: a network of two sites on
+// one machine. A lab copies it as it is.
+//
+//go:embed network.yaml principals.yaml default.cedar schema.cedarschema
+var Shipped embed.FS
+
+// The names of the files that a folder must have, besides at least one *.cedar.
+const (
+	NetworkFile    = "network.yaml"
+	PrincipalsFile = "principals.yaml"
+	SchemaFile     = "schema.cedarschema"
+)
+
+// maxFileBytes bounds each file: ten thousand SAEs need about 1 MB.
+const maxFileBytes = 8 << 20
+
+// Set is one folder of policies, read and checked. It may be used by several
+// goroutines.
+type Set struct {
+	Network
+	Principals *identity.Map
+	Digest     string // SHA-256 over all files' names and contents, hex
+
+	rules ruleSet
+}
+
+// Load reads the policies in dir.
+func Load(dir string) (*Set, error) {
+	s, err := load(os.DirFS(dir))
+	if err != nil {
+		return nil, fmt.Errorf("loading policies from %s: %w", dir, err)
+	}
+	return s, nil
+}
+
+func load(dir fs.FS) (*Set, error) {
+	names, err := fs.Glob(dir, "*.cedar")
+	if err != nil {
+		return nil, err
+	}
+	files := make(map[string][]byte)
+	digest := sha256.New()
+	for _, name := range append([]string{NetworkFile, PrincipalsFile, SchemaFile}, names...) {
+		text, err := readFile(dir, name)
+		if err != nil {
+			return nil, err
+		}
+		files[name] = text
+		fmt.Fprintf(digest, "%s %d\n%s", name, len(text), text)
+	}
+	s := &Set{Digest: hex.EncodeToString(digest.Sum(nil))}
+	if s.Network, err = parseNetwork(NetworkFile, files[NetworkFile]); err != nil {
+		return nil, err
+	}
+	if s.Principals, err = parsePrincipals(PrincipalsFile, files[PrincipalsFile], s.Network); err != nil {
+		return nil, err
+	}
+	if s.rules, err = parseRules(files, names, s.Network); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func readFile(dir fs.FS, name string) ([]byte, error) {
+	info, err := fs.Stat(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > maxFileBytes {
+		return nil, fmt.Errorf("%s is larger than %d bytes", name, maxFileBytes)
+	}
+	return fs.ReadFile(dir, name)
+}
+
+// Homed says whether sae is at home at kme.
+func (s *Set) Homed(sae identity.SAE, kme identity.KME) bool {
+	return slices.Contains(s.SAEs[sae].Homes, kme)
+}
+
+// Home is where a key is kept for sae when its master asks at the KME notAt: the
+// first of sae's homes that is not notAt, or notAt if that is its only home. It is
+// false for an SAE that nobody knows.
+func (s *Set) Home(sae identity.SAE, notAt identity.KME) (identity.KME, bool) {
+	homes := s.SAEs[sae].Homes
+	for _, home := range homes {
+		if home != notAt {
+			return home, true
+		}
+	}
+	return notAt, len(homes) > 0
+}
+
+// LinkBetween is the link that joins two KMEs, whichever of them is Alice's.
+func (s *Set) LinkBetween(a, b identity.KME) (Link, bool) {
+	for _, l := range s.Links {
+		if l.Alice == a && l.Bob == b || l.Alice == b && l.Bob == a {
+			return l, true
+		}
+	}
+	return Link{}, false
+}

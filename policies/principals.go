@@ -1,0 +1,141 @@
+package policies
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/qutemail/kme/internal/identity"
+)
+
+type principalsDoc struct {
+	Version    version        `yaml:"version"`
+	Require    requireDoc     `yaml:"require"`
+	Rules      []ruleDoc      `yaml:"rules"`
+	Principals []principalDoc `yaml:"principals"`
+}
+
+type requireDoc struct {
+	Keys        []word   `yaml:"keys"`
+	MaxLifetime lifetime `yaml:"max_lifetime"`
+}
+
+type ruleDoc struct {
+	ID        word `yaml:"id"`
+	Pool      word `yaml:"pool"`
+	Role      word `yaml:"role"`
+	URI       word `yaml:"uri"`
+	Email     word `yaml:"email"`
+	DN        word `yaml:"dn"`
+	Principal word `yaml:"principal"`
+}
+
+type principalDoc struct {
+	Role    word  `yaml:"role"`
+	ID      word  `yaml:"id"`
+	Enabled *bool `yaml:"enabled"`
+	Reason  word  `yaml:"reason"`
+}
+
+// parsePrincipals reads principals.yaml against the network that it belongs to.
+func parsePrincipals(file string, text []byte, network Network) (*identity.Map, error) {
+	var doc principalsDoc
+	where, err := decode(file, text, &doc)
+	if err != nil {
+		return nil, err
+	}
+	if doc.Version != 1 {
+		return nil, place{file, 1, 1}.errorf("no version: 1")
+	}
+	req := identity.Requirements{MaxLifetime: time.Duration(doc.Require.MaxLifetime)}
+	for _, k := range doc.Require.Keys {
+		req.Keys = append(req.Keys, identity.KeyKind(k.text))
+	}
+	principals := make(map[string]identity.Principal)
+	for i, p := range doc.Principals {
+		if err := addPrincipal(p, network, principals); err != nil {
+			return nil, where.entry("principals", i).or(p.ID).errorf("%w", err)
+		}
+	}
+	rules := make([]identity.Rule, len(doc.Rules))
+	for i, r := range doc.Rules {
+		if err := checkHost(r, network.TrustDomain); err != nil {
+			return nil, where.entry("rules", i).or(r.URI).errorf("%w", err)
+		}
+		rules[i] = identity.Rule{
+			ID: r.ID.text, Pool: r.Pool.text, Role: identity.Role(r.Role.text),
+			URI: r.URI.text, Email: r.Email.text, DN: r.DN.text, Principal: r.Principal.text,
+		}
+	}
+	m, err := identity.NewMap(rules, req, principals)
+	if bad, ok := errors.AsType[*identity.RuleError](err); ok {
+		return nil, where.entry("rules", bad.Index).or(doc.Rules[bad.Index].ID).errorf("%w", bad.Err)
+	}
+	if err != nil {
+		return nil, place{file, 1, 1}.errorf("%w", err)
+	}
+	return m, nil
+}
+
+// checkHost refuses a URI rule whose host is not that of its role in our trust
+// domain: X.509 name constraints see the host only, so the host is what keeps one
+// role's CA from naming another role.
+func checkHost(r ruleDoc, trustDomain string) error {
+	if r.URI.text == "" {
+		return nil
+	}
+	want := "qkd://" + r.Role.text + "." + trustDomain + "/"
+	if !strings.HasPrefix(r.URI.text, want) {
+		return fmt.Errorf("the uri of a rule for the role %q must start with %s", r.Role.text, want)
+	}
+	return nil
+}
+
+func addPrincipal(p principalDoc, network Network, principals map[string]identity.Principal) error {
+	if err := checkKnown(p, network); err != nil {
+		return err
+	}
+	key := identity.PrincipalKey(identity.Role(p.Role.text), p.ID.text)
+	if _, ok := principals[key]; ok {
+		return fmt.Errorf("principal %s is there twice", key)
+	}
+	if p.Enabled == nil {
+		return fmt.Errorf("principal %s: enabled must be true or false", key)
+	}
+	if !*p.Enabled && p.Reason.text == "" {
+		return fmt.Errorf("principal %s is disabled without a reason", key)
+	}
+	principals[key] = identity.Principal{Enabled: *p.Enabled, Reason: p.Reason.text}
+	return nil
+}
+
+// checkKnown refuses an SAE or KME that network.yaml does not have: a name that is
+// in one file only is most often a name mistyped.
+func checkKnown(p principalDoc, network Network) error {
+	switch identity.Role(p.Role.text) {
+	case identity.RoleSAE:
+		sae, err := identity.ParseSAE(p.ID.text)
+		if err != nil {
+			return err
+		}
+		if _, ok := network.SAEs[sae]; !ok {
+			return fmt.Errorf("SAE %q is not in network.yaml", sae)
+		}
+	case identity.RoleKME:
+		kme, err := identity.ParseKME(p.ID.text)
+		if err != nil {
+			return err
+		}
+		if _, ok := network.KMEs[kme]; !ok {
+			return fmt.Errorf("KME %q is not in network.yaml", kme)
+		}
+	case identity.RoleOperator:
+		if !plainName(p.ID.text) {
+			return fmt.Errorf("operator %q is not [a-z0-9._@-]{1,64}", p.ID.text)
+		}
+	default:
+		return fmt.Errorf("role %q is not sae, kme or operator", p.Role.text)
+	}
+	return nil
+}
