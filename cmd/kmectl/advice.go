@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"syscall"
@@ -52,6 +53,8 @@ func (p party) explain(err error, denied string) error {
 		return advise(err, "use in --kme a name that the KME's certificate holds for")
 	case op != nil && op.Op == "remote error":
 		return advise(err, "the KME does not take the certificate %s: this door may be another role's, or its CA another", p.cert)
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF):
+		return advise(err, "the KME hung up: it is going down, or it does not take the certificate %s at this door", p.cert)
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return advise(err, "the KME at %s is slow or unreachable: try again, or raise --timeout", p.kme)
 	}

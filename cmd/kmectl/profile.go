@@ -53,7 +53,8 @@ func (s *session) client(kind string) (party, *http.Client, error) {
 		return p, nil, err
 	}
 	p.name = config.Certificates[0].Leaf.Subject.CommonName
-	return p, &http.Client{Timeout: s.Timeout, Transport: &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true}}, nil
+	// HTTP/1.1: there is one request at a time, and HTTP/2 hides why a handshake failed.
+	return p, &http.Client{Timeout: s.Timeout, Transport: &http.Transport{TLSClientConfig: config}}, nil
 }
 
 // party finds the files: those of the flags, or those of a profile.

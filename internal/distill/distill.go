@@ -36,10 +36,10 @@
 // commutes with Z(x)Z, whose outcomes are the phase errors that the test basis
 // bounds. W may thus be measured first and handed to Eve without changing the
 // statistics of the phase errors, and the uncertainty relation bounds her knowledge
-// of Alice's bits given W by the same figure. (Tupkary and Luetkenhaus, arXiv
-// 2307.00576, show that the question must be asked and give this way out.) The
-// argument is one about qubits; a profile with multi-photon pulses needs its own,
-// or must count both directions.
+// of Alice's bits given W by the same figure. (That the question
+// must be asked: Tupkary and Luetkenhaus, arXiv 2307.00576.) The argument is one about
+// qubits; a profile with multi-photon pulses needs its own, or must count both
+// directions.
 package distill
 
 import (

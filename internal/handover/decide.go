@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"maps"
 	"slices"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -39,17 +40,19 @@ func OnHeld(mine BlockState, same, closed bool) (BlockState, HeldAnswer) {
 }
 
 // OnHeldAnswer decides what becomes of my block when the other end answers my Held.
+//
+// A Ready block goes to Lost here too if the other end disowns it. No history of
+// two honest ends with their memories does that: an alarm.
 func OnHeldAnswer(mine BlockState, answer HeldAnswer) BlockState {
-	if mine != BlockHeld {
+	switch {
+	case mine == Absent || mine == Lost:
 		return mine
-	}
-	switch answer {
-	case Equal:
-		return Ready
-	case Different, Never:
+	case answer == Different || answer == Never:
 		return Lost
+	case answer == Equal:
+		return Ready
 	}
-	return BlockHeld
+	return mine
 }
 
 // PeerRun is what a receiver keeps durably for each node of the peer: the highest
@@ -87,7 +90,8 @@ func (p PeerRun) Hear(run int64) (PeerRun, bool) {
 
 // DecideFresh decides the requests of a fresh batch in order. admit returns why a
 // request may not be assigned whatever the pool holds ("" if it may); pooled says
-// whether an atom is in the pool here. An atom goes to at most one request.
+// whether an atom is in the pool here. An atom goes to at most one request, and
+// once: no honest peer names it twice.
 func DecideFresh(requests []Request, admit func(Request) string, pooled func(key.ID) bool) []Result {
 	taken := make(map[key.ID]bool)
 	results := make([]Result, len(requests))
@@ -97,19 +101,31 @@ func DecideFresh(requests []Request, admit func(Request) string, pooled func(key
 			results[i].Why = why
 			continue
 		}
-		lacking := lackingOf(r, func(id key.ID) bool { return pooled(id) && !taken[id] })
-		if len(lacking) > 0 {
+		if lacking := lackingOf(r, func(id key.ID) bool { return pooled(id) && !taken[id] }); len(lacking) > 0 {
 			results[i].Why, results[i].Lacking = "atoms not in the pool", lacking
 			continue
 		}
-		results[i].Accepted = true
-		for _, k := range r.Keys {
-			for _, id := range k.Atoms {
-				taken[id] = true
-			}
+		if !takeAll(r, taken) {
+			results[i].Why = "an atom named twice"
+			continue
 		}
+		results[i].Accepted = true
 	}
 	return results
+}
+
+// takeAll adds the atoms of r to taken. If one is there already it adds none and
+// says no.
+func takeAll(r Request, taken map[key.ID]bool) bool {
+	mine := make(map[key.ID]bool)
+	for id := range r.Atoms() {
+		if mine[id] || taken[id] {
+			return false
+		}
+		mine[id] = true
+	}
+	maps.Copy(taken, mine)
+	return true
 }
 
 // DueRow is what a receiver keeps of one key for one SAE until its epoch ends.
@@ -126,16 +142,19 @@ type DueRow struct {
 // DecideRepeat answers a batch that was committed before, from the rows alone: a
 // request is accepted only if each of its keys is due to exactly its slaves under
 // this node, run and batch and was not voided. rows returns the due rows of a key.
+//
+// The atoms that a refused request lacks may have become more since the batch was
+// committed, never fewer.
 func DecideRepeat(a Announce, rows func(key.ID) []DueRow, pooled func(key.ID) bool) []Result {
+	taken := make(map[key.ID]bool)
 	results := make([]Result, len(a.Requests))
 	for i, r := range a.Requests {
-		results[i] = Result{ID: r.ID, Accepted: true}
-		for _, k := range r.Keys {
-			if !assignedAs(a, r, rows(k.ID())) {
-				results[i] = Result{ID: r.ID, Why: "not assigned by this batch", Lacking: lackingOf(r, pooled)}
-				break
-			}
+		assigned := !slices.ContainsFunc(r.Keys, func(k Key) bool { return !assignedAs(a, r, rows(k.ID())) })
+		if assigned && takeAll(r, taken) {
+			results[i] = Result{ID: r.ID, Accepted: true}
+			continue
 		}
+		results[i] = Result{ID: r.ID, Why: "not assigned by this batch", Lacking: lackingOf(r, pooled)}
 	}
 	return results
 }
@@ -155,11 +174,9 @@ func assignedAs(a Announce, r Request, rows []DueRow) bool {
 
 func lackingOf(r Request, pooled func(key.ID) bool) []key.ID {
 	var lacking []key.ID
-	for _, k := range r.Keys {
-		for _, id := range k.Atoms {
-			if !pooled(id) {
-				lacking = append(lacking, id)
-			}
+	for id := range r.Atoms() {
+		if !pooled(id) {
+			lacking = append(lacking, id)
 		}
 	}
 	return lacking

@@ -16,6 +16,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"iter"
 	"strings"
 	"time"
 
@@ -177,6 +178,19 @@ func (r Request) AtomCount() int {
 		n += len(k.Atoms)
 	}
 	return n
+}
+
+// Atoms are the IDs of all atoms of the request's keys, in order.
+func (r Request) Atoms() iter.Seq[key.ID] {
+	return func(yield func(key.ID) bool) {
+		for _, k := range r.Keys {
+			for _, id := range k.Atoms {
+				if !yield(id) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // Key is one key: consecutive atoms of one chunk. Its key_ID is the first atom's.

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -25,11 +26,37 @@ type Settlement struct {
 	Verb    Verb
 	Burn    []key.ID // with Return: atoms that the peer does not have
 	Why     string   // with Return: the peer's reason
+	Parked  bool     // the batch was in doubt: its keys were parked, and are to be unparked
+
+	node string
+	run  int64
 }
+
+// Void takes the request's keys back at the peer: after Reclaim, or when a Commit
+// comes up short here.
+func (s Settlement) Void() Void {
+	v := Void{Node: s.node, Run: s.run, Batch: s.Batch}
+	for _, k := range s.Request.Keys {
+		v.Keys = append(v.Keys, k.ID())
+	}
+	return v
+}
+
+// ErrAhead says that the peer cannot judge a batch yet: one before it is missing
+// there, or the run has not been told. It is to be sent again, unchanged.
+var ErrAhead = errors.New("the peer has not come to this batch yet")
+
+// ErrStale says that the run of a batch was taken over: its process may do nothing
+// more, and whoever took it over settles its batches.
+var ErrStale = errors.New("the run has been taken over")
 
 // Sender numbers the announces of one node to one peer in one run, and decides
 // what an answer means. It is owned by one goroutine; it forgets everything at a
 // crash, and a takeover of the run then does what it would have done.
+//
+// A batch that has been sent stays in flight until the peer has answered it. Its
+// keys are meanwhile neither served nor used for anything else, however long that
+// takes: only the answer, or a finished takeover, says whether they were assigned.
 type Sender struct {
 	node   string
 	run    int64
@@ -60,9 +87,11 @@ func (s *Sender) Next(requests []Request) Announce {
 	return a
 }
 
-// Unsent takes back a batch of which not one byte has left, and says whether that
-// is possible: only of the newest number, since a gap would hold up those behind.
-// Otherwise the batch is in doubt.
+// Unsent takes back a batch that the peer can never act on (of its only copy not
+// one byte has left, or it was refused as a whole), and says whether that is
+// possible: only of the newest number, since a gap would hold up those behind, and
+// only if no other copy may be on its way. Otherwise the batch is to be put in
+// doubt and repeated.
 func (s *Sender) Unsent(batch int64) bool {
 	if f := s.flying[batch]; batch != s.last || f == nil || f.doubt {
 		return false
@@ -91,15 +120,23 @@ func (s *Sender) Repeats() []Announce {
 	return as
 }
 
-// Answered decides on each request of a batch from the peer's answer. An answer
-// that does not fit the batch leaves it in flight and is an error.
+// Answered decides on each request of a batch from the peer's answer. It returns
+// nothing for a batch that is not in flight: it was settled before. With an error
+// the batch stays in flight: ErrAhead, ErrStale, or an answer that does not fit the
+// batch, which no honest peer gives.
 func (s *Sender) Answered(batch int64, answer AnnounceAnswer) ([]Settlement, error) {
 	f := s.flying[batch]
 	if f == nil {
-		return nil, nil // answered before
+		return nil, nil
 	}
-	if answer.Standing != Fresh && answer.Standing != Repeat {
-		return nil, fmt.Errorf("batch %d of run %d is %s to the peer", batch, s.run, answer.Standing)
+	switch answer.Standing {
+	case Fresh, Repeat:
+	case Ahead:
+		return nil, fmt.Errorf("batch %d of run %d: %w", batch, s.run, ErrAhead)
+	case Stale:
+		return nil, fmt.Errorf("batch %d of run %d: %w", batch, s.run, ErrStale)
+	default:
+		return nil, fmt.Errorf("batch %d of run %d is %q to the peer", batch, s.run, answer.Standing)
 	}
 	if len(answer.Results) != len(f.announce.Requests) {
 		return nil, fmt.Errorf("batch %d: %d results for %d requests", batch, len(answer.Results), len(f.announce.Requests))
@@ -110,33 +147,30 @@ func (s *Sender) Answered(batch int64, answer AnnounceAnswer) ([]Settlement, err
 		if res.ID != r.ID {
 			return nil, fmt.Errorf("batch %d: result %d is of request %q, want %q", batch, i, res.ID, r.ID)
 		}
-		settled[i] = Settlement{Request: r, Batch: batch}
-		switch {
-		case res.Accepted && !f.doubt:
-			settled[i].Verb = Commit
-		case res.Accepted:
-			settled[i].Verb = Reclaim
-		default:
-			settled[i].Verb, settled[i].Burn, settled[i].Why = Return, own(r, res.Lacking), res.Why
-		}
+		settled[i] = f.settle(r, res)
 	}
 	delete(s.flying, batch)
 	return settled, nil
 }
 
+func (f *flight) settle(r Request, res Result) Settlement {
+	s := Settlement{Request: r, Batch: f.announce.Batch, Parked: f.doubt, node: f.announce.Node, run: f.announce.Run}
+	switch {
+	case res.Accepted && !f.doubt:
+		s.Verb = Commit
+	case res.Accepted:
+		s.Verb = Reclaim
+	default:
+		s.Verb, s.Burn, s.Why = Return, own(r, res.Lacking), res.Why
+	}
+	return s
+}
+
 // own keeps of lacking what the request did name: a peer cannot burn other keys.
 func own(r Request, lacking []key.ID) []key.ID {
-	named := make(map[key.ID]bool)
-	for _, k := range r.Keys {
-		for _, id := range k.Atoms {
-			named[id] = true
-		}
+	named := make(map[key.ID]bool, r.AtomCount())
+	for id := range r.Atoms() {
+		named[id] = true
 	}
-	var ids []key.ID
-	for _, id := range lacking {
-		if named[id] {
-			ids = append(ids, id)
-		}
-	}
-	return ids
+	return slices.DeleteFunc(slices.Clone(lacking), func(id key.ID) bool { return !named[id] })
 }

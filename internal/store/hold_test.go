@@ -71,7 +71,9 @@ func (s *site) holdUp(db *DB) (release func()) {
 	s.t.Helper()
 	unlock := s.lockNode(db.cfg.Node)
 	done := make(chan error, 1)
-	go func() { done <- db.Record(context.Background(), audit.Event{Action: audit.Status, Outcome: audit.Done}) }()
+	go func() {
+		done <- db.Record(context.Background(), audit.Event{Action: audit.Status, Outcome: audit.Done})
+	}()
 	s.awaitLock()
 	return func() {
 		s.t.Helper()
