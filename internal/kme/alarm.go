@@ -18,10 +18,32 @@ type Alarm struct {
 	Since time.Time
 }
 
-// alarms are those that stand now.
+// alarms are those that stand now, and what may become one.
 type alarms struct {
 	mu       sync.Mutex
 	standing map[string]Alarm
+	failing  map[string]time.Time // since when, for what is given some patience
+}
+
+// patience is how long something that comes and goes may fail before it is an
+// alarm: a peer that starts a moment after us is none.
+const patience = 3 * time.Second
+
+// suspect raises an alarm once its cause has stood for longer than patience.
+func (k *KME) suspect(ctx context.Context, name, text string) {
+	k.alarms.mu.Lock()
+	if k.alarms.failing == nil {
+		k.alarms.failing = make(map[string]time.Time)
+	}
+	since, ok := k.alarms.failing[name]
+	if !ok {
+		since = k.Now()
+		k.alarms.failing[name] = since
+	}
+	k.alarms.mu.Unlock()
+	if k.Now().Sub(since) >= patience {
+		k.raise(ctx, name, text)
+	}
 }
 
 // raise records an alarm and lets it stand; one that stands already is only updated.
@@ -51,6 +73,7 @@ func (k *KME) clear(ctx context.Context, name string) {
 	k.alarms.mu.Lock()
 	a, stood := k.alarms.standing[name]
 	delete(k.alarms.standing, name)
+	delete(k.alarms.failing, name)
 	k.alarms.mu.Unlock()
 	if !stood {
 		return

@@ -66,6 +66,9 @@ func (c *call) judge(other identity.SAE, number, bits int) *problem.Error {
 // A refusal that cannot be recorded is counted for the summary that follows when
 // the database is back, and answered as unavailable: no answer without its record.
 func (c *call) refuse(ctx context.Context, err error) error {
+	if errors.Is(err, store.ErrDoubt) {
+		return c.k.classify(err) // the commit under way has the outcome event: see late
+	}
 	var p *problem.Error
 	if !errors.As(err, &p) {
 		p = c.k.classify(err)
@@ -90,11 +93,16 @@ func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Even
 	return &problem.Error{Kind: problem.Unavailable, RetryAfter: time.Second, Err: fmt.Errorf("recording a refusal (%w): %w", p, err)}
 }
 
-// late records that what the call asked for was committed after it was answered 503.
-func (c *call) late() {
+// late records what became of a commit that the caller was told 503 about, because
+// it took too long: if it went through, its event says that the keys were handed
+// out, and this one that the answer was lost.
+func (c *call) late(committed bool) {
 	ev := c.ev
-	ev.Action, ev.Outcome, ev.Reason = audit.Lost, audit.Failed, "committed after the caller was told 503"
-	go c.k.note(context.Background(), ev) // the committer calls late: it cannot wait for itself
+	ev.Outcome, ev.Reason = audit.Failed, "not committed in time"
+	if committed {
+		ev.Action, ev.Reason = audit.Lost, "committed after the caller was told 503"
+	}
+	c.k.note(context.Background(), ev)
 }
 
 // classify says what a failure of an organ means to a caller.

@@ -85,11 +85,7 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	failpoint.Hit(failpoint.DecUnwrapped)
 	done := c.ev
 	done.Outcome = audit.Done
-	err = k.Store.Take(ctx, store.TakeJob{SAE: c.sae, Rows: refs, How: "taken", Events: []audit.Event{done}, Late: func(committed bool) {
-		if committed {
-			c.late()
-		}
-	}})
+	err = k.Store.Take(ctx, store.TakeJob{SAE: c.sae, Rows: refs, How: "taken", Events: []audit.Event{done}, Late: c.late})
 	if errors.Is(err, store.ErrShort) || errors.Is(err, store.ErrExpired) {
 		return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: fmt.Errorf("taken by another request at the same time: %w", err)}
 	}

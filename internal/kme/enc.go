@@ -131,9 +131,8 @@ func (l *link) commit(ctx context.Context, c *call, lends []lent, batch int64) e
 	served.Outcome, served.Batch = audit.Done, batch
 	owed := debt{link: l, lends: lends, request: c.ev.Request, batch: batch, void: c.ev.Keys}
 	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Events: []audit.Event{served}, Late: func(committed bool) {
-		if committed {
-			c.late()
-		} else {
+		c.late(committed)
+		if !committed {
 			l.k.owe(owed)
 		}
 	}})
@@ -202,11 +201,7 @@ func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error)
 	c.ev.Provenance, c.ev.Keys = key.LocalRNG, keyIDs(got.keys)
 	served := c.ev
 	served.Outcome = audit.Done
-	return got, k.Store.Serve(ctx, store.ServeJob{Due: dues, Events: []audit.Event{served}, Late: func(committed bool) {
-		if committed {
-			c.late()
-		}
-	}})
+	return got, k.Store.Serve(ctx, store.ServeJob{Due: dues, Events: []audit.Event{served}, Late: c.late})
 }
 
 func keyIDs(keys []etsi014.Key) []key.ID {

@@ -144,17 +144,14 @@ func (k *KME) oldest() key.Epoch {
 	return key.EpochAt(k.Now().Add(-k.PoolTTL), k.EpochLength)
 }
 
-// expire ends what has outlived its time, counts the HSM's work, makes the next
-// epochs and writes the summary of an outage that is over.
+// expire ends what has outlived its time, counts the HSM's work and makes the next
+// epochs.
 func (k *KME) expire(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if err := k.Store.Healthy(); err != nil {
-		k.raise(ctx, "database", "the database does not answer: "+err.Error())
+	if k.Store.Healthy() != nil {
 		return
 	}
-	k.clear(ctx, "database")
-	k.summarise(ctx)
 	for {
 		n, err := k.Store.ExpireDue(ctx, k.Now(), expireBatch, k.dueExpired)
 		if err != nil {

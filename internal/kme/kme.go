@@ -116,7 +116,7 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
-	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.greet) })
+	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
 	g.Go(func() error { return k.payDebts(ctx) })
 	for _, l := range k.links {
 		g.Go(func() error { return l.announce(ctx) })
@@ -185,8 +185,15 @@ func (k *KME) stopped() {
 	k.keks.close()
 }
 
-// beat asks the HSM whether it is well. While it is not, nothing is wrapped or unwrapped.
+// beat asks the database and the HSM whether they are well. While the HSM is not,
+// nothing is wrapped or unwrapped.
 func (k *KME) beat(ctx context.Context) {
+	if err := k.Store.Healthy(); err != nil {
+		k.raise(ctx, "database", "the database does not answer: "+err.Error())
+	} else {
+		k.clear(ctx, "database")
+		k.summarise(ctx)
+	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	err := k.Token.Heartbeat(ctx)
@@ -216,7 +223,7 @@ func (k *KME) greet(ctx context.Context) {
 		cancel()
 		name := peerAlarm(id)
 		if err != nil {
-			k.raise(ctx, name, fmt.Sprintf("%s does not answer: %v", id, err))
+			k.suspect(ctx, name, fmt.Sprintf("%s does not answer: %v", id, err))
 			continue
 		}
 		k.clear(ctx, name)

@@ -135,7 +135,7 @@ func (l *link) down(err error) {
 	}
 	l.k.Log.Warn("link session ended", "link", l.ID, "err", err)
 	l.update(func(s *LinkState) { s.State, s.Why, s.Stage, s.Done = "down", err.Error(), "", 0 })
-	l.k.raise(context.Background(), "link-"+l.ID, fmt.Sprintf("link %s is down: %v", l.ID, err))
+	l.k.suspect(context.Background(), "link-"+l.ID, fmt.Sprintf("link %s is down: %v", l.ID, err))
 }
 
 // The frames that open a session, before distillation has the channel for itself.

@@ -58,9 +58,6 @@ func (o *outage) save() { _ = writeDurably(o.path, []byte(strconv.FormatInt(o.n,
 
 // summarise writes the summary of an outage that is over.
 func (k *KME) summarise(ctx context.Context) {
-	if k.Store.Healthy() != nil {
-		return
-	}
 	if n := k.outage.take(); n > 0 {
 		k.noteOutage(ctx, n)
 	}

@@ -73,12 +73,8 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	refusals := make(map[string]string)
 	job.Admit = func(r handover.Request) string { return refusals[r.ID] }
 	if known.Judge(a.Run, a.Batch) == handover.Fresh {
-		for _, r := range a.Requests {
-			why, err := d.prepare(ctx, from, a, r, &job)
-			if err != nil {
-				return handover.AnnounceAnswer{}, fmt.Errorf("sealing for request %s: %w", r.ID, err)
-			}
-			refusals[r.ID] = why
+		if err := d.prepareAll(ctx, from, a, &job, refusals); err != nil {
+			return handover.AnnounceAnswer{}, err
 		}
 	}
 	answer, err := k.Store.Assign(ctx, job)
@@ -88,22 +84,42 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	return answer, err
 }
 
-// prepare judges one request and seals its keys anew for their takers. It returns
-// why the request is refused ("" if it is not), or an error when the HSM or the
-// database fails: then the whole batch comes again.
-func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Announce, r handover.Request, job *store.AssignJob) (string, error) {
-	k := d.k
-	l, err := d.link(r.Link, from)
-	if err != nil {
-		return err.Error(), nil
+// prepareAll judges the requests of a batch and seals what they may have. An error
+// is the HSM's or the database's: then the whole batch comes again.
+func (d PeerDoor) prepareAll(ctx context.Context, from identity.KME, a handover.Announce, job *store.AssignJob, refusals map[string]string) error {
+	admitted := make(map[*link][]handover.Request)
+	for _, r := range a.Requests {
+		l, err := d.link(r.Link, from)
+		if err != nil {
+			refusals[r.ID] = err.Error()
+		} else if why := l.admit(r); why != "" {
+			refusals[r.ID] = why
+		} else {
+			admitted[l] = append(admitted[l], r)
+		}
 	}
-	if why := l.admit(r); why != "" {
-		return why, nil
+	for l, requests := range admitted {
+		var wanted []handover.Key
+		for _, r := range requests {
+			wanted = append(wanted, r.Keys...)
+		}
+		pooled, err := d.k.Store.PoolAtoms(ctx, wanted, l.ID)
+		if err != nil {
+			return fmt.Errorf("reading the pool: %w", err)
+		}
+		for _, r := range requests {
+			if refusals[r.ID], err = l.prepare(ctx, a, r, pooled, job); err != nil {
+				return fmt.Errorf("sealing for request %s: %w", r.ID, err)
+			}
+		}
 	}
-	pooled, err := k.Store.PoolAtoms(ctx, r.Keys, r.Link)
-	if err != nil {
-		return "", err
-	}
+	return nil
+}
+
+// prepare seals the keys of one request anew for their takers. It returns why the
+// request is refused ("" if it is not).
+func (l *link) prepare(ctx context.Context, a handover.Announce, r handover.Request, pooled map[key.ID]store.PooledAtom, job *store.AssignJob) (string, error) {
+	k := l.k
 	expires := k.expiry(r.Lifetime())
 	for _, want := range r.Keys {
 		secret := make([]byte, 0, len(want.Atoms)*key.AtomBytes)

@@ -90,7 +90,7 @@ func (k *KME) takeOver(ctx context.Context) error {
 			if errors.Is(err, store.ErrFenced) {
 				return err
 			}
-			k.raise(ctx, "takeover-"+id.String(), fmt.Sprintf("cannot learn what %s assigned for this node's earlier runs: %v", id, err))
+			k.suspect(ctx, "takeover-"+id.String(), fmt.Sprintf("cannot learn what %s assigned for this node's earlier runs: %v", id, err))
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
