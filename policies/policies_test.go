@@ -90,10 +90,10 @@ func TestHome(t *testing.T) {
 			t.Errorf("Home(%s, not at %s): got %v, %v, want %s", tt.slave, tt.masterAt, got, ok, tt.want)
 		}
 	}
-	if got, ok := s.Home(sae("dave"), kme("km1")); ok {
+	if got, ok := s.Home(sae("mallory"), kme("km1")); ok {
 		t.Errorf("Home of an unknown SAE: got %v", got)
 	}
-	if s.Homed(sae("alice"), kme("km2")) || !s.Homed(sae("alice"), kme("km1")) || s.Homed(sae("dave"), kme("km1")) {
+	if s.Homed(sae("alice"), kme("km2")) || !s.Homed(sae("alice"), kme("km1")) || s.Homed(sae("mallory"), kme("km1")) {
 		t.Error("Homed: alice is at home at km1 only, dave nowhere")
 	}
 }
@@ -114,8 +114,8 @@ func TestDefaultPolicy(t *testing.T) {
 		{"alice", "carol", Decision{Reason: NoPolicy}},
 		{"carol", "alice", Decision{Reason: NoPolicy}},
 		{"alice", "bob@qutemail.example", Decision{Reason: NoPolicy}},
-		{"alice", "dave", Decision{Reason: UnknownSAE}},
-		{"dave", "alice", Decision{Reason: UnknownSAE}},
+		{"alice", "mallory", Decision{Reason: UnknownSAE}},
+		{"mallory", "alice", Decision{Reason: UnknownSAE}},
 		{"alice", "alice", Decision{Reason: Forbidden, Policies: []string{"not-with-oneself"}}},
 	} {
 		for _, action := range actions {
@@ -216,9 +216,9 @@ func TestLoadRefuses(t *testing.T) {
 		{"disabled without a reason", PrincipalsFile, "enabled: true", "enabled: false", "principals.yaml:18:21: principal sae/alice is disabled without"},
 		{"principal twice", PrincipalsFile, "id: bob,", "id: alice,", "principals.yaml:19:21: principal sae/alice is there twice"},
 		{"unknown SAE", PrincipalsFile, "id: bob,", "id: bbo,", `principals.yaml:19:21: SAE "bbo" is not in network.yaml`},
-		{"unknown KME", PrincipalsFile, "id: km2", "id: km3", `principals.yaml:24:21: KME "km3" is not in network.yaml`},
-		{"unknown role", PrincipalsFile, "role: operator, id", "role: admin, id", `principals.yaml:25:`},
-		{"operator in capitals", PrincipalsFile, "id: root", "id: Root", `principals.yaml:25:26: operator "Root"`},
+		{"unknown KME", PrincipalsFile, "id: km2", "id: km3", `principals.yaml:25:21: KME "km3" is not in network.yaml`},
+		{"unknown role", PrincipalsFile, "role: operator, id", "role: admin, id", `principals.yaml:26:`},
+		{"operator in capitals", PrincipalsFile, "id: root", "id: Root", `principals.yaml:26:26: operator "Root"`},
 
 		{"policy without ID", "default.cedar", `@id("same-group")`, "", "default.cedar:"},
 		{"policy ID twice", "default.cedar", "not-with-oneself", "same-group", "default.cedar:15:1: the policy ID same-group is used twice"},

@@ -50,7 +50,7 @@ func TestShippedPrincipals(t *testing.T) {
 	}{
 		{"sae", "alice", certificate(t, "sae", "SAE", "alice", client), true},
 		{"sae", "alice@qutemail.example", certificate(t, "sae", "SAE", "alice@qutemail.example", client), true},
-		{"sae", "", certificate(t, "sae", "SAE", "dave", client), false},
+		{"sae", "", certificate(t, "sae", "SAE", "mallory", client), false},
 		{"sae", "", certificate(t, "kme", "KME", "km1", server, client), false},
 		{"kme", "km1", certificate(t, "kme", "KME", "km1", server, client), true},
 		{"operator", "root", certificate(t, "operator", "OPERATOR", "root", client), true},

@@ -272,7 +272,7 @@ func FuzzPrincipals(f *testing.F) {
 func FuzzPolicy(f *testing.F) {
 	fuzzFile(f, "default.cedar", func(t *testing.T, s *Set) {
 		for _, action := range actions {
-			q := Question{Action: action, Caller: sae("dave"), Other: sae("alice"), Bits: 256, Number: 1, Provenance: key.QKD}
+			q := Question{Action: action, Caller: sae("mallory"), Other: sae("alice"), Bits: 256, Number: 1, Provenance: key.QKD}
 			if d := s.Decide(q); d.Allow {
 				t.Errorf("Decide(%+v): got %+v", q, d)
 			}

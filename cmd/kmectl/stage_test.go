@@ -180,7 +180,7 @@ func (s *stage) people() error {
 		{"saes/alice", "sae", "alice", s.doors[0].Addr},
 		{"saes/bob", "sae", "bob", s.doors[0].Addr},
 		{"saes/carol", "sae", "carol", s.doors[0].Addr},
-		{"saes/dave", "sae", "dave", s.doors[0].Addr}, // whom the policies do not know
+		{"saes/mallory", "sae", "mallory", s.doors[0].Addr}, // whom the policies do not know
 		{"operators/root", "operator", "root", s.doors[1].Addr},
 	} {
 		if err := s.write(p.folder, s.roles[p.role], x509.Certificate{

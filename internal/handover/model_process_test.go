@@ -1,0 +1,351 @@
+package handover
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// process is one life of a node: everything in it is forgotten at a crash. Two
+// processes of one node may be alive; all but the one of its current run are
+// zombies, which end at their next commit.
+type process struct {
+	w       *world
+	site    *site
+	node    string
+	run     int64
+	head    int64
+	ready   bool // its own takeover is done: it may lease and announce
+	dead    bool
+	queue   []*job
+	hung    *transaction
+	free    []key.ID // leased, and not in use
+	asked   []Request
+	sender  *Sender
+	flying  map[int64]*flying
+	session int64 // of the link, as it believes
+	intake  []func()
+	tasks   []*takeover
+}
+
+type flying struct {
+	Announce
+	said bool // a copy has left
+}
+
+// takeover is a survivor's work on another node's run, or on its own earlier ones.
+type takeover struct {
+	RunStarted
+	heard bool
+}
+
+func (p *process) commit(j job) { p.queue = append(p.queue, &j) }
+
+func (p *process) die() {
+	p.dead = true
+	p.site.procs = slices.DeleteFunc(p.site.procs, func(q *process) bool { return q == p })
+}
+
+// flush sends up to n jobs to the database. If it hangs, the process does not
+// learn whether they were committed, and may commit nothing else until it does.
+func (p *process) flush(n int, hang bool) {
+	tx := &transaction{node: p.node, run: p.run, head: p.head, jobs: slices.Clone(p.queue[:n])}
+	p.queue = slices.Clone(p.queue[n:])
+	switch {
+	case hang:
+		p.hung = tx
+		p.site.hung = append(p.site.hung, tx)
+	case p.site.apply(tx):
+		p.learn(tx)
+	default:
+		p.die() // fenced
+	}
+}
+
+func (p *process) learn(tx *transaction) {
+	p.head, p.hung = tx.head+1, nil
+	for _, j := range tx.jobs {
+		if j.done != nil {
+			j.done()
+		}
+	}
+}
+
+// resolve finds out what became of a commit that hung: the node's row says. If it
+// was not committed, the same is committed again.
+func (p *process) resolve() {
+	tx, row := p.hung, p.site.node[p.node]
+	switch {
+	case p.w.broken.unknownIsFailed && row.run == p.run:
+		p.head, p.hung = row.head, nil
+		for _, j := range tx.jobs {
+			if j.undone != nil {
+				j.undone()
+			}
+		}
+	case row.run == p.run && row.head == tx.head+1, p.site.apply(tx):
+		p.learn(tx)
+	default:
+		p.die()
+	}
+}
+
+// start begins a new life of a node: it takes over its own earlier runs first.
+func (s *site) start(node string) *process {
+	p := &process{w: s.w, site: s, node: node, flying: make(map[int64]*flying), session: s.session}
+	if row := s.node[node]; s.w.broken.restartInSameRun && row.run > 0 {
+		p.run, p.ready = row.run, true
+		for _, b := range s.blocks {
+			for _, c := range b.chunks {
+				if c.node == node && c.run == p.run {
+					p.free = append(p.free, s.pooled(c)...)
+				}
+			}
+		}
+	} else {
+		p.run = s.bumpRun(node)
+		p.tasks = []*takeover{{RunStarted: RunStarted{Node: node, Run: p.run}}}
+	}
+	p.head = s.node[node].head
+	p.sender = NewSender(node, p.run, 3)
+	s.procs = append(s.procs, p)
+	return p
+}
+
+// say sends a message to whichever process of the other site takes it.
+func (p *process) say(what string, arrive func(r *process)) {
+	p.w.net = append(p.w.net, &packet{what: what, to: p.site.other(), arrive: arrive})
+}
+
+// reply sends an answer back to the process that asked.
+func (r *process) reply(to *process, what string, arrive func()) {
+	r.w.net = append(r.w.net, &packet{what: what, proc: to, arrive: func(*process) { arrive() }})
+}
+
+func (p *process) tellHeld(h Held) {
+	p.say("held", func(r *process) {
+		var answer HeldAnswer
+		r.commit(job{act: func() { answer = r.site.heardHeld(h) }, done: func() {
+			r.reply(p, "held-answer", func() {
+				p.commit(job{act: func() { p.site.heardHeldAnswer(h.BlockRef, answer) }})
+			})
+		}})
+	})
+}
+
+func (p *process) lease() {
+	var got []key.ID
+	p.commit(job{act: func() { got = p.site.lease(p.node, p.run) }, done: func() { p.giveBack(got) }})
+}
+
+func (p *process) giveBack(ids []key.ID) {
+	p.free = append(p.free, ids...)
+	slices.SortFunc(p.free, func(a, b key.ID) int {
+		x, y := p.w.place[a], p.w.place[b]
+		return cmp.Or(cmp.Compare(x.Session, y.Session), cmp.Compare(x.Block, y.Block), cmp.Compare(x.index, y.index))
+	})
+}
+
+// ask makes a request of what is free: keys of consecutive atoms of one chunk.
+func (p *process) ask(master identity.SAE, slaves []identity.SAE, keys, atoms int) bool {
+	r := Request{
+		ID: fmt.Sprintf("%s-%d-%d", p.node, p.run, p.w.serial()), Link: link, Master: master, Slaves: slaves,
+		Bits: atoms * key.AtomBits, TTL: 1000,
+	}
+	for i := 0; i+atoms <= len(p.free) && len(r.Keys) < keys; {
+		ids := p.free[i : i+atoms]
+		first, last := p.w.place[ids[0]], p.w.place[ids[atoms-1]]
+		if first.BlockRef != last.BlockRef || last.index-first.index != atoms-1 || p.site.chunkOf(ids[0]) != p.site.chunkOf(ids[atoms-1]) {
+			i++
+			continue
+		}
+		r.Keys = append(r.Keys, Key{Session: first.Session, Block: first.Block, First: first.index, Atoms: slices.Clone(ids)})
+		p.free = slices.Delete(p.free, i, i+atoms)
+	}
+	if len(r.Keys) == 0 {
+		return false
+	}
+	p.asked = append(p.asked, r)
+	return true
+}
+
+func (p *process) announce(n int) {
+	a := p.sender.Next(slices.Clone(p.asked[:n]))
+	p.asked = slices.Clone(p.asked[n:])
+	p.flying[a.Batch] = &flying{Announce: a}
+}
+
+// send sends a copy of a batch: the first, or the same again.
+func (p *process) send(f *flying) {
+	f.said = true
+	p.say("announce", func(r *process) {
+		var answer AnnounceAnswer
+		r.commit(job{act: func() { answer = r.site.assign(f.Announce) }, done: func() {
+			r.reply(p, "announce-answer", func() { p.answered(f.Batch, answer) })
+		}})
+	})
+}
+
+// notSent: the first copy could not be sent at all.
+func (p *process) notSent(f *flying) {
+	if !p.sender.Unsent(f.Batch) {
+		p.doubt(f)
+		return
+	}
+	delete(p.flying, f.Batch)
+	for _, r := range f.Requests {
+		p.giveBack(slices.Collect(r.Atoms()))
+	}
+}
+
+// doubt: the answer did not come in time.
+func (p *process) doubt(f *flying) {
+	p.sender.Doubt(f.Batch)
+	var ids []key.ID
+	for _, r := range f.Requests {
+		ids = slices.AppendSeq(ids, r.Atoms())
+	}
+	switch {
+	case p.w.broken.voidInDoubt:
+		v := Settlement{Batch: f.Batch, node: p.node, run: p.run}.Void()
+		for _, id := range ids {
+			v.Keys = append(v.Keys, id)
+		}
+		delete(p.sender.flying, f.Batch)
+		delete(p.flying, f.Batch)
+		p.commit(job{act: func() { p.site.burn(ids, &v) }})
+	case p.w.broken.settleByLast:
+		p.askLast(f, ids)
+	default:
+		p.commit(job{act: func() { p.site.park(ids, p.node, p.run) }})
+	}
+}
+
+// askLast is the broken way to settle a doubt: to ask what the last batch was, and
+// to believe that a later one did not and will not arrive.
+func (p *process) askLast(f *flying, ids []key.ID) {
+	p.say("last", func(r *process) {
+		known := r.site.peer[p.node]
+		r.reply(p, "last-answer", func() {
+			if p.flying[f.Batch] != f || known.Run == p.run && known.Last >= f.Batch {
+				return
+			}
+			delete(p.flying, f.Batch)
+			delete(p.sender.flying, f.Batch)
+			p.sender.last = min(p.sender.last, f.Batch-1)
+			p.giveBack(ids)
+		})
+	})
+}
+
+func (p *process) answered(batch int64, answer AnnounceAnswer) {
+	settled, err := p.sender.Answered(batch, answer)
+	if err != nil {
+		if !errors.Is(err, ErrAhead) && !errors.Is(err, ErrStale) && p.w.liar == nil {
+			p.w.fail("an honest peer's answer does not fit: %v", err)
+		}
+		return
+	}
+	for _, s := range settled {
+		delete(p.flying, batch)
+		p.settle(s)
+	}
+}
+
+func (p *process) settle(s Settlement) {
+	r := s.Request
+	atoms := slices.Collect(r.Atoms())
+	if s.Parked {
+		p.commit(job{act: func() { p.site.unpark(atoms) }})
+	}
+	switch s.Verb {
+	case Commit:
+		p.serve(s)
+	case Reclaim:
+		void := s.Void()
+		p.commit(job{act: func() {
+			if p.w.broken.reclaimUnvoided {
+				p.site.burn(atoms, nil)
+				return
+			}
+			p.site.burn(atoms, &void)
+		}})
+	case Return:
+		p.w.disagree(s)
+		if len(s.Burn) > 0 {
+			p.commit(job{act: func() { p.site.burn(s.Burn, nil) }})
+		}
+		rest := slices.DeleteFunc(atoms, func(id key.ID) bool { return slices.Contains(s.Burn, id) })
+		p.commit(job{act: func() {}, done: func() { p.giveBack(rest) }})
+	}
+}
+
+// serve commits what the peer has assigned. What comes up short is burned and voided.
+func (p *process) serve(s Settlement) {
+	whole := false
+	atoms := slices.Collect(s.Request.Atoms())
+	p.commit(job{
+		act: func() { whole = p.site.serve(s.Request) },
+		done: func() {
+			if !whole {
+				void := s.Void()
+				p.commit(job{act: func() { p.site.burn(atoms, &void) }})
+			}
+		},
+		undone: func() { p.giveBack(atoms) },
+	})
+}
+
+// takeOver begins, or takes up, the takeover of a node's lower runs.
+func (p *process) takeOver(node string, run int64) {
+	p.tasks = append(p.tasks, &takeover{RunStarted: RunStarted{Node: node, Run: run}})
+}
+
+func (p *process) tellRun(t *takeover) {
+	if p.w.broken.freeUnanswered {
+		p.heard(t, nil, true)
+		return
+	}
+	p.say("run", func(r *process) {
+		var rows []Assigned
+		var ok bool
+		r.commit(job{act: func() { rows, ok = r.site.hearRun(t.RunStarted) }, done: func() {
+			r.reply(p, "run-answer", func() { p.heard(t, rows, ok) })
+		}})
+	})
+}
+
+// heard ends a takeover once the peer has said what it assigned.
+func (p *process) heard(t *takeover, rows []Assigned, ok bool) {
+	if t.heard {
+		return
+	}
+	t.heard = true
+	over := func() { p.tasks = slices.DeleteFunc(p.tasks, func(o *takeover) bool { return o == t }) }
+	if !ok { // a higher run is known: somebody else has taken over since
+		over()
+		return
+	}
+	for _, o := range Orphans(t.RunStarted, rows, func(id key.ID) bool { return p.site.key[id] }) {
+		p.commit(job{act: func() { p.site.burn(o.Atoms, &o.Void) }})
+	}
+	p.commit(job{act: func() { p.site.endTakeover(t.Node, t.Run) }, done: func() {
+		over()
+		p.ready = p.ready || t.Node == p.node && t.Run == p.run
+	}})
+}
+
+func (p *process) tellVoid(v *voidRow) {
+	p.say("void", func(r *process) {
+		ok := false
+		r.commit(job{act: func() { ok = r.site.void(v.Void) }, done: func() {
+			if ok {
+				r.reply(p, "void-answer", func() { p.commit(job{act: func() { v.acked = true }}) })
+			}
+		}})
+	})
+}
