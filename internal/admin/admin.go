@@ -75,7 +75,7 @@ type Link struct {
 	Blocks     int    `json:"blocks"` // distilled since the node started
 	Aborts     int    `json:"aborts"` // given up since the node started
 	Stored     int    `json:"stored"` // 256-bit keys in the pool that this end may assign
-	StoredPeer int    `json:"stored_peer"`
+	StoredPeer int    `json:"stored_peer"` // that the other end may, once both hold their block
 
 	Current *Progress `json:"current,omitzero"` // nil between blocks
 	Last    *Block    `json:"last,omitzero"`    // nil before the first

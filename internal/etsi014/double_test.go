@@ -109,10 +109,10 @@ func (d at) EncKeys(_ context.Context, c identity.Caller, rid string, slave iden
 func (d at) DecKeys(_ context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (etsi014.Container, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.begin(rid, master); err != nil {
+	self, _ := c.SAE()
+	if err := d.begin(rid, self); err != nil { // a master that is unknown has no keys
 		return etsi014.Container{}, err
 	}
-	self, _ := c.SAE()
 	missing := false
 	for _, id := range ids {
 		k := d.keys[id]

@@ -168,7 +168,7 @@ func (k Key) check(bits int) error {
 func (a AnnounceAnswer) Check() error {
 	switch a.Standing {
 	case Fresh, Repeat:
-	case Ahead, Stale:
+	case Ahead, Stale, Declined:
 		if len(a.Results) > 0 {
 			return fmt.Errorf("answer to announce: %d results to a batch that is %s", len(a.Results), a.Standing)
 		}

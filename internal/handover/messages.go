@@ -213,6 +213,10 @@ const (
 	Repeat Standing = "repeat" // committed before: it is answered again from the rows
 	Ahead  Standing = "ahead"  // an earlier batch is missing, or its run was not told: come again
 	Stale  Standing = "stale"  // of a run that has been taken over
+
+	// Declined: this copy was not looked at, and never will be, since the receiver's
+	// HSM or database is away.
+	Declined Standing = "declined"
 )
 
 // AnnounceAnswer answers an Announce. Results are there when Standing is Fresh or

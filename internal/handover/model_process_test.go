@@ -34,7 +34,7 @@ type process struct {
 
 type flying struct {
 	Announce
-	said bool // a copy has left
+	copies int // that have left
 }
 
 // takeover is a survivor's work on another node's run, or on its own earlier ones.
@@ -43,7 +43,13 @@ type takeover struct {
 	heard bool
 }
 
-func (p *process) commit(j job) { p.queue = append(p.queue, &j) }
+// commit queues a verb for the process's committer.
+func (p *process) commit(verb string, j job) {
+	j.verb = verb
+	p.queue = append(p.queue, &j)
+}
+
+func (p *process) String() string { return fmt.Sprintf("%s/%d", p.node, p.run) }
 
 func (p *process) die() {
 	p.dead = true
@@ -57,12 +63,15 @@ func (p *process) flush(n int, hang bool) {
 	p.queue = slices.Clone(p.queue[n:])
 	switch {
 	case hang:
+		p.w.note("  %v: commit hangs: %v", p, tx)
 		p.hung = tx
 		p.site.hung = append(p.site.hung, tx)
 	case p.site.apply(tx):
+		p.w.note("  %v: %v", p, tx)
 		p.learn(tx)
 	default:
-		p.die() // fenced
+		p.w.note("  %v: fenced: %v", p, tx)
+		p.die()
 	}
 }
 
@@ -80,14 +89,20 @@ func (p *process) learn(tx *transaction) {
 func (p *process) resolve() {
 	tx, row := p.hung, p.site.node[p.node]
 	switch {
-	case p.w.broken.unknownIsFailed && row.run == p.run:
-		p.head, p.hung = row.head, nil
+	case p.w.broken.unknownIsFailed && *row == nodeRow{tx.run, tx.head}:
+		p.w.note("  %v: taken for failed: %v", p, tx)
+		p.hung = nil
+		var rest []*job
 		for _, j := range tx.jobs {
 			if j.undone != nil {
 				j.undone()
+			} else {
+				rest = append(rest, j)
 			}
 		}
-	case row.run == p.run && row.head == tx.head+1, p.site.apply(tx):
+		p.queue = append(rest, p.queue...)
+	case row.run == p.run && tx.applied, p.site.apply(tx): // in the real row, its head says so
+		p.w.note("  %v: committed after all: %v", p, tx)
 		p.learn(tx)
 	default:
 		p.die()
@@ -110,6 +125,7 @@ func (s *site) start(node string) *process {
 		p.run = s.bumpRun(node)
 		p.tasks = []*takeover{{RunStarted: RunStarted{Node: node, Run: p.run}}}
 	}
+	s.w.note("  %v starts", p)
 	p.head = s.node[node].head
 	p.sender = NewSender(node, p.run, 3)
 	s.procs = append(s.procs, p)
@@ -129,9 +145,9 @@ func (r *process) reply(to *process, what string, arrive func()) {
 func (p *process) tellHeld(h Held) {
 	p.say("held", func(r *process) {
 		var answer HeldAnswer
-		r.commit(job{act: func() { answer = r.site.heardHeld(h) }, done: func() {
+		r.commit("HeardHeld", job{act: func() { answer = r.site.heardHeld(h) }, done: func() {
 			r.reply(p, "held-answer", func() {
-				p.commit(job{act: func() { p.site.heardHeldAnswer(h.BlockRef, answer) }})
+				p.commit("HeardHeldAnswer", job{act: func() { p.site.heardHeldAnswer(h.BlockRef, answer) }})
 			})
 		}})
 	})
@@ -139,7 +155,7 @@ func (p *process) tellHeld(h Held) {
 
 func (p *process) lease() {
 	var got []key.ID
-	p.commit(job{act: func() { got = p.site.lease(p.node, p.run) }, done: func() { p.giveBack(got) }})
+	p.commit("Lease", job{act: func() { got = p.site.lease(p.node, p.run) }, done: func() { p.giveBack(got) }})
 }
 
 func (p *process) giveBack(ids []key.ID) {
@@ -170,6 +186,7 @@ func (p *process) ask(master identity.SAE, slaves []identity.SAE, keys, atoms in
 		return false
 	}
 	p.asked = append(p.asked, r)
+	p.w.note("  %v: asked %s", p, namesOf(r))
 	return true
 }
 
@@ -177,20 +194,28 @@ func (p *process) announce(n int) {
 	a := p.sender.Next(slices.Clone(p.asked[:n]))
 	p.asked = slices.Clone(p.asked[n:])
 	p.flying[a.Batch] = &flying{Announce: a}
+	p.w.note("  %v: batch %d of %d requests", p, a.Batch, len(a.Requests))
 }
 
-// send sends a copy of a batch: the first, or the same again.
+// send sends a copy of a batch: the first, or the same again. Whoever gets it may
+// decline it at once.
 func (p *process) send(f *flying) {
-	f.said = true
+	f.copies++
+	p.w.note("  %v: batch %d", p, f.Batch)
 	p.say("announce", func(r *process) {
+		if p.w.declines() {
+			r.reply(p, "declined", func() { p.answered(f, AnnounceAnswer{Standing: Declined}) })
+			return
+		}
 		var answer AnnounceAnswer
-		r.commit(job{act: func() { answer = r.site.assign(f.Announce) }, done: func() {
-			r.reply(p, "announce-answer", func() { p.answered(f.Batch, answer) })
+		r.commit("Assign", job{act: func() { answer = r.site.assign(f.Announce) }, done: func() {
+			r.reply(p, "announce-answer", func() { p.answered(f, answer) })
 		}})
 	})
+	p.w.net[len(p.w.net)-1].again = func() { f.copies++ }
 }
 
-// notSent: the first copy could not be sent at all.
+// notSent: the only copy could not be sent at all, or was declined.
 func (p *process) notSent(f *flying) {
 	if !p.sender.Unsent(f.Batch) {
 		p.doubt(f)
@@ -204,6 +229,7 @@ func (p *process) notSent(f *flying) {
 
 // doubt: the answer did not come in time.
 func (p *process) doubt(f *flying) {
+	p.w.note("  %v: batch %d", p, f.Batch)
 	p.sender.Doubt(f.Batch)
 	var ids []key.ID
 	for _, r := range f.Requests {
@@ -211,17 +237,14 @@ func (p *process) doubt(f *flying) {
 	}
 	switch {
 	case p.w.broken.voidInDoubt:
-		v := Settlement{Batch: f.Batch, node: p.node, run: p.run}.Void()
-		for _, id := range ids {
-			v.Keys = append(v.Keys, id)
+		for _, r := range f.Requests {
+			v := Settlement{Request: r, Batch: f.Batch, node: p.node, run: p.run}.Void()
+			p.commit("Burn", job{act: func() { p.site.burn(slices.Collect(r.Atoms()), &v) }})
 		}
-		delete(p.sender.flying, f.Batch)
-		delete(p.flying, f.Batch)
-		p.commit(job{act: func() { p.site.burn(ids, &v) }})
 	case p.w.broken.settleByLast:
 		p.askLast(f, ids)
 	default:
-		p.commit(job{act: func() { p.site.park(ids, p.node, p.run) }})
+		p.commit("Park", job{act: func() { p.site.park(ids, p.node, p.run) }})
 	}
 }
 
@@ -242,16 +265,28 @@ func (p *process) askLast(f *flying, ids []key.ID) {
 	})
 }
 
-func (p *process) answered(batch int64, answer AnnounceAnswer) {
-	settled, err := p.sender.Answered(batch, answer)
-	if err != nil {
-		if !errors.Is(err, ErrAhead) && !errors.Is(err, ErrStale) && p.w.liar == nil {
+func (p *process) answered(f *flying, answer AnnounceAnswer) {
+	if p.flying[f.Batch] != f {
+		return // it has been answered, or was taken back
+	}
+	settled, err := p.sender.Answered(f.Batch, answer)
+	switch {
+	case errors.Is(err, ErrDeclined):
+		if f.copies == 1 || p.w.broken.takenBackTwice {
+			p.notSent(f)
+		}
+		return
+	case err != nil:
+		if !errors.Is(err, ErrAhead) && !errors.Is(err, ErrStale) && !p.w.lying {
 			p.w.fail("an honest peer's answer does not fit: %v", err)
 		}
 		return
 	}
+	delete(p.flying, f.Batch)
 	for _, s := range settled {
-		delete(p.flying, batch)
+		if s.Parked && p.w.broken.voidInDoubt {
+			continue // burned before
+		}
 		p.settle(s)
 	}
 }
@@ -260,14 +295,14 @@ func (p *process) settle(s Settlement) {
 	r := s.Request
 	atoms := slices.Collect(r.Atoms())
 	if s.Parked {
-		p.commit(job{act: func() { p.site.unpark(atoms) }})
+		p.commit("Unpark", job{act: func() { p.site.unpark(atoms) }})
 	}
 	switch s.Verb {
 	case Commit:
 		p.serve(s)
 	case Reclaim:
 		void := s.Void()
-		p.commit(job{act: func() {
+		p.commit("Burn", job{act: func() {
 			if p.w.broken.reclaimUnvoided {
 				p.site.burn(atoms, nil)
 				return
@@ -277,10 +312,10 @@ func (p *process) settle(s Settlement) {
 	case Return:
 		p.w.disagree(s)
 		if len(s.Burn) > 0 {
-			p.commit(job{act: func() { p.site.burn(s.Burn, nil) }})
+			p.commit("Burn", job{act: func() { p.site.burn(s.Burn, nil) }})
 		}
-		rest := slices.DeleteFunc(atoms, func(id key.ID) bool { return slices.Contains(s.Burn, id) })
-		p.commit(job{act: func() {}, done: func() { p.giveBack(rest) }})
+		rest := slices.DeleteFunc(slices.Clone(atoms), func(id key.ID) bool { return slices.Contains(s.Burn, id) })
+		p.commit("nothing", job{act: func() {}, done: func() { p.giveBack(rest) }})
 	}
 }
 
@@ -288,12 +323,12 @@ func (p *process) settle(s Settlement) {
 func (p *process) serve(s Settlement) {
 	whole := false
 	atoms := slices.Collect(s.Request.Atoms())
-	p.commit(job{
+	p.commit("Serve", job{
 		act: func() { whole = p.site.serve(s.Request) },
 		done: func() {
 			if !whole {
 				void := s.Void()
-				p.commit(job{act: func() { p.site.burn(atoms, &void) }})
+				p.commit("Burn", job{act: func() { p.site.burn(atoms, &void) }})
 			}
 		},
 		undone: func() { p.giveBack(atoms) },
@@ -307,13 +342,12 @@ func (p *process) takeOver(node string, run int64) {
 
 func (p *process) tellRun(t *takeover) {
 	if p.w.broken.freeUnanswered {
-		p.heard(t, nil, true)
-		return
+		defer p.heard(t, nil, true)
 	}
 	p.say("run", func(r *process) {
 		var rows []Assigned
 		var ok bool
-		r.commit(job{act: func() { rows, ok = r.site.hearRun(t.RunStarted) }, done: func() {
+		r.commit("HearRun", job{act: func() { rows, ok = r.site.hearRun(t.RunStarted) }, done: func() {
 			r.reply(p, "run-answer", func() { p.heard(t, rows, ok) })
 		}})
 	})
@@ -331,9 +365,9 @@ func (p *process) heard(t *takeover, rows []Assigned, ok bool) {
 		return
 	}
 	for _, o := range Orphans(t.RunStarted, rows, func(id key.ID) bool { return p.site.key[id] }) {
-		p.commit(job{act: func() { p.site.burn(o.Atoms, &o.Void) }})
+		p.commit("Burn", job{act: func() { p.site.burn(o.Atoms, &o.Void) }})
 	}
-	p.commit(job{act: func() { p.site.endTakeover(t.Node, t.Run) }, done: func() {
+	p.commit("EndTakeover", job{act: func() { p.site.endTakeover(t.Node, t.Run) }, done: func() {
 		over()
 		p.ready = p.ready || t.Node == p.node && t.Run == p.run
 	}})
@@ -342,10 +376,19 @@ func (p *process) heard(t *takeover, rows []Assigned, ok bool) {
 func (p *process) tellVoid(v *voidRow) {
 	p.say("void", func(r *process) {
 		ok := false
-		r.commit(job{act: func() { ok = r.site.void(v.Void) }, done: func() {
+		r.commit("Void", job{act: func() { ok = r.site.void(v.Void) }, done: func() {
 			if ok {
-				r.reply(p, "void-answer", func() { p.commit(job{act: func() { v.acked = true }}) })
+				r.reply(p, "void-answer", func() { p.commit("AckVoid", job{act: func() { v.acked = true }}) })
 			}
 		}})
 	})
+}
+
+// namesOf lists the keys of a request, for the diary.
+func namesOf(r Request) string {
+	s := r.ID
+	for id := range r.Atoms() {
+		s += " " + short(id)
+	}
+	return s
 }

@@ -2,8 +2,8 @@ package handover
 
 import (
 	"fmt"
-	"maps"
 	"slices"
+	"strings"
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
@@ -78,9 +78,18 @@ type transaction struct {
 // job is one verb in a transaction: act changes the tables, done is called once
 // the process knows that it is committed, undone only by a broken rule.
 type job struct {
+	verb   string
 	act    func()
 	done   func()
 	undone func()
+}
+
+func (tx *transaction) String() string {
+	var verbs []string
+	for _, j := range tx.jobs {
+		verbs = append(verbs, j.verb)
+	}
+	return strings.Join(verbs, ", ")
 }
 
 // apply commits tx if the node's row still is as tx expects it.
@@ -129,9 +138,9 @@ func (s *site) leave(why string, ids ...key.ID) []key.ID {
 }
 
 // hold is HoldBlock: HELD, if session still is the link's.
-func (s *site) hold(h Held, ids []key.ID) {
+func (s *site) hold(h Held, ids []key.ID) bool {
 	if h.Session != s.session && !s.w.broken.holdInAnySession || s.block[h.BlockRef] != nil {
-		return
+		return false
 	}
 	b := &blockRow{Held: h, state: BlockHeld, ids: ids, out: make(map[string]int)}
 	for i := 0; i < len(ids); i += key.ChunkAtoms {
@@ -141,6 +150,7 @@ func (s *site) hold(h Held, ids []key.ID) {
 	for _, id := range ids {
 		s.key[id] = true
 	}
+	return true
 }
 
 // openSession closes all older sessions for ever.
@@ -228,7 +238,7 @@ func (s *site) serve(r Request) bool {
 func (s *site) usable(k Key, how string) {
 	ref := s.w.place[k.ID()].BlockRef
 	for _, end := range s.w.sites {
-		if b := end.block[ref]; s.w.liar == nil && (b == nil || b.state == Lost) {
+		if b := end.block[ref]; !s.w.lying && (b == nil || b.state == Lost) {
 			s.w.fail("I7: key %s of block %s %s at %v, but %v does not hold it", short(k.ID()), ref, how, s.end, end.end)
 		}
 	}
@@ -359,89 +369,6 @@ func (s *site) take(d *dueRow) {
 	}
 	d.taken = true
 	s.w.hand(s, d.Key, d.atoms, d.Master, d.slaves, d.SAE)
-}
-
-// hearRun notes a peer node's run and lists what lower ones were assigned.
-func (s *site) hearRun(r RunStarted) (rows []Assigned, ok bool) {
-	before := s.peer[r.Node]
-	p, ok := before.Hear(r.Run)
-	if !ok && s.w.broken.runLowered {
-		p, ok = PeerRun{Run: r.Run}, true
-	}
-	if !ok {
-		return nil, false
-	}
-	s.peer[r.Node] = p
-	if s.w.broken.runAnsweredOnce && before.Run == r.Run {
-		return nil, true
-	}
-	listed := make(map[key.ID]bool)
-	for _, d := range s.dues {
-		if d.Node == r.Node && d.Run < r.Run && !listed[d.Key] {
-			listed[d.Key] = true
-			a := Assigned{Run: d.Run, Batch: d.Batch, Key: d.Key, Atoms: d.atoms}
-			if s.w.broken.firstAtomOnly {
-				a.Atoms = a.Atoms[:1]
-			}
-			rows = append(rows, a)
-		}
-	}
-	return rows, true
-}
-
-// bumpRun is a transaction of its own.
-func (s *site) bumpRun(node string) int64 {
-	s.node[node].run++
-	return s.node[node].run
-}
-
-// endTakeover frees what lower runs had, if run still is the node's.
-func (s *site) endTakeover(node string, run int64) {
-	if s.node[node].run != run && !s.w.broken.freeAnyRun {
-		return
-	}
-	for _, b := range s.blocks {
-		for _, c := range b.chunks {
-			if c.node == node && (c.run < run || s.w.broken.freeAnyRun) {
-				c.node, c.run = "", 0
-			}
-		}
-	}
-	if s.w.broken.keepParked {
-		return
-	}
-	for id, p := range s.parked {
-		if p.node == node && p.run < run {
-			delete(s.parked, id)
-		}
-	}
-}
-
-// unfinished are the nodes that a takeover has not ended for.
-func (s *site) unfinished() []string {
-	nodes := make(map[string]bool)
-	for _, b := range s.blocks {
-		for _, c := range b.chunks {
-			if c.node != "" && c.run < s.node[c.node].run && s.left(c) > 0 {
-				nodes[c.node] = true
-			}
-		}
-	}
-	for _, p := range s.parked {
-		if p.run < s.node[p.node].run {
-			nodes[p.node] = true
-		}
-	}
-	return slices.Sorted(maps.Keys(nodes))
-}
-
-// expire deletes a block's atoms that nobody here has leased.
-func (s *site) expire(b *blockRow) {
-	for _, c := range b.chunks {
-		if c.node == "" {
-			s.leave("expired", c.ids...)
-		}
-	}
 }
 
 func short(id key.ID) string { return fmt.Sprintf("%x", id[9:12]) }

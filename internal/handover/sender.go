@@ -46,6 +46,10 @@ func (s Settlement) Void() Void {
 // there, or the run has not been told. It is to be sent again, unchanged.
 var ErrAhead = errors.New("the peer has not come to this batch yet")
 
+// ErrDeclined says that the peer has not looked at the copy of the batch that it
+// answers: if it was the only one, the batch was never told (Unsent).
+var ErrDeclined = errors.New("the peer cannot judge a batch now")
+
 // ErrStale says that the run of a batch was taken over: its process may do nothing
 // more, and whoever took it over settles its batches.
 var ErrStale = errors.New("the run has been taken over")
@@ -122,8 +126,9 @@ func (s *Sender) Repeats() []Announce {
 
 // Answered decides on each request of a batch from the peer's answer. It returns
 // nothing for a batch that is not in flight: it was settled before. With an error
-// the batch stays in flight: ErrAhead, ErrStale, or an answer that does not fit the
-// batch, which no honest peer gives.
+// the batch stays in flight: ErrAhead, ErrDeclined, ErrStale, or an answer that
+// does not fit the batch, which no honest peer gives. The answer must be to a copy
+// of the batch as it is in flight, not of one that was taken back (Unsent).
 func (s *Sender) Answered(batch int64, answer AnnounceAnswer) ([]Settlement, error) {
 	f := s.flying[batch]
 	if f == nil {
@@ -133,6 +138,8 @@ func (s *Sender) Answered(batch int64, answer AnnounceAnswer) ([]Settlement, err
 	case Fresh, Repeat:
 	case Ahead:
 		return nil, fmt.Errorf("batch %d of run %d: %w", batch, s.run, ErrAhead)
+	case Declined:
+		return nil, fmt.Errorf("batch %d of run %d: %w", batch, s.run, ErrDeclined)
 	case Stale:
 		return nil, fmt.Errorf("batch %d of run %d: %w", batch, s.run, ErrStale)
 	default:

@@ -141,7 +141,7 @@ func (l *link) send(ctx context.Context, s *handover.Sender, asks []*ask) error 
 	batch := s.Next(requests)
 	answer, err := l.tell(ctx, batch)
 	if err == nil {
-		if err = l.settle(ctx, s, batch, answer, asks); err == nil || answer.Standing == handover.Stale {
+		if err = l.settle(ctx, s, batch, answer, asks); err == nil || errors.Is(err, handover.ErrStale) {
 			return err
 		}
 	}
@@ -158,7 +158,7 @@ func (l *link) send(ctx context.Context, s *handover.Sender, asks []*ask) error 
 // untold says that the peer has certainly not acted on the one copy that was sent.
 func untold(err error) bool {
 	var refused *peer.Refused
-	return errors.Is(err, peer.ErrNotSent) || errors.As(err, &refused)
+	return errors.Is(err, peer.ErrNotSent) || errors.As(err, &refused) || errors.Is(err, handover.ErrDeclined)
 }
 
 // tell sends a batch and waits for its answer, up to the announce deadline.
@@ -199,7 +199,7 @@ func (l *link) resolve(ctx context.Context, s *handover.Sender, batch handover.A
 			continue
 		}
 		if err := l.settle(ctx, s, batch, answer, asks); err != nil {
-			if answer.Standing == handover.Stale {
+			if errors.Is(err, handover.ErrStale) {
 				return err
 			}
 			l.k.Log.Warn("repeating an announce", "link", l.ID, "batch", batch.Batch, "err", err)

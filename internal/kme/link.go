@@ -45,28 +45,11 @@ type link struct {
 	asks   chan *ask
 	doubt  atomic.Bool // an announce is unanswered: new requests are refused
 	skewed atomic.Bool // the peer's clock is too far off to make blocks
+	rested time.Time   // when there was last no room for a block; of watch alone
 
 	mu     sync.Mutex
 	stream *peer.Stream // of the session under way; a new one closes it
 	state  LinkState
-}
-
-// LinkState is what operators see of a link.
-type LinkState struct {
-	ID       string
-	Peer     identity.KME
-	End      handover.End
-	State    string // down, open, full, paused
-	Why      string // what is in the way, if anything is
-	Session  int64
-	Blocks   int // distilled since this process started
-	Aborts   int
-	Stage    string          // of the block under way
-	Done     float64         // of that stage, 0 to 1
-	Last     distill.Outcome // of the last block or abort; without bits
-	LastAt   time.Time
-	LastTook time.Duration
-	LastWhy  string // why the last block was aborted; "" if it was not
 }
 
 // askQueue is how many requests may wait for an announce: what the request
@@ -75,32 +58,13 @@ const askQueue = 512
 
 func newLink(k *KME, c LinkConfig) *link {
 	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue)}
-	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down"}
+	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
 		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
 		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
 		fresh:  func(e key.Epoch) bool { return e >= k.oldest() },
 	}
 	return l
-}
-
-// update changes what operators see.
-func (l *link) update(change func(*LinkState)) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	change(&l.state)
-}
-
-// LinkStates lists the state of every link.
-func (k *KME) LinkStates() []LinkState {
-	list := make([]LinkState, 0, len(k.links))
-	for _, lc := range k.Config.Links {
-		l := k.links[lc.ID]
-		l.mu.Lock()
-		list = append(list, l.state)
-		l.mu.Unlock()
-	}
-	return list
 }
 
 // distil runs the link's sessions, one after another. Bob's end waits to be
@@ -118,6 +82,7 @@ func (l *link) distil(ctx context.Context) error {
 				wait = repeatMin
 			}
 		} else {
+			l.watch(ctx)
 			wait = repeatMax
 		}
 		select {
@@ -126,16 +91,6 @@ func (l *link) distil(ctx context.Context) error {
 		case <-time.After(wait):
 		}
 	}
-}
-
-// down notes that a session has ended.
-func (l *link) down(err error) {
-	if errors.Is(err, context.Canceled) {
-		return
-	}
-	l.k.Log.Warn("link session ended", "link", l.ID, "err", err)
-	l.update(func(s *LinkState) { s.State, s.Why, s.Stage, s.Done = "down", err.Error(), "", 0 })
-	l.k.suspect(context.Background(), "link-"+l.ID, fmt.Sprintf("link %s is down: %v", l.ID, err))
 }
 
 // The frames that open a session, before distillation has the channel for itself.
@@ -281,7 +236,7 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 		return fmt.Errorf("opening the quantum channel: %w", err)
 	}
 	defer done()
-	l.update(func(st *LinkState) { st.State, st.Why, st.Session = "open", "", session })
+	l.update(func(st *LinkState) { st.State, st.Why, st.Session, st.OpenedAt = "open", "", session, l.k.Now() })
 	l.k.clear(ctx, "link-"+l.ID)
 	for {
 		if l.End == handover.Alice {
@@ -311,12 +266,6 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 			}
 		}
 	}
-}
-
-// cut notes that no light passes; the next block is tried as if nothing had been.
-func (l *link) cut(ctx context.Context, err error) {
-	l.update(func(st *LinkState) { st.State, st.Why, st.Stage, st.Done = "down", err.Error(), "", 0 })
-	l.k.raise(ctx, "link-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, err))
 }
 
 // source opens this end of the quantum channel for a session.
@@ -423,31 +372,4 @@ func (l *link) pace(ctx context.Context, began time.Time) error {
 	case <-t.C:
 		return nil
 	}
-}
-
-// distilled notes a block for operators.
-func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration) {
-	o := b.Outcome
-	o.Bits = nil
-	l.update(func(s *LinkState) {
-		s.Blocks++
-		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
-	})
-	l.k.clear(ctx, "qber-"+l.ID)
-	l.k.clear(ctx, "link-"+l.ID)
-	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", took.Round(time.Millisecond))
-}
-
-// aborted records a block that was given up: an alarm, and the link goes on.
-func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, took time.Duration) {
-	o := b.Outcome
-	o.QBER = a.QBER
-	l.update(func(s *LinkState) {
-		s.Aborts++
-		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, a.Reason, "", 0
-	})
-	ev := l.k.own(audit.LinkAbort)
-	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
-	l.k.note(ctx, ev)
-	l.k.raise(ctx, "qber-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, a))
 }

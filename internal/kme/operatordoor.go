@@ -75,8 +75,10 @@ func (d OperatorDoor) Links(ctx context.Context, _ identity.Caller, _ string) ([
 			ID: s.ID, Peer: s.Peer.String(), End: s.End.String(), Provenance: string(d.k.links[s.ID].Provenance),
 			State: s.State, Why: s.Why, Session: s.Session, Blocks: s.Blocks, Aborts: s.Aborts,
 		}
-		var err error
-		if l.Stored, l.StoredPeer, err = d.k.Store.Pool(ctx, s.ID); err != nil {
+		var err, errPeer error
+		l.Stored, err = d.k.Store.Stored(ctx, s.ID) // without blocks that are only held: they cannot be had yet
+		_, l.StoredPeer, errPeer = d.k.Store.Pool(ctx, s.ID)
+		if err := errors.Join(err, errPeer); err != nil {
 			return nil, fmt.Errorf("counting the pool: %w", err)
 		}
 		if step := slices.Index(stages, s.Stage); step >= 0 {

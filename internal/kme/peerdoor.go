@@ -55,8 +55,8 @@ func (d PeerDoor) link(id string, from identity.KME) (*link, error) {
 // Announce assigns keys of the peer's masters to our SAEs: first commit wins.
 func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.Announce) (handover.AnnounceAnswer, error) {
 	k := d.k
-	if err := k.able(); err != nil {
-		return handover.AnnounceAnswer{}, err
+	if k.able() != nil {
+		return handover.AnnounceAnswer{Standing: handover.Declined}, nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()

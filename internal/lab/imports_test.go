@@ -42,6 +42,8 @@ var rings = map[string]int{
 	"internal/kme": 3,
 	"internal/lab": 4,
 
+	"internal/lab/binaries": 0, // for tests
+
 	"cmd/kmed":   5,
 	"cmd/kmectl": 5,
 	"cmd/kme-ca": 5,
@@ -54,6 +56,8 @@ var only = map[string][]string{
 	"pki/authority":  {"cmd/kme-ca", "internal/lab"},
 	"internal/pgdev": {"internal/lab"},
 	"internal/lab":   {"cmd/kmelab"},
+
+	"internal/lab/binaries": {}, // only tests
 }
 
 type listed struct {

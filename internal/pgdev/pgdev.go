@@ -80,7 +80,7 @@ func (c *Cluster) start(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := c.own(); err != nil {
+	if err := c.own(cred); err != nil {
 		return err
 	}
 	if c.home, err = place(c.dir, bin, cred); err != nil {
@@ -103,9 +103,14 @@ func (c *Cluster) start(ctx context.Context, dir string) (err error) {
 }
 
 // own takes the lock that says which process owns the cluster.
-func (c *Cluster) own() error {
+func (c *Cluster) own(cred *syscall.Credential) error {
 	if err := os.MkdirAll(c.dir, 0o700); err != nil {
 		return err
+	}
+	if cred != nil { // the server passes through on the way to its own folder
+		if err := os.Chmod(c.dir, 0o711); err != nil {
+			return err
+		}
 	}
 	f, err := os.OpenFile(filepath.Join(c.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {

@@ -160,6 +160,31 @@ func TestLongPathFallsBack(t *testing.T) {
 	}
 }
 
+// TestSweep: a cluster whose folder was deleted under it does not stay for ever,
+// one whose folder is there does.
+func TestSweep(t *testing.T) {
+	deep := filepath.Join(t.TempDir(), strings.Repeat("long-", 30))
+	c := start(t, deep)
+	if err := c.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cred, err := serverUser()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sweep(cred)
+	if _, err := os.Stat(c.data()); err != nil {
+		t.Fatalf("a cluster in use was swept away: %v", err)
+	}
+	if err := os.RemoveAll(deep); err != nil {
+		t.Fatal(err)
+	}
+	sweep(cred)
+	if _, err := os.Stat(c.home); !os.IsNotExist(err) {
+		t.Errorf("the cluster of a deleted folder is still there: %v", err)
+	}
+}
+
 // TestOwnerKilled kills the process that started a cluster, and the number in the
 // lock file is then another process's.
 func TestOwnerKilled(t *testing.T) {

@@ -123,8 +123,9 @@ func makePlace(dir, link, bin string, cred *syscall.Credential) (string, error) 
 			return "", err
 		}
 	}
+	sweep(cred)
 	for _, parent := range []string{os.TempDir(), "/tmp"} {
-		far, err := os.MkdirTemp(parent, "kme-pg-")
+		far, err := os.MkdirTemp(parent, farName)
 		if err != nil {
 			return "", err
 		}
@@ -135,13 +136,39 @@ func makePlace(dir, link, bin string, cred *syscall.Credential) (string, error) 
 			return "", err
 		}
 		if fits(far) && reaches(far, bin, cred) {
-			return far, os.Symlink(far, link)
+			if err := os.Symlink(far, link); err != nil {
+				return "", err
+			}
+			return far, os.WriteFile(filepath.Join(far, farNote), []byte(dir), 0o600)
 		}
 		if err := os.Remove(far); err != nil {
 			return "", err
 		}
 	}
 	return "", fmt.Errorf("the server cannot use %s, and no temporary folder either: path over %d bytes or not reachable", near, maxSocketPath)
+}
+
+// Of a cluster's folder under the temporary directory: how its name begins, and
+// the file in it that names the folder it is linked from.
+const (
+	farName = "kme-pg-"
+	farNote = "linked-from"
+)
+
+// sweep deletes clusters under the temporary directory whose folder lay there too
+// and is gone: a test's, which deleted only what it knew of.
+func sweep(cred *syscall.Credential) {
+	tmp := os.TempDir()
+	fars, _ := filepath.Glob(filepath.Join(tmp, farName+"*")) // a bad pattern finds nothing
+	for _, far := range fars {
+		dir, err := os.ReadFile(filepath.Join(far, farNote))
+		if err != nil || !strings.HasPrefix(string(dir), tmp+string(filepath.Separator)) || checkPrivate(far, cred) != nil {
+			continue
+		}
+		if _, err := os.Lstat(string(dir)); errors.Is(err, os.ErrNotExist) && len(inFolder(filepath.Join(far, "data"))) == 0 {
+			_ = os.RemoveAll(far) // the next sweep tries again
+		}
+	}
 }
 
 func fits(home string) bool {

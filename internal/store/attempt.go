@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -165,7 +166,9 @@ func (a *attempt) first(ctx context.Context) error {
 	for _, e := range slices.Sorted(maps.Keys(a.empty)) {
 		var ids [][16]byte
 		var saes, hows []string
-		for _, r := range a.empty[e] {
+		rows := a.empty[e]
+		slices.SortFunc(rows, func(x, y emptying) int { return bytes.Compare(x.id[:], y.id[:]) }) // as every node does: no deadlock
+		for _, r := range rows {
 			ids, saes, hows = append(ids, r.id), append(saes, r.sae.String()), append(hows, r.how)
 		}
 		b.Queue(fmt.Sprintf(emptyDue, dueTable(e)), a.now, ids, saes, hows).Query(a.readEmptied)

@@ -148,24 +148,25 @@ const (
 
 // verdict says what to do about an error that came before anything was committed.
 func (c *committer) verdict(err error, tries int) verdict {
-	var pg *pgconn.PgError
-	if errors.Is(err, errConflict) {
-		pg = &pgconn.PgError{Code: "40001"}
-	} else if !errors.As(err, &pg) || c.conn == nil || c.conn.IsClosed() || pg.Code == "25006" { // read only: no longer the primary
+	code := sqlState(err)
+	switch {
+	case c.conn.IsClosed() || code == "25006": // 25006: read only, no longer the primary
 		if tries < maxTries && c.stop.Err() == nil && c.connect() == nil {
 			return verdictAgain
 		}
 		return verdictLost
-	}
-	switch {
-	case pg.Code == "KME01":
-		return verdictFenced
-	case pg.Code == "40001" || pg.Code == "40P01": // serialization failure, deadlock
+	case errors.Is(err, errConflict), code == "40001", code == "40P01": // serialization failure, deadlock
 		if tries < maxTries {
 			return verdictAgain
 		}
 		return verdictFail
-	case pg.Code == "42P01": // no such partition: what was believed of them is old
+	case code == "": // ours: a row that cannot be read
+		return verdictSplit
+	}
+	switch code {
+	case "KME01":
+		return verdictFenced
+	case "42P01": // no such partition: what was believed of them is old
 		clear(c.days)
 		ctx, cancel := context.WithTimeout(context.Background(), tripTime)
 		defer cancel()
@@ -174,7 +175,7 @@ func (c *committer) verdict(err error, tries int) verdict {
 		}
 		return verdictSplit
 	}
-	switch pg.Code[:2] {
+	switch code[:2] {
 	case "21", "22", "23", "42", "P0": // of one job's data or statement
 		return verdictSplit
 	}
@@ -212,11 +213,13 @@ func (c *committer) ping() {
 	}
 }
 
-// connect makes a new connection, in one try. The old one is closed first.
+// connect makes a new connection, in one try, and ends the old one at both ends: a
+// server that has not noticed that it is broken would keep its locks.
 func (c *committer) connect() error {
-	if c.conn != nil {
+	old := c.conn
+	if old != nil {
 		ctx, cancel := context.WithTimeout(c.stop, 100*time.Millisecond)
-		_ = c.conn.Close(ctx) // it is broken, or it is replaced
+		_ = old.Close(ctx) // it is broken, or it is replaced
 		cancel()
 	}
 	ctx, cancel := context.WithTimeout(c.stop, 5*time.Second)
@@ -226,7 +229,12 @@ func (c *committer) connect() error {
 		return err
 	}
 	c.conn = conn
-	return nil
+	if old == nil {
+		return nil
+	}
+	_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+		WHERE pid = $1 AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()`, old.PgConn().PID())
+	return err
 }
 
 // reconnect connects, however long it takes, and refuses whatever comes meanwhile.

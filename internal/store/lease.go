@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -142,10 +144,8 @@ func (db *DB) PoolAtoms(ctx context.Context, refs []handover.Key, link string) (
 		ids = append(ids, r.Atoms...)
 	}
 	parts := db.byEpoch(ids)
-	for e := range parts {
-		if err := db.learn(ctx, e); err != nil {
-			return nil, away("reading atoms", err)
-		}
+	if err := db.learn(ctx, slices.Collect(maps.Keys(parts))...); err != nil {
+		return nil, away("reading atoms", err)
 	}
 	atoms := make(map[key.ID]PooledAtom, len(ids))
 	for e, part := range parts {

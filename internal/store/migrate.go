@@ -37,6 +37,9 @@ func Migrate(ctx context.Context, dsn string, epochLength time.Duration, log *sl
 	if epochLength < time.Second || epochLength%time.Millisecond != 0 {
 		return fmt.Errorf("migrating: an epoch of %v is not at least a second long, in whole milliseconds", epochLength)
 	}
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
 	cfg, err := pgx.ParseConfig(dsn)
 	if err != nil {
 		return fmt.Errorf("migrating: %w", err)

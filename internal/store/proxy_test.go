@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/qutemail/kme/internal/audit"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // cutHow is what a proxy does to a connection that sends COMMIT.
@@ -321,17 +320,4 @@ func TestReconnects(t *testing.T) {
 	if n := countOf(s.check(), audit.EncKeys); n != 2 {
 		t.Errorf("%d requests were recorded, want 2", n)
 	}
-}
-
-// crash kills a site's server and starts it again.
-func (s *site) crash(dir string) error {
-	if err := s.cluster.Kill(); err != nil {
-		return err
-	}
-	c, err := pgdev.Start(s.t.Context(), pgdev.Config{Dir: dir})
-	if err != nil {
-		return err
-	}
-	s.cluster = c
-	return nil
 }

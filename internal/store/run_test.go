@@ -56,6 +56,11 @@ func TestFencing(t *testing.T) {
 		t.Errorf("the zombie's health: %v, want ErrFenced", err)
 	}
 
+	const stale = "SELECT advance_run('n1', run, mark - 1, mark, head, seq, head) FROM node_run WHERE node = 'n1'"
+	if _, err := heir.pool.Exec(ctx, stale); sqlState(err) != "KME01" {
+		t.Errorf("a commit that another has overtaken: %v, want KME01", err)
+	}
+
 	nodes, err := heir.UnfinishedTakeovers(ctx)
 	if diff := cmp.Diff([]NodeRun{{"n1", 7}}, nodes); diff != "" || err != nil {
 		t.Errorf("unfinished takeovers: %v (-want +got):\n%s", err, diff)

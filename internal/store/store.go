@@ -73,6 +73,7 @@ type DB struct {
 	pool      *pgxpool.Pool // for reading, and for the few changes that carry no event
 	epochs    epochSet
 	committer *committer
+	finder    *finder
 	late      sync.WaitGroup // calls of Late under way
 
 	mu        sync.Mutex
@@ -92,6 +93,9 @@ var pointLookups = map[string]string{
 	"default_transaction_isolation":       "read committed",
 	"synchronous_commit":                  "on",
 	"idle_in_transaction_session_timeout": "10s",
+	"tcp_keepalives_idle":                 "10", // a node that lost its power keeps no locks
+	"tcp_keepalives_interval":             "5",
+	"tcp_keepalives_count":                "3",
 }
 
 // Open connects to the database. It refuses one whose schema version, epoch length
@@ -122,6 +126,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 		db.pool.Close()
 		return nil, fmt.Errorf("opening the store: %w", err)
 	}
+	db.finder = newFinder(db)
 	return db, nil
 }
 
@@ -130,6 +135,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 func (db *DB) Close() {
 	db.committer.close()
 	db.late.Wait()
+	db.finder.close()
 	db.pool.Close()
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
+	"go.uber.org/goleak"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
@@ -47,10 +49,13 @@ func testMain(m *testing.M) int {
 		fmt.Println(err)
 		return 1
 	}
-	defer c.Remove()
-	defer c.Kill()
 	cluster = c
-	return m.Run()
+	code := m.Run()
+	if err := errors.Join(c.Kill(), c.Remove(), goleak.Find()); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	return code
 }
 
 // startCluster starts a cluster with the template in it.

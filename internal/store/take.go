@@ -2,9 +2,6 @@ package store
 
 import (
 	"context"
-	"strings"
-
-	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/failpoint"
@@ -19,81 +16,6 @@ const (
 	GoneExpired  = "expired"
 	GoneVoid     = "void" // taken back by the initiator
 )
-
-// Taken is the row of an assigned key, live or gone.
-type Taken struct {
-	Due
-	Gone string // "" while it can be taken, and how it ended afterwards
-}
-
-// probed is how many expiry epochs, from the current one, are asked for a key by
-// the names of their partitions: those that the default lifetime reaches.
-const probed = 3
-
-const dueColumns = `SELECT key_id, sae, sae = $2, expiry_epoch, master, bits, provenance, kek, iv, ct, expires_at, reread, peer, node, run, batch, COALESCE(gone_how, '') FROM `
-
-// FindDue looks for assigned keys. rows are those of sae; named has every key that
-// is, or was within its epoch, assigned to any SAE.
-func (db *DB) FindDue(ctx context.Context, sae identity.SAE, ids []key.ID) (rows map[key.ID]Taken, named map[key.ID]bool, err error) {
-	now := key.EpochAt(db.cfg.Now(), db.cfg.EpochLength)
-	var near []string
-	for e := now; e < now+probed; e++ {
-		if db.epochs.has(e) {
-			near = append(near, dueColumns+dueTable(e)+" WHERE key_id = ANY($1::uuid[])")
-		}
-	}
-	rows, named = make(map[key.ID]Taken), make(map[key.ID]bool)
-	read := func(sql string) error {
-		found, _ := db.pool.Query(ctx, sql, uuids(ids), sae.String())
-		return readDue(found, sae, rows, named)
-	}
-	if len(near) > 0 {
-		if err := read(strings.Join(near, " UNION ALL ")); err != nil && !missingTable(err) {
-			return nil, nil, away("looking for assigned keys", err)
-		}
-	}
-	for _, id := range ids {
-		if named[id] {
-			continue
-		}
-		if err := read(dueColumns + "due WHERE key_id = ANY($1::uuid[])"); err != nil {
-			return nil, nil, away("looking for assigned keys", err)
-		}
-		break
-	}
-	return rows, named, nil
-}
-
-func readDue(found pgx.Rows, sae identity.SAE, rows map[key.ID]Taken, named map[key.ID]bool) error {
-	defer found.Close()
-	for found.Next() {
-		var t Taken
-		var owner, master, peer string
-		var mine bool
-		var iv []byte
-		err := found.Scan((*[16]byte)(&t.Key), &owner, &mine, &t.ExpiryEpoch, &master, &t.Bits, &t.Provenance, &t.KEK, &iv, &t.CT,
-			&t.ExpiresAt, &t.Reread, &peer, &t.Node, &t.Run, &t.Batch, &t.Gone)
-		if err != nil {
-			return err
-		}
-		named[t.Key] = true
-		if !mine {
-			continue
-		}
-		t.SAE = sae
-		copy(t.IV[:], iv)
-		if t.Master, err = identity.ParseSAE(master); err != nil {
-			return err
-		}
-		if peer != "" {
-			if t.Peer, err = identity.ParseKME(peer); err != nil {
-				return err
-			}
-		}
-		rows[t.Key] = t
-	}
-	return found.Err()
-}
 
 // DueRef names the row of an assigned key; the SAE is known from elsewhere.
 type DueRef struct {

@@ -1,0 +1,92 @@
+package handover
+
+import (
+	"maps"
+	"slices"
+
+	"github.com/qutemail/kme/internal/key"
+)
+
+// hearRun notes a peer node's run and lists what lower ones were assigned.
+func (s *site) hearRun(r RunStarted) (rows []Assigned, ok bool) {
+	before := s.peer[r.Node]
+	p, ok := before.Hear(r.Run)
+	if !ok && s.w.broken.runLowered {
+		p, ok = PeerRun{Run: r.Run}, true
+	}
+	if !ok {
+		return nil, false
+	}
+	s.peer[r.Node] = p
+	if s.w.broken.runAnsweredOnce && before.Run == r.Run {
+		return nil, true
+	}
+	listed := make(map[key.ID]bool)
+	for _, d := range s.dues {
+		if d.Node == r.Node && d.Run < r.Run && !listed[d.Key] {
+			listed[d.Key] = true
+			a := Assigned{Run: d.Run, Batch: d.Batch, Key: d.Key, Atoms: d.atoms}
+			if s.w.broken.firstAtomOnly {
+				a.Atoms = a.Atoms[:1]
+			}
+			rows = append(rows, a)
+		}
+	}
+	return rows, true
+}
+
+// bumpRun is a transaction of its own.
+func (s *site) bumpRun(node string) int64 {
+	s.node[node].run++
+	s.w.note("  run %d of %s", s.node[node].run, node)
+	return s.node[node].run
+}
+
+// endTakeover frees what lower runs had, if run still is the node's.
+func (s *site) endTakeover(node string, run int64) {
+	if s.node[node].run != run && !s.w.broken.freeAnyRun {
+		return
+	}
+	for _, b := range s.blocks {
+		for _, c := range b.chunks {
+			if c.node == node && (c.run < run || s.w.broken.freeAnyRun) {
+				c.node, c.run = "", 0
+			}
+		}
+	}
+	if s.w.broken.keepParked {
+		return
+	}
+	for id, p := range s.parked {
+		if p.node == node && p.run < run {
+			delete(s.parked, id)
+		}
+	}
+}
+
+// unfinished are the nodes that a takeover has not ended for.
+func (s *site) unfinished() []string {
+	nodes := make(map[string]bool)
+	for _, b := range s.blocks {
+		for _, c := range b.chunks {
+			if c.node != "" && c.run < s.node[c.node].run && s.left(c) > 0 {
+				nodes[c.node] = true
+			}
+		}
+	}
+	for _, p := range s.parked {
+		if p.run < s.node[p.node].run {
+			nodes[p.node] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(nodes))
+}
+
+// expire deletes a block's atoms that nobody here has leased.
+func (s *site) expire(b *blockRow) {
+	for _, c := range b.chunks {
+		if c.node == "" {
+			s.leave("expired", c.ids...)
+		}
+	}
+}

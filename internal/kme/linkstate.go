@@ -1,0 +1,133 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/qlink"
+)
+
+// LinkState is what operators see of a link.
+type LinkState struct {
+	ID       string
+	Peer     identity.KME
+	End      handover.End
+	State    string // down, open, full, paused
+	Why      string // what is in the way, if anything is
+	Session  int64
+	OpenedAt time.Time // of that session
+	Blocks   int       // distilled since this process started
+	Aborts   int
+	Stage    string          // of the block under way
+	Done     float64         // of that stage, 0 to 1
+	Last     distill.Outcome // of the last block or abort; without bits
+	LastAt   time.Time
+	LastTook time.Duration
+	LastWhy  string // why the last block was aborted; "" if it was not
+}
+
+// update changes what operators see.
+func (l *link) update(change func(*LinkState)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	change(&l.state)
+}
+
+// LinkStates lists the state of every link.
+func (k *KME) LinkStates() []LinkState {
+	list := make([]LinkState, 0, len(k.links))
+	for _, lc := range k.Config.Links {
+		l := k.links[lc.ID]
+		l.mu.Lock()
+		list = append(list, l.state)
+		l.mu.Unlock()
+	}
+	return list
+}
+
+// down notes that a session has ended.
+func (l *link) down(err error) {
+	if errors.Is(err, context.Canceled) {
+		return
+	}
+	l.k.Log.Warn("link session ended", "link", l.ID, "err", err)
+	l.update(func(s *LinkState) { s.State, s.Why, s.Stage, s.Done = "down", err.Error(), "", 0 })
+	l.k.suspect(context.Background(), "link-"+l.ID, fmt.Sprintf("link %s is down: %v", l.ID, err))
+}
+
+// cut notes that no light passes; the next block is tried as if nothing had been.
+func (l *link) cut(ctx context.Context, err error) {
+	l.update(func(st *LinkState) { st.State, st.Why, st.Stage, st.Done = "down", err.Error(), "", 0 })
+	l.k.raise(ctx, "link-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, err))
+}
+
+// watch looks after the link at Bob's end, which only waits: whoever is in the way
+// of the next block (a cut fibre, an HSM that is away at the other end) is known to
+// Alice's end alone. No block in a while, though there is room for one, is an alarm.
+func (l *link) watch(ctx context.Context) {
+	l.mu.Lock()
+	s := l.state
+	l.mu.Unlock()
+	if s.Stage != "" {
+		return
+	}
+	here, there, err := l.k.Store.Pool(ctx, l.ID)
+	if err != nil || here+there >= l.k.PoolLimit {
+		l.rested = l.k.Now()
+		return
+	}
+	if s.State == "open" {
+		last := slices.MaxFunc([]time.Time{s.OpenedAt, s.LastAt, l.rested}, time.Time.Compare)
+		quiet := l.k.Now().Sub(last)
+		if quiet < silences*l.Interval {
+			return
+		}
+		s.Why = fmt.Sprintf("no block has come for %v", quiet.Round(time.Second))
+		l.update(func(now *LinkState) {
+			if now.Stage == "" && now.LastAt.Equal(s.LastAt) {
+				now.State, now.Why = "down", s.Why
+			}
+		})
+	}
+	l.k.suspect(ctx, "link-"+l.ID, fmt.Sprintf("link %s is down: %s", l.ID, s.Why))
+}
+
+// silences is after how many intervals without a block Bob's end begins to suspect
+// the link.
+const silences = 3
+
+// distilled notes a block for operators.
+func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration) {
+	o := b.Outcome
+	o.Bits = nil
+	l.update(func(s *LinkState) {
+		s.Blocks++
+		s.State, s.Why = "open", ""
+		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
+	})
+	l.k.clear(ctx, "qber-"+l.ID)
+	l.k.clear(ctx, "link-"+l.ID)
+	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", took.Round(time.Millisecond))
+}
+
+// aborted records a block that was given up: an alarm, and the link goes on.
+func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, took time.Duration) {
+	o := b.Outcome
+	o.QBER = a.QBER
+	l.update(func(s *LinkState) {
+		s.Aborts++
+		s.State, s.Why = "open", ""
+		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, a.Reason, "", 0
+	})
+	ev := l.k.own(audit.LinkAbort)
+	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
+	l.k.note(ctx, ev)
+	l.k.raise(ctx, "qber-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, a))
+}

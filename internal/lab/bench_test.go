@@ -1,0 +1,200 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+
+	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/pki"
+)
+
+// BenchmarkEncKeys has clients with a connection each ask KM1 for keys as fast as
+// it answers. Everything is real: mutual TLS, two kmed, two Postgres with fsync on,
+// SoftHSM; the link's blocks are random bits, so that the pool never runs dry. The
+// clients share the machine.
+//
+// of-null is the share of the rate at which the same clients are answered the same
+// bytes, over the same TLS, by a process that does nothing for it.
+func BenchmarkEncKeys(b *testing.B) {
+	l := start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = 16_384, 262_144, 200*time.Millisecond })
+	keysStored(b, l, 100_000)
+	null := startNull(b, l)
+	for _, load := range []struct{ clients, number int }{{64, 1}} {
+		b.Run(fmt.Sprintf("clients=%d/number=%d", load.clients, load.number), func(b *testing.B) {
+			compared := measure(b, connect(b, l, null, load.clients), load.number)
+			b.ResetTimer()
+			m := measure(b, connect(b, l, l.KM1.URL(), load.clients), load.number)
+			b.StopTimer()
+			b.ReportMetric(m.rate, "req/s")
+			b.ReportMetric(m.at(0.5), "p50-ms")
+			b.ReportMetric(m.at(0.99), "p99-ms")
+			b.ReportMetric(m.rate/compared.rate, "of-null")
+		})
+	}
+}
+
+// connect returns clients of alice at a KME, each with a connection that is open.
+func connect(b *testing.B, l *Lab, url string, clients int) []*etsi014.Client {
+	b.Helper()
+	cs := make([]*etsi014.Client, clients)
+	for i := range cs {
+		p := sae(b, l, "alice")
+		cs[i] = etsi014.NewClient(url, p.HTTP)
+		if _, err := cs[i].Status(b.Context(), SAEID("bob")); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return cs
+}
+
+// measured is how b.N requests went.
+type measured struct {
+	rate float64         // a second
+	took []time.Duration // sorted
+}
+
+// at is a quantile of the time that a request took, in ms.
+func (m measured) at(quantile float64) float64 {
+	return m.took[int(quantile*float64(len(m.took)-1))].Seconds() * 1e3
+}
+
+// measure makes b.N requests for keys, each client one after the other.
+func measure(b *testing.B, clients []*etsi014.Client, number int) measured {
+	b.Helper()
+	m := measured{took: make([]time.Duration, b.N)}
+	var next atomic.Int64
+	var all sync.WaitGroup
+	began := time.Now()
+	for _, c := range clients {
+		all.Go(func() {
+			for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
+				asked := time.Now()
+				got, err := c.EncKeys(context.Background(), SAEID("bob"), etsi014.KeyRequest{Number: number})
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				m.took[i] = time.Since(asked)
+				got.Wipe()
+			}
+		})
+	}
+	all.Wait()
+	m.rate = float64(b.N) / time.Since(began).Seconds()
+	slices.Sort(m.took)
+	return m
+}
+
+// What a null process is told, in its environment.
+const (
+	nullTLS    = "KME_NULL_TLS"    // the folder of a KME's certificate
+	nullIssuer = "KME_NULL_ISSUER" // the CA of SAEs
+	nullBytes  = "KME_NULL_BYTES"  // files with answers to GET and POST
+)
+
+// startNull starts the process that BenchmarkEncKeys compares with, which is this
+// program with TestNull to run, and returns its URL.
+func startNull(b *testing.B, l *Lab) string {
+	b.Helper()
+	dir := b.TempDir()
+	alice := sae(b, l, "alice")
+	for method, route := range map[string]string{http.MethodGet: "status", http.MethodPost: "enc_keys"} {
+		req, err := http.NewRequestWithContext(b.Context(), method, l.KM1.URL()+"/api/v1/keys/bob/"+route, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		res, err := alice.HTTP.Do(req)
+		if err != nil {
+			b.Fatal(err)
+		}
+		body, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != http.StatusOK {
+			b.Fatalf("asking for an answer to repeat: %s: %v", res.Status, err)
+		}
+		_ = res.Body.Close()
+		if err := os.WriteFile(dir+"/"+method, body, 0o600); err != nil {
+			b.Fatal(err)
+		}
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^TestNull$")
+	cmd.Env = append(os.Environ(), nullTLS+"="+l.KM1.path("tls"), nullIssuer+"="+l.path("ca", "sae", "intermediate.pem"), nullBytes+"="+dir)
+	cmd.Stderr = os.Stderr
+	said, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	stop, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		_ = stop.Close()
+		_ = cmd.Wait()
+	})
+	var url string
+	if _, err := fmt.Fscanln(said, &url); err != nil {
+		b.Fatalf("the null process does not say where it is: %v", err)
+	}
+	return url
+}
+
+// TestNull is the null process, when startNull asks for it: a KME's TLS and router,
+// and an answer that is always the same. It ends when its standard input does.
+func TestNull(t *testing.T) {
+	if os.Getenv(nullTLS) == "" {
+		return
+	}
+	credential, err := pki.LoadCredential(os.Getenv(nullTLS))
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuers, err := pki.LoadPool(os.Getenv(nullIssuer))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := chi.NewRouter()
+	for method, route := range map[string]string{http.MethodGet: "status", http.MethodPost: "enc_keys"} {
+		body, err := os.ReadFile(os.Getenv(nullBytes) + "/" + method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.MethodFunc(method, "/api/v1/keys/{sae}/"+route, func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+			w.Header().Set("Cache-Control", "no-store")
+			_, _ = io.Copy(w, bytes.NewReader(body))
+		})
+	}
+	ln, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("https://localhost:%d\n", ln.Addr().(*net.TCPAddr).Port)
+	s := &http.Server{Handler: r, TLSConfig: pki.ServerTLS(credential, issuers, tls.VersionTLS12), ReadHeaderTimeout: 5 * time.Second}
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		_ = s.Close()
+	}()
+	if err := s.ServeTLS(ln, "", ""); err != http.ErrServerClosed {
+		t.Error(err)
+	}
+}

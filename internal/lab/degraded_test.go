@@ -1,0 +1,255 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/etsi014"
+)
+
+// What callers get when a part is gone, and that it comes back without a restart.
+// One lab goes through it all. Its pool is filled once and is above its limit from
+// then on, so that what is stored changes by requests alone.
+func TestDegraded(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) { c.Filler, c.PoolLimit = 1024, 600 })
+	keysStored(t, l, 500)
+	run := node(t, l.KM1).Run
+	for _, part := range []struct {
+		name string
+		test func(*testing.T, *Lab)
+	}{
+		{"HSM token moved away", tokenMoved},
+		{"peer stopped", peerStopped},
+		{"peer frozen", peerFrozen},
+		{"database stopped", databaseStopped},
+		{"database killed", func(t *testing.T, l *Lab) { databaseKilled(t, l, l.KM1) }},
+		{"database of the peer killed", func(t *testing.T, l *Lab) { databaseKilled(t, l, l.KM2) }},
+		{"no plaintext", noPlaintext}, // last: trouble makes programs talk
+	} {
+		t.Run(part.name, func(t *testing.T) { part.test(t, l) })
+	}
+	if got := node(t, l.KM1).Run; got != run {
+		t.Errorf("KM1 is in run %d and was in run %d: somebody has restarted it", got, run)
+	}
+}
+
+// noticed is how soon after its HSM has gone a KME refuses.
+const noticed = 2 * time.Second
+
+func tokenMoved(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	due := get(t, bob, alice, 4)
+
+	away := l.KM1.TokenDir() + ".away"
+	if err := os.Rename(l.KM1.TokenDir(), away); err != nil {
+		t.Fatal(err)
+	}
+	moved := time.Now()
+	untilAway(t, alice, bob)
+	if took := time.Since(moved); took > noticed {
+		t.Errorf("KM1 refused %v after its token had gone, want %v", took, noticed)
+	}
+	untilAlarm(t, l.KM1, "hsm", true)
+	if node(t, l.KM1).HSM.OK {
+		t.Error("the operator door says that the HSM is well")
+	}
+
+	const refused = `e->>'action' = $1 AND e->>'outcome' = 'failed'`
+	encs, decs := recorded(t, l.KM1, refused, "enc_keys"), recorded(t, l.KM1, refused, "dec_keys")
+	here, there := stored(t, alice, bob), stored(t, bob, alice)
+	for range 5 {
+		began := time.Now()
+		wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
+		_, err := alice.Client.DecKeys(t.Context(), bob.ID, due.ids())
+		wantAway(t, "dec_keys", err)
+		if took := time.Since(began); took > noticed {
+			t.Errorf("two refusals took %v, want at most %v", took, noticed)
+		}
+	}
+	wantAway(t, "enc_keys at the peer", enc(t.Context(), bob, alice))
+	if a, b := stored(t, alice, bob), stored(t, bob, alice); a != here || b != there {
+		t.Errorf("%d and %d keys are stored, and %d and %d were: the refusals have consumed some", a, b, here, there)
+	}
+	if n := recorded(t, l.KM1, refused, "enc_keys") - encs; n != 5 {
+		t.Errorf("%d events of refused enc_keys, want 5", n)
+	}
+	if n := recorded(t, l.KM1, refused, "dec_keys") - decs; n != 5 {
+		t.Errorf("%d events of refused dec_keys, want 5", n)
+	}
+
+	if err := os.Rename(away, l.KM1.TokenDir()); err != nil {
+		t.Fatal(err)
+	}
+	untilServed(t, alice, bob)
+	take(t, alice, bob, due)
+	take(t, bob, alice, get(t, alice, bob, 2))
+	untilAlarm(t, l.KM1, "hsm", false)
+}
+
+func peerStopped(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	due := get(t, bob, alice, 3)
+	if err := l.KM2.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	before := stored(t, alice, bob)
+	for range 5 {
+		wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
+	}
+	if n := stored(t, alice, bob); n != before {
+		t.Errorf("%d keys are stored, and %d were: the refusals have consumed some", n, before)
+	}
+	take(t, alice, bob, due) // assigned before
+	untilAlarm(t, l.KM1, "peer-km2", true)
+	if err := l.KM2.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	untilServed(t, alice, bob)
+	take(t, bob, alice, get(t, alice, bob, 2))
+	untilAlarm(t, l.KM1, "peer-km2", false)
+}
+
+// peerFrozen leaves KM1 in doubt about an announce: it was sent, and nothing tells
+// whether it was heard.
+func peerFrozen(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	get(t, alice, bob, 1) // the connection to the peer is there, and will take the announce
+	if err := l.KM2.kmed.signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("the refusal took %v, longer than a request may", took)
+	}
+	untilAlarm(t, l.KM1, "announce-km1-km2", true)
+	wantAway(t, "enc_keys while an announce is in doubt", enc(t.Context(), alice, bob))
+	if err := l.KM2.kmed.signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	untilServed(t, alice, bob)
+	untilAlarm(t, l.KM1, "announce-km1-km2", false)
+}
+
+func databaseStopped(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	due := get(t, bob, alice, 2)
+	const summary = `e->>'action' = 'outage-summary'`
+	summaries := recorded(t, l.KM1, summary)
+	if err := l.KM1.StopDatabase(); err != nil {
+		t.Fatal(err)
+	}
+	untilAlarm(t, l.KM1, "database", true)
+	if node(t, l.KM1).Database.OK {
+		t.Error("the operator door says that the database is well")
+	}
+	refused := 0
+	for range 5 {
+		wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
+		_, err := alice.Client.DecKeys(t.Context(), bob.ID, due.ids())
+		wantAway(t, "dec_keys", err)
+		_, err = alice.Client.Status(t.Context(), bob.ID)
+		wantAway(t, "status", err)
+		refused += 3
+	}
+	if err := l.KM1.StartDatabase(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	untilServed(t, alice, bob)
+	take(t, alice, bob, due)
+	take(t, bob, alice, get(t, alice, bob, 2))
+	untilAlarm(t, l.KM1, "database", false)
+	eventually(t, "a summary of the outage", func(context.Context) error {
+		if n := recorded(t, l.KM1, summary) - summaries; n != 1 {
+			return fmt.Errorf("%d summaries", n)
+		}
+		return nil
+	})
+	if n := recorded(t, l.KM1, summary+` AND (e->>'count')::int >= $1`, refused); n != 1 {
+		t.Errorf("no summary counts the %d refusals", refused)
+	}
+}
+
+// databaseKilled kills a site's database under load: whatever a master was answered
+// must be there for its slave, and everything must go on by itself.
+func databaseKilled(t *testing.T, l *Lab, s *Site) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	load := startLoad(t, alice, bob, 4)
+	load.grow(t, 40)
+	if err := s.KillDatabase(); err != nil {
+		t.Fatal(err)
+	}
+	untilAway(t, alice, bob)
+	if err := s.StartDatabase(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	untilServed(t, alice, bob)
+	load.grow(t, 40)
+	take(t, bob, alice, load.end(t))
+}
+
+// load is masters that ask for keys all the time.
+type load struct {
+	cancel context.CancelFunc
+	ended  sync.WaitGroup
+
+	mu    sync.Mutex
+	got   keySet
+	wrong []error // answers other than a key and a 503
+}
+
+func startLoad(t testing.TB, master, slave *Person, workers int) *load {
+	ctx, cancel := context.WithCancel(t.Context())
+	l := &load{cancel: cancel, got: make(keySet)}
+	for range workers {
+		l.ended.Go(func() {
+			for ctx.Err() == nil {
+				// What is under way at the end is finished: an answer that nobody
+				// reads is a key that nobody may take.
+				c, err := master.Client.EncKeys(context.WithoutCancel(ctx), slave.ID, etsi014.KeyRequest{})
+				l.mu.Lock()
+				l.got.add(c)
+				if err != nil && away(err) == nil {
+					l.wrong = append(l.wrong, err)
+				}
+				l.mu.Unlock()
+			}
+		})
+	}
+	t.Cleanup(func() { cancel(); l.ended.Wait() })
+	return l
+}
+
+// grow waits until n more keys were got.
+func (l *load) grow(t testing.TB, n int) {
+	t.Helper()
+	l.mu.Lock()
+	n += len(l.got)
+	l.mu.Unlock()
+	eventually(t, "keys under load", func(context.Context) error {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if len(l.got) < n {
+			return fmt.Errorf("%d of %d", len(l.got), n)
+		}
+		return nil
+	})
+}
+
+// end stops the load and returns what was got.
+func (l *load) end(t testing.TB) keySet {
+	t.Helper()
+	l.cancel()
+	l.ended.Wait()
+	if len(l.wrong) > 0 {
+		t.Errorf("%d answers were neither keys nor a 503: %v", len(l.wrong), errors.Join(l.wrong[:min(3, len(l.wrong))]...))
+	}
+	return l.got
+}

@@ -1,0 +1,218 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	programs "github.com/qutemail/kme/internal/lab/binaries"
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for _, dir := range built.dirs {
+		_ = os.RemoveAll(dir)
+	}
+	os.Exit(code)
+}
+
+// places keeps the number of labs at once to what a small machine runs well: a lab
+// is nine processes. A test holds at most one.
+var places = make(chan struct{}, 2)
+
+// binaries is a folder with kmed, kme-ca, qlink, kmelab and kmectl as they are now,
+// built once for all tests. With failpoint, kmed is one that dies where the
+// environment says (package failpoint).
+func binaries(t testing.TB, failpoint bool) string {
+	t.Helper()
+	build := buildPlain
+	if failpoint {
+		build = buildFailpoint
+	}
+	dir, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+var buildPlain = sync.OnceValues(func() (string, error) {
+	dir, err := programs.Build("noyubikey", "kmed", "kme-ca", "qlink", "kmelab", "kmectl")
+	remember(dir)
+	return dir, err
+})
+
+var buildFailpoint = sync.OnceValues(func() (string, error) {
+	plain, err := buildPlain()
+	if err != nil {
+		return "", err
+	}
+	dir, err := programs.Build("noyubikey,failpoint", "kmed")
+	if err != nil {
+		return "", err
+	}
+	remember(dir)
+	for _, name := range []string{"kme-ca", "qlink", "kmelab", "kmectl"} {
+		if err := os.Symlink(filepath.Join(plain, name), filepath.Join(dir, name)); err != nil {
+			return "", err
+		}
+	}
+	return dir, nil
+})
+
+// built are the folders with binaries, to be removed at the end.
+var built struct {
+	sync.Mutex
+	dirs []string
+}
+
+func remember(dir string) {
+	built.Lock()
+	defer built.Unlock()
+	built.dirs = append(built.dirs, dir)
+}
+
+// start brings up a lab of its own for the test, on free ports, after change has
+// had its say about the configuration. At the end of the test the invariants are
+// held against the lab, and it is stopped.
+func start(t testing.TB, change func(*Config)) *Lab {
+	t.Helper()
+	ports, err := FreePorts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{
+		Dir: shortDir(t), Bin: binaries(t, false), Ports: ports,
+		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	places <- struct{}{}
+	t.Cleanup(func() { <-places })
+	l, err := Up(t.Context(), cfg)
+	if err != nil {
+		t.Fatalf("starting the lab: %v", err)
+	}
+	t.Cleanup(func() {
+		check(t, l)
+		if err := l.Down(); err != nil {
+			t.Errorf("stopping the lab: %v", err)
+		}
+		if t.Failed() {
+			lastWords(t, l)
+		}
+	})
+	return l
+}
+
+// shortDir is a folder that the user postgres may enter, with a name that is short
+// enough for sockets in it, so that a lab lies in it as a whole. t.TempDir is neither.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "kme-lab-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// check holds the invariants against the lab now.
+func check(t testing.TB, l *Lab) Report {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		if err := s.attach(ctx); err != nil { // the test may have stopped it
+			t.Errorf("starting the database of %s: %v", s.Name, err)
+			return Report{}
+		}
+	}
+	r, err := l.Check(ctx)
+	if err != nil {
+		t.Errorf("checking the invariants: %v", err)
+	}
+	for _, v := range r.Violations {
+		t.Error(v)
+	}
+	t.Log(r.Summary())
+	return r
+}
+
+// lastWords shows how the logs of the lab's processes end.
+func lastWords(t testing.TB, l *Lab) {
+	for _, file := range []string{l.KM1.LogFile(), l.KM2.LogFile(), l.path("qlink", "log")} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Log(err)
+			continue
+		}
+		lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+		t.Logf("%s ends:\n%s", file, strings.Join(lines[max(0, len(lines)-40):], "\n"))
+	}
+}
+
+// eventually asks ready again and again until it returns nil; after the deadline,
+// which is for a machine that is busy with other things, the test ends.
+func eventually(t testing.TB, what string, ready func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	var last error // but not that the time was over
+	for {
+		err := ready(ctx)
+		if err == nil {
+			return
+		}
+		if ctx.Err() == nil {
+			last = err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: not within a minute: %v", what, last)
+		}
+	}
+}
+
+// keysStored returns when each site has at least n keys for its own SAEs to ask for.
+func keysStored(t testing.TB, l *Lab, n int) {
+	t.Helper()
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		op := operator(t, s)
+		eventually(t, fmt.Sprintf("%d keys at %s", n, s.Name), func(ctx context.Context) error {
+			now, err := link(ctx, op)
+			if err == nil && now.Stored < n {
+				err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)
+			}
+			return err
+		})
+	}
+}
+
+// sae is an SAE of the lab, speaking to its home.
+func sae(t testing.TB, l *Lab, name string) *Person {
+	t.Helper()
+	p, err := l.SAE(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.HTTP.CloseIdleConnections)
+	return p
+}

@@ -1,0 +1,126 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/etsi014"
+)
+
+// What happens to the light happens to one lab: the fibre is cut, then Eve comes.
+func TestLightInTrouble(t *testing.T) {
+	t.Parallel()
+	l := start(t, nil)
+	keysStored(t, l, 200)
+	t.Run("fibre cut", func(t *testing.T) { fibreCut(t, l) })
+	t.Run("Eve", func(t *testing.T) { eve(t, l) })
+	t.Run("no plaintext", func(t *testing.T) { noPlaintext(t, l) })
+}
+
+// fibre sends a command to the quantum channel.
+func fibre(t testing.TB, l *Lab, command string) {
+	t.Helper()
+	if _, err := l.Fibre(t.Context(), command); err != nil {
+		t.Fatalf("fibre: %s: %v", command, err)
+	}
+}
+
+func fibreCut(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	fibre(t, l, "cut")
+	untilAlarm(t, l.KM1, "link-km1-km2", true)
+	untilAlarm(t, l.KM2, "link-km1-km2", true)
+	take(t, bob, alice, get(t, alice, bob, 2)) // there are keys
+
+	var empty *etsi014.APIError
+	for number := most; number > 0; { // take what there is, in ever smaller portions
+		c, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{Number: number})
+		c.Wipe()
+		if empty = away(err); empty != nil {
+			number /= 2
+		} else if err != nil {
+			t.Fatalf("emptying the pool: %v", err)
+		}
+	}
+	if n := stored(t, alice, bob); n != 0 {
+		t.Errorf("%d keys are stored, and none was to be had: %v", n, empty)
+	}
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		op := operator(t, s)
+		eventually(t, "the link is down at "+s.Name, func(ctx context.Context) error {
+			now, err := link(ctx, op)
+			if err == nil && (now.State != admin.LinkDown || now.Why == "") {
+				err = fmt.Errorf("it is %s because %q", now.State, now.Why)
+			}
+			return err
+		})
+	}
+
+	fibre(t, l, "mend")
+	untilServed(t, alice, bob)
+	take(t, bob, alice, get(t, alice, bob, 2))
+	untilAlarm(t, l.KM1, "link-km1-km2", false)
+	untilAlarm(t, l.KM2, "link-km1-km2", false)
+}
+
+func eve(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	fibre(t, l, "eve 0.5")
+	before := untilAborted(t, l, 1) // the first block that she is in; one under way may have been spared
+	here, there := stored(t, alice, bob), stored(t, bob, alice)
+	after := untilAborted(t, l, 2)
+	for i, s := range []*Site{l.KM1, l.KM2} {
+		if after[i].Blocks != before[i].Blocks {
+			t.Errorf("%s has accepted %d blocks with Eve in them", s.Name, after[i].Blocks-before[i].Blocks)
+		}
+		if q := after[i].Last.QBER; q < 0.08 || q > 0.18 {
+			t.Errorf("QBER at %s is %.3f, want about 1/8 and the fibre's own", s.Name, q)
+		}
+		untilAlarm(t, s, "qber-km1-km2", true)
+		if recorded(t, s, "e->>'action' = 'link-abort'") < 3 {
+			t.Errorf("the audit of %s does not record each abort", s.Name)
+		}
+	}
+	if a, b := stored(t, alice, bob), stored(t, bob, alice); a != here || b != there {
+		t.Errorf("%d and %d keys are stored, and %d and %d were: key that Eve knows of has come in", a, b, here, there)
+	}
+	take(t, bob, alice, get(t, alice, bob, 2)) // the keys from before are none of hers
+
+	fibre(t, l, "eve 0")
+	for i, s := range []*Site{l.KM1, l.KM2} {
+		c := operator(t, s)
+		eventually(t, "a block after Eve has left", func(ctx context.Context) error {
+			now, err := link(ctx, c)
+			if err == nil && now.Blocks == after[i].Blocks {
+				err = errors.New(now.Why)
+			}
+			return err
+		})
+		untilAlarm(t, s, "qber-km1-km2", false)
+	}
+}
+
+// untilAborted returns how the link stands at KM1 and KM2 once each has given up n
+// more blocks.
+func untilAborted(t testing.TB, l *Lab, n int) [2]admin.Link {
+	t.Helper()
+	var links [2]admin.Link
+	for i, s := range []*Site{l.KM1, l.KM2} {
+		c := operator(t, s)
+		first, err := link(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, fmt.Sprintf("%d aborts at %s", n, s.Name), func(ctx context.Context) error {
+			links[i], err = link(ctx, c)
+			if err == nil && (links[i].Aborts < first.Aborts+n || links[i].Last == nil) {
+				err = fmt.Errorf("%d aborts", links[i].Aborts-first.Aborts)
+			}
+			return err
+		})
+	}
+	return links
+}

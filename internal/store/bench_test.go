@@ -1,0 +1,126 @@
+package store
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// BenchmarkCommit is the measure for the others: transactions of one small row, one
+// after the other. Each is a round trip and a wait for the disk.
+func BenchmarkCommit(b *testing.B) {
+	s := newSite(b)
+	s.super(func(conn *pgx.Conn) error {
+		ctx := context.Background()
+		if _, err := conn.Exec(ctx, "CREATE TABLE null_commit (n bigint)"); err != nil {
+			return err
+		}
+		for b.Loop() {
+			if _, err := conn.Exec(ctx, "INSERT INTO null_commit VALUES (1)"); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "commits/s")
+}
+
+// BenchmarkServe is 64 clients that ask for one key at a time.
+func BenchmarkServe(b *testing.B) { benchmarkServe(b, 1) }
+
+// BenchmarkServe16 asks for 16 keys at a time.
+func BenchmarkServe16(b *testing.B) { benchmarkServe(b, 16) }
+
+const clients = 64
+
+func benchmarkServe(b *testing.B, number int) {
+	s := newSite(b)
+	db := s.open("n1")
+	const most = 32768
+	var atoms []Atom
+	var blocks []Block
+	for len(atoms) < b.N*number+most {
+		blocks = append(blocks, s.fill(db, most, mine))
+		atoms = append(atoms, blocks[len(blocks)-1].Atoms...)
+	}
+	var next atomic.Int64
+	commits := ask[int64](s, "SELECT mark FROM node_run")
+	b.ResetTimer()
+	b.SetParallelism(clients / 2) // of two cores
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			i := int(next.Add(int64(number))) - number
+			mine := atoms[i : i+number]
+			ev := audit.Event{
+				Action: audit.EncKeys, Outcome: audit.Done, Request: "0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11", Route: "POST /api/v1/keys/{slave}/enc_keys",
+				Actor:  audit.Actor{Role: "sae", ID: "alice", Rule: "lab-sae", Serial: "123456789012345678901234567890", Issuer: "00112233445566778899aabbccddeeff00112233", Fingerprint: "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff", Remote: "127.0.0.1:40000"},
+				Policy: []string{"alice-bob"}, Link: linkName, Master: "alice", Slaves: []string{"bob"}, Keys: ids(mine), Bits: 256, Provenance: key.Simulated, Batch: 1,
+				Atoms: rangeOf(blocks[i/most].BlockRef, i%most, number),
+			}
+			if err := db.Serve(context.Background(), ServeJob{Atoms: ids(mine), Events: []audit.Event{ev}}); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	b.StopTimer()
+	commits = ask[int64](s, "SELECT mark FROM node_run") - commits
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "req/s")
+	b.ReportMetric(float64(b.N)/float64(commits), "req/commit")
+}
+
+// BenchmarkTake is 64 clients that take one key at a time, looked for beforehand.
+func BenchmarkTake(b *testing.B) {
+	s := newSite(b)
+	db := s.open("n1")
+	rows := make([]Due, b.N)
+	for i := range rows {
+		rows[i] = s.due(key.NewLocalID(s.epoch().Start(hour)), "bob", "alice")
+	}
+	for i := 0; i < len(rows); i += 1000 {
+		if err := db.Serve(b.Context(), ServeJob{Due: rows[i:min(i+1000, len(rows))]}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	var next atomic.Int64
+	b.ResetTimer()
+	b.SetParallelism(clients / 2)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			d := rows[next.Add(1)-1]
+			found, _, err := db.FindDue(context.Background(), d.SAE, []key.ID{d.Key})
+			if err == nil && len(found) == 1 {
+				err = db.Take(context.Background(), TakeJob{
+					SAE: d.SAE, Rows: []DueRef{d.ref()}, How: GoneTaken, Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: []key.ID{d.Key}}},
+				})
+			}
+			if err != nil || len(found) != 1 {
+				b.Errorf("%d rows, %v", len(found), err)
+				return
+			}
+		}
+	})
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "req/s")
+}
+
+// BenchmarkHoldBlock stores blocks of 8192 atoms.
+func BenchmarkHoldBlock(b *testing.B) {
+	s := newSite(b)
+	db := s.open("n1")
+	const atoms = 8192
+	s.fill(db, 64, mine)
+	for b.Loop() {
+		b.StopTimer()
+		block := s.block(1, atoms, mine)
+		b.StartTimer()
+		if err := db.HoldBlock(b.Context(), block, holdEvent(block)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(atoms*float64(b.N)/b.Elapsed().Seconds(), "atoms/s")
+}
