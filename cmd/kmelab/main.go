@@ -29,7 +29,8 @@ type commands struct {
 }
 
 type upCommand struct {
-	Eve float64 `help:"Fraction of photons that Eve measures and sends on."`
+	Eve       float64 `help:"Fraction of photons that Eve measures and sends on."`
+	FreePorts bool    `help:"Begin a new lab on whatever ports are free, instead of those of the README."`
 }
 
 type checkCommand struct{}
@@ -64,6 +65,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return check(ctx, cfg, stdout)
 	}
 	cfg.Eve = c.Up.Eve
+	if c.Up.FreePorts {
+		if cfg.Ports, err = lab.FreePorts(); err != nil {
+			return err
+		}
+	}
 	return up(ctx, cfg, newScreen(stdout))
 }
 

@@ -97,7 +97,7 @@ func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) 
 		}
 		link := links[0]
 		switch {
-		case link.Last != nil && link.Last.Aborted == "" && link.Stored > 0 && link.StoredPeer > 0:
+		case link.Last != nil && link.Last.Aborted == "" && link.Stored > 0 && link.StoredPeer > 0 && op.Healthy(ctx) == nil:
 			return link, nil
 		case link.Last != nil && link.Last.Aborted != "":
 			s.step(fmt.Sprintf("link  QBER %.1f %%: %s", 100*link.Last.QBER, link.Last.Aborted))

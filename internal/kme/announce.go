@@ -141,8 +141,8 @@ func (l *link) send(ctx context.Context, s *handover.Sender, asks []*ask) error 
 	batch := s.Next(requests)
 	answer, err := l.tell(ctx, batch)
 	if err == nil {
-		if err = l.settle(ctx, s, batch, answer, asks); err == nil || errors.Is(err, handover.ErrStale) {
-			return err
+		if err = l.settle(ctx, s, batch, answer, asks); err == nil {
+			return nil
 		}
 	}
 	if untold(err) && s.Unsent(batch.Batch) {
@@ -188,7 +188,7 @@ func (l *link) resolve(ctx context.Context, s *handover.Sender, batch handover.A
 	name := "announce-" + l.ID
 	l.k.raise(ctx, name, fmt.Sprintf("batch %d to %s is unanswered, %d keys are parked: %v", batch.Batch, l.Peer, len(parked), cause))
 	if err := l.k.Store.Park(ctx, parked, batch.Batch); err != nil {
-		l.k.Log.Warn("parking keys", "link", l.ID, "err", err) // the rows are for operators; the lease itself keeps the keys from others
+		l.k.Log.Warn("parking keys", "link", l.ID, "err", err) // the rows are for operators: the lease keeps the keys from others, and the asks from us
 	}
 	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
 		if err := l.refuseFor(ctx, wait); err != nil {
@@ -199,9 +199,8 @@ func (l *link) resolve(ctx context.Context, s *handover.Sender, batch handover.A
 			continue
 		}
 		if err := l.settle(ctx, s, batch, answer, asks); err != nil {
-			if errors.Is(err, handover.ErrStale) {
-				return err
-			}
+			// Stale among others: if our run was really taken over, our own run row
+			// says so and ends the process; a peer's word alone does not.
 			l.k.Log.Warn("repeating an announce", "link", l.ID, "batch", batch.Batch, "err", err)
 			continue
 		}
@@ -290,9 +289,9 @@ func (l *link) burn(ctx context.Context, rid string, lends []lent, why string) {
 }
 
 // quarantine burns an atom whose blob does not open though the HSM is well:
-// somebody has changed the row.
+// somebody has changed the row, or its KEK is gone.
 func (l *link) quarantine(ctx context.Context, rid string, bad lent, cause error) {
-	l.burn(ctx, rid, []lent{bad}, "tampered blob: "+cause.Error())
+	l.burn(ctx, rid, []lent{bad}, "the blob does not open: "+cause.Error())
 }
 
 // drain answers what still waits when the link stops.

@@ -20,9 +20,10 @@ const requestTime = 5 * time.Second
 
 // call is one request of an SAE on its way to exactly one outcome event.
 type call struct {
-	k   *KME
-	sae identity.SAE
-	ev  audit.Event
+	k       *KME
+	sae     identity.SAE
+	ev      audit.Event
+	pending bool // its outcome event is part of a commit under way: see late
 }
 
 // begin starts the record of a request.
@@ -66,8 +67,8 @@ func (c *call) judge(other identity.SAE, number, bits int) *problem.Error {
 // A refusal that cannot be recorded is counted for the summary that follows when
 // the database is back, and answered as unavailable: no answer without its record.
 func (c *call) refuse(ctx context.Context, err error) error {
-	if errors.Is(err, store.ErrDoubt) {
-		return c.k.classify(err) // the commit under way has the outcome event: see late
+	if c.pending {
+		return c.k.classify(err)
 	}
 	var p *problem.Error
 	if !errors.As(err, &p) {
@@ -98,11 +99,14 @@ func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Even
 // out, and this one that the answer was lost.
 func (c *call) late(committed bool) {
 	ev := c.ev
-	ev.Outcome, ev.Reason = audit.Failed, "not committed in time"
+	ev.Outcome = audit.Failed
 	if committed {
 		ev.Action, ev.Reason = audit.Lost, "committed after the caller was told 503"
+		c.k.note(context.Background(), ev)
+		return
 	}
-	c.k.note(context.Background(), ev)
+	ev.Reason = "not committed in time"
+	_ = c.k.recordOrCount(context.Background(), problem.New(problem.Unavailable, "not committed in time"), ev) // nobody waits any more
 }
 
 // classify says what a failure of an organ means to a caller.

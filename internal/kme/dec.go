@@ -73,8 +73,11 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	refs := make([]store.DueRef, len(due))
 	for i, d := range due {
 		plain, err := k.unsealDue(ctx, d)
+		if errors.Is(err, hsm.ErrNoKEK) {
+			return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{d.Key, "expired: " + err.Error()}}
+		}
 		if errors.Is(err, hsm.ErrTampered) {
-			k.raise(ctx, "tampered-"+d.Key.String(), fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", d.Key, d.SAE))
+			k.raise(ctx, "tampered-due", fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", d.Key, d.SAE))
 		}
 		if err != nil {
 			return keys, fmt.Errorf("unwrapping key %s: %w", d.Key, err)
@@ -86,8 +89,9 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	done := c.ev
 	done.Outcome = audit.Done
 	err = k.Store.Take(ctx, store.TakeJob{SAE: c.sae, Rows: refs, How: "taken", Events: []audit.Event{done}, Late: c.late})
+	c.pending = errors.Is(err, store.ErrDoubt)
 	if errors.Is(err, store.ErrShort) || errors.Is(err, store.ErrExpired) {
-		return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: fmt.Errorf("taken by another request at the same time: %w", err)}
+		return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{ids[0], "taken by another request at the same time"}}
 	}
 	return keys, err
 }
@@ -124,10 +128,16 @@ func (k *KME) entitled(c *call, master identity.SAE, ids []key.ID, rows map[key.
 	if !set.Homed(c.sae, k.Self) {
 		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, k.Self))
 	}
-	d := set.Decide(policies.Question{Action: string(audit.DecKeys), Caller: c.sae, Other: due[0].Master, Number: len(ids), Bits: due[0].Bits, Provenance: due[0].Provenance})
-	c.ev.Policy = d.Policies
-	if !d.Allow {
-		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("policy does not let %s take keys of %s", c.sae, due[0].Master))
+	for i, d := range due {
+		q := policies.Question{Action: string(audit.DecKeys), Caller: c.sae, Other: d.Master, Number: len(ids), Bits: d.Bits, Provenance: d.Provenance}
+		if i > 0 && d.Master == due[i-1].Master && d.Bits == due[i-1].Bits && d.Provenance == due[i-1].Provenance {
+			continue // the question was just answered
+		}
+		decision := set.Decide(q)
+		c.ev.Policy = decision.Policies
+		if !decision.Allow {
+			return nil, problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s take keys of %s", decision.Reason, c.sae, d.Master))
+		}
 	}
 	return due, nil
 }
@@ -150,6 +160,8 @@ func (k *KME) AnswerLost(ctx context.Context, c identity.Caller, rid string, err
 
 // Status is Get status of 014, 5.2.
 func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTime)
+	defer cancel()
 	call := k.begin(c, rid, audit.Status, slave)
 	if err := call.judge(slave, 0, 0); err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
@@ -175,8 +187,6 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 	}
 	done := call.ev
 	done.Outcome = audit.Done
-	ctx, cancel := context.WithTimeout(ctx, requestTime)
-	defer cancel()
 	if err := k.Store.Record(ctx, done); err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}

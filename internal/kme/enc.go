@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
@@ -90,6 +89,9 @@ func (k *KME) route(slave identity.SAE) (*link, error) {
 func (l *link) initiate(ctx, client context.Context, c *call, o order) (got issue, err error) {
 	k := l.k
 	c.ev.Link = l.ID
+	if k.Production && l.Provenance == key.Simulated {
+		return got, unavailable(0, "", errors.New("the link is simulated, and this node is set to production"))
+	}
 	if !k.isReady() {
 		return got, unavailable(time.Second, "the key store is starting", errors.New("the takeover of this node's earlier run is not finished"))
 	}
@@ -104,7 +106,7 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order) (got issu
 	failpoint.Hit(failpoint.EncLeased)
 	got, bad, err := l.open(ctx, lends, o)
 	if err != nil {
-		if errors.Is(err, hsm.ErrTampered) {
+		if spoilt(err) {
 			l.quarantine(ctx, c.ev.Request, bad, err)
 			lends = without(lends, bad)
 		}
@@ -136,7 +138,8 @@ func (l *link) commit(ctx context.Context, c *call, lends []lent, batch int64) e
 			l.k.owe(owed)
 		}
 	}})
-	if err != nil && !errors.Is(err, store.ErrDoubt) {
+	c.pending = errors.Is(err, store.ErrDoubt)
+	if err != nil && !c.pending {
 		l.k.owe(owed)
 	}
 	return err
@@ -201,7 +204,9 @@ func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error)
 	c.ev.Provenance, c.ev.Keys = key.LocalRNG, keyIDs(got.keys)
 	served := c.ev
 	served.Outcome = audit.Done
-	return got, k.Store.Serve(ctx, store.ServeJob{Due: dues, Events: []audit.Event{served}, Late: c.late})
+	err := k.Store.Serve(ctx, store.ServeJob{Due: dues, Events: []audit.Event{served}, Late: c.late})
+	c.pending = errors.Is(err, store.ErrDoubt)
+	return got, err
 }
 
 func keyIDs(keys []etsi014.Key) []key.ID {

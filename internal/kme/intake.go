@@ -11,6 +11,7 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/store"
@@ -100,10 +101,11 @@ func (k *KME) tellPeers(ctx context.Context) {
 	if err != nil {
 		return
 	}
+	silent := make(map[identity.KME]bool)
 	for _, v := range voids {
 		client := k.Peers[v.Peer]
-		if client == nil {
-			continue // a peer that is no longer configured: its voids stand in the table for the operator
+		if client == nil || silent[v.Peer] {
+			continue // of a peer that is no longer configured, they stand in the table for the operator
 		}
 		ctx, cancel := context.WithTimeout(ctx, announceTime)
 		err := client.Void(ctx, v.Void)
@@ -113,7 +115,7 @@ func (k *KME) tellPeers(ctx context.Context) {
 		cancel()
 		if err != nil {
 			k.Log.Debug("telling of a void", "peer", v.Peer.String(), "err", err)
-			return
+			silent[v.Peer] = true // the others' turn
 		}
 	}
 }
@@ -134,7 +136,7 @@ func (l *link) tellHeld(ctx context.Context, h handover.Held) error {
 	case handover.Equal:
 		failpoint.Hit(failpoint.IntakeReady)
 	case handover.Different:
-		l.k.raise(ctx, "block-"+h.BlockRef.String(), "the other end holds another block under this name: both copies are dropped")
+		l.k.raise(ctx, "block-"+l.ID, fmt.Sprintf("block %s is another one at %s: both copies are dropped", h.BlockRef, l.Peer))
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package kme
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"sync"
@@ -72,9 +73,12 @@ func (r *keyring) forEpoch(ctx context.Context, e key.Epoch) (openKEK, error) {
 }
 
 // make creates a KEK in the token and registers it. If the process dies between
-// the two, the token object is left without a row: nothing was sealed under it.
+// the two, the token object is left without a row: nothing was sealed under it, and
+// since labels end in a random part it is in nobody's way.
 func (r *keyring) make(ctx context.Context, e key.Epoch) (openKEK, error) {
-	label := fmt.Sprintf("kek-%s-%s", r.k.Self, e.Start(r.k.EpochLength).UTC().Format("20060102T150405"))
+	var part [4]byte
+	_, _ = rand.Read(part[:]) // never fails: it ends the process instead
+	label := fmt.Sprintf("kek-%s-%s-%x", r.k.Self, e.Start(r.k.EpochLength).UTC().Format("20060102T150405"), part)
 	info, err := r.k.Token.NewKEK(ctx, label)
 	if err != nil {
 		return openKEK{}, fmt.Errorf("making the KEK of epoch %d: %w", e, err)
@@ -82,13 +86,16 @@ func (r *keyring) make(ctx context.Context, e key.Epoch) (openKEK, error) {
 	ev := r.k.own(audit.KEKMade)
 	ev.Reason = fmt.Sprintf("%s, check value %x", label, info.CheckValue)
 	row, err := r.k.Store.AddKEK(ctx, store.KEK{Epoch: e, Label: info.Label, PKCS11ID: info.ID, CheckValue: info.CheckValue[:], State: "open"}, ev)
-	if err != nil {
-		return openKEK{}, fmt.Errorf("registering the KEK of epoch %d: %w", e, err)
+	if err == nil && string(row.PKCS11ID) == string(info.ID) {
+		return r.open(ctx, row)
 	}
-	if string(row.PKCS11ID) != string(info.ID) { // another node was first
-		if err := r.k.Token.DestroyKEK(ctx, info); err != nil {
+	if !errors.Is(err, store.ErrDoubt) { // refused, or another node was first: nothing is sealed under ours
+		if err := r.k.Token.DestroyKEK(context.WithoutCancel(ctx), info); err != nil {
 			r.k.Log.Warn("destroying a KEK that is not needed", "label", label, "err", err)
 		}
+	}
+	if err != nil {
+		return openKEK{}, fmt.Errorf("registering the KEK of epoch %d: %w", e, err)
 	}
 	return r.open(ctx, row)
 }
@@ -131,7 +138,7 @@ func (r *keyring) byID(ctx context.Context, id int64) (*hsm.KEK, error) {
 			return o.kek, err
 		}
 	}
-	return nil, fmt.Errorf("no KEK %d is registered", id)
+	return nil, fmt.Errorf("KEK %d is not registered: %w", id, hsm.ErrNoKEK)
 }
 
 // count adds the wraps made since the last call to the register, KEK by KEK.
@@ -163,6 +170,10 @@ func (r *keyring) close() {
 		return true
 	})
 }
+
+// spoilt says that a blob will never open, though the HSM is well: it was changed,
+// or its KEK is gone.
+func spoilt(err error) bool { return errors.Is(err, hsm.ErrTampered) || errors.Is(err, hsm.ErrNoKEK) }
 
 // unsealAtom opens a pool atom. The caller wipes what it gets.
 func (k *KME) unsealAtom(ctx context.Context, a store.Atom, l store.Lease) ([]byte, error) {

@@ -63,6 +63,7 @@ type KME struct {
 	alarms  alarms
 	outage  *outage
 	debts   debts
+	turns   sync.Map // peer/node -> chan struct{}: one copy of a batch at a time is worked on
 
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
 	news      chan struct{} // there is something to tell a peer
@@ -90,6 +91,11 @@ func New(c Config) (*KME, error) {
 	for _, lc := range c.Links {
 		if c.Peers[lc.Peer] == nil {
 			return nil, fmt.Errorf("configuring the KME: link %s: no client for peer %s", lc.ID, lc.Peer)
+		}
+		for _, other := range k.links {
+			if other.Peer == lc.Peer {
+				return nil, fmt.Errorf("configuring the KME: links %s and %s lead to one peer: batches are numbered per peer", lc.ID, other.ID)
+			}
 		}
 		k.links[lc.ID] = newLink(k, lc)
 	}

@@ -75,6 +75,8 @@ func source(p key.Provenance) string {
 
 // Service tells how the KME is, in the words of the service it replaces.
 func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (legacy.Service, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer cancel()
 	call := k.begin(c, rid, audit.Status, identity.SAE{})
 	if call.sae == (identity.SAE{}) {
 		return legacy.Service{}, call.refuse(ctx, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE")))

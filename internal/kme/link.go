@@ -62,7 +62,10 @@ func newLink(k *KME, c LinkConfig) *link {
 	l.pool = pool{
 		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
 		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
-		fresh:  func(e key.Epoch) bool { return e >= k.oldest() },
+		// A little before the peer expires them, so that none is announced in vain.
+		fresh: func(e key.Epoch) bool {
+			return e >= key.EpochAt(k.Now().Add(epochSlack+requestTime-k.PoolTTL), k.EpochLength)
+		},
 	}
 	return l
 }
@@ -122,8 +125,11 @@ func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
 	if got != kind {
 		return f, fmt.Errorf("frame of kind %d, want %d", got, kind)
 	}
-	if err := json.Unmarshal(body, &f); err != nil || f.Session < 0 {
+	if err := json.Unmarshal(body, &f); err != nil {
 		return f, fmt.Errorf("frame of kind %d does not parse: %w", kind, err)
+	}
+	if f.Session < 0 {
+		return f, fmt.Errorf("frame of kind %d names session %d", kind, f.Session)
 	}
 	return f, nil
 }
@@ -156,8 +162,12 @@ func (l *link) alice(ctx context.Context) error {
 	if err := say(s, frameOpen, sessionFrame{l.ID, session}); err != nil {
 		return err
 	}
-	if f, err := hear(s, frameOpen); err != nil || f.Session != session {
-		return fmt.Errorf("opening session %d: the peer opened %d: %w", session, f.Session, err)
+	f, err := hear(s, frameOpen)
+	if err != nil {
+		return fmt.Errorf("opening session %d: %w", session, err)
+	}
+	if f.Session != session {
+		return fmt.Errorf("opening session %d: the peer opened %d", session, f.Session)
 	}
 	return l.session(ctx, s, session)
 }

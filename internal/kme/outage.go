@@ -40,16 +40,20 @@ func (o *outage) count() {
 	o.save()
 }
 
-// take returns the count and starts again from nothing.
-func (o *outage) take() int64 {
+// counted is how many refusals wait for their summary.
+func (o *outage) counted() int64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	n := o.n
-	if n != 0 {
-		o.n = 0
-		o.save()
-	}
-	return n
+	return o.n
+}
+
+// settle subtracts what a summary has told of. If the process dies before it, they
+// are told of twice, and not lost.
+func (o *outage) settle(n int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.n -= n
+	o.save()
 }
 
 // save writes the number. A disk that does not take it leaves the number in
@@ -58,25 +62,17 @@ func (o *outage) save() { _ = writeDurably(o.path, []byte(strconv.FormatInt(o.n,
 
 // summarise writes the summary of an outage that is over.
 func (k *KME) summarise(ctx context.Context) {
-	if n := k.outage.take(); n > 0 {
-		k.noteOutage(ctx, n)
+	n := k.outage.counted()
+	if n == 0 {
+		return
 	}
-}
-
-func (k *KME) noteOutage(ctx context.Context, n int64) {
 	ev := k.own(audit.Outage)
 	ev.Outcome, ev.Count, ev.Reason = audit.Refused, int(n), "refused while the database was away"
 	if err := k.Store.Record(ctx, ev); err != nil {
-		k.Log.Error("recording an outage", "refusals", n, "err", err)
-		k.outage.restore(n)
+		k.Log.Warn("recording an outage", "refusals", n, "err", err)
+		return
 	}
-}
-
-func (o *outage) restore(n int64) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.n += n
-	o.save()
+	k.outage.settle(n)
 }
 
 // writeDurably replaces a small file so that after a crash it holds either the old

@@ -90,6 +90,9 @@ func (p *pool) refill(ctx context.Context, atoms int) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	if stored == 0 {
+		return false, nil
+	}
 	need := (atoms + key.ChunkAtoms - 1) / key.ChunkAtoms
 	want := max(need, min(maxLease, stored/(2*key.ChunkAtoms)))
 	leases, err := p.lease(ctx, want)
@@ -111,11 +114,10 @@ func (p *pool) give(atoms []lent) {
 
 func (p *pool) put(atoms []lent) {
 	for _, a := range atoms {
-		i := slices.IndexFunc(p.leases, func(h *held) bool { return &h.Lease == a.from })
+		i := slices.IndexFunc(p.leases, func(h *held) bool { return h.Chunk == a.from.Chunk })
 		if i < 0 { // its chunk was emptied meanwhile and dropped from the list
 			p.leases = slices.Insert(p.leases, 0, &held{Lease: *a.from})
 			i = 0
-			a.from = &p.leases[0].Lease
 		}
 		h := p.leases[i]
 		at, _ := slices.BinarySearchFunc(h.left, a.Index, func(x store.Atom, index int) int { return x.Index - index })

@@ -53,9 +53,6 @@ func (k *KME) beginRun(ctx context.Context) error {
 	}
 	ev := k.own(audit.Start)
 	ev.Reason = fmt.Sprintf("run %d", run)
-	if n := k.outage.take(); n > 0 {
-		k.noteOutage(ctx, n)
-	}
 	return k.Store.Record(ctx, ev)
 }
 
@@ -131,15 +128,16 @@ func (k *KME) reclaimAt(ctx context.Context, id identity.KME) error {
 		if l.Peer != id {
 			continue
 		}
-		if err := l.reclaimAssigned(ctx, assigned); err != nil {
+		if err := l.reclaimAssigned(ctx, handover.RunStarted{Node: k.Node, Run: k.run.Load()}, assigned); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// reclaimAssigned burns those of the assigned keys whose atoms are in this link's pool.
-func (l *link) reclaimAssigned(ctx context.Context, assigned []handover.Assigned) error {
+// reclaimAssigned burns those of the assigned keys whose atoms are in this link's
+// pool and this end's to assign.
+func (l *link) reclaimAssigned(ctx context.Context, started handover.RunStarted, assigned []handover.Assigned) error {
 	refs := make([]handover.Key, len(assigned))
 	for i, a := range assigned {
 		refs[i] = handover.Key{Atoms: a.Atoms}
@@ -148,15 +146,14 @@ func (l *link) reclaimAssigned(ctx context.Context, assigned []handover.Assigned
 	if err != nil {
 		return fmt.Errorf("looking for assigned atoms: %w", err)
 	}
-	for _, a := range assigned {
-		d := debt{link: l, run: a.Run, batch: a.Batch, void: []key.ID{a.Key}, why: "assigned for an earlier run, and not served"}
-		for _, id := range a.Atoms {
-			if p, ok := pooled[id]; ok {
-				d.lends = append(d.lends, lentOf(p))
-			}
-		}
-		if len(d.lends) == 0 {
-			continue
+	mine := func(id key.ID) bool {
+		p, ok := pooled[id]
+		return ok && p.Owner == l.End
+	}
+	for _, o := range handover.Orphans(started, assigned, mine) {
+		d := debt{link: l, run: o.Void.Run, batch: o.Void.Batch, void: o.Void.Keys, why: "assigned for an earlier run, and not served"}
+		for _, id := range o.Atoms {
+			d.lends = append(d.lends, lentOf(pooled[id]))
 		}
 		if err := l.k.pay(ctx, d); err != nil {
 			return err

@@ -191,12 +191,16 @@ func eventually(t testing.TB, what string, ready func(context.Context) error) {
 	}
 }
 
-// keysStored returns when each site has at least n keys for its own SAEs to ask for.
+// keysStored returns when each site has at least n keys for its own SAEs to ask for,
+// and gives them out.
 func keysStored(t testing.TB, l *Lab, n int) {
 	t.Helper()
 	for _, s := range []*Site{l.KM1, l.KM2} {
 		op := operator(t, s)
 		eventually(t, fmt.Sprintf("%d keys at %s", n, s.Name), func(ctx context.Context) error {
+			if err := op.Healthy(ctx); err != nil {
+				return err
+			}
 			now, err := link(ctx, op)
 			if err == nil && now.Stored < n {
 				err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)

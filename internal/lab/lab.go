@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -35,7 +36,7 @@ type Config struct {
 	Bin string // folder of kmed, kme-ca and qlink
 	Log *slog.Logger
 
-	Ports     Ports         // the zero Ports are those of the README
+	Ports     Ports         // of a new lab; the zero Ports are those of the README. A lab keeps the ports that it began with
 	Interval  time.Duration // between blocks of the link; default 1s
 	PoolLimit int           // keys stored per link; default 20000
 	Eve       float64       // fraction of photons intercepted at the start
@@ -81,8 +82,8 @@ func (l *Lab) up(ctx context.Context) error {
 	if l.Bin, err = filepath.Abs(l.Bin); err != nil {
 		return err
 	}
-	if l.Ports == (Ports{}) {
-		l.Ports = ReadmePorts
+	if err := l.choosePorts(); err != nil {
+		return err
 	}
 	if l.Interval == 0 {
 		l.Interval = time.Second
@@ -97,6 +98,12 @@ func (l *Lab) up(ctx context.Context) error {
 		return err
 	}
 	l.KM1, l.KM2 = l.site("km1", "alice"), l.site("km2", "bob")
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		// Postgres, as a user of its own, must get through to its folder.
+		if err := os.MkdirAll(s.path(), 0o755); err != nil {
+			return err
+		}
+	}
 	if err := l.saveState(); err != nil {
 		return err
 	}
@@ -247,6 +254,33 @@ func (l *Lab) saveState() error {
 		return err
 	}
 	return os.WriteFile(l.path("lab.json"), append(text, '\n'), 0o644)
+}
+
+// loadState reads lab.json. The error wraps fs.ErrNotExist if there is no lab.
+func (l *Lab) loadState() (state, error) {
+	var s state
+	text, err := os.ReadFile(l.path("lab.json"))
+	if err == nil {
+		err = json.Unmarshal(text, &s)
+	}
+	if err != nil {
+		return s, fmt.Errorf("reading lab.json: %w", err)
+	}
+	return s, nil
+}
+
+// choosePorts settles the ports: the CAs, the policies and the profiles of a lab
+// that was up before name those that it had.
+func (l *Lab) choosePorts() error {
+	switch before, err := l.loadState(); {
+	case err == nil:
+		l.Ports = before.Ports
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	case l.Ports == (Ports{}):
+		l.Ports = ReadmePorts
+	}
+	return nil
 }
 
 // replaceAddresses puts this lab's ports where a shipped file has those of the README.

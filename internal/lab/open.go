@@ -2,10 +2,8 @@ package lab
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 )
 
@@ -16,13 +14,9 @@ func CheckDir(ctx context.Context, cfg Config) (report Report, err error) {
 	if l.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return report, err
 	}
-	text, err := os.ReadFile(l.path("lab.json"))
+	s, err := l.loadState()
 	if err != nil {
 		return report, fmt.Errorf("there is no lab in %s (kmelab up makes one): %w", cfg.Dir, err)
-	}
-	var s state
-	if err := json.Unmarshal(text, &s); err != nil {
-		return report, fmt.Errorf("reading lab.json: %w", err)
 	}
 	l.Ports = s.Ports
 	l.KM1, l.KM2 = l.site("km1", "alice"), l.site("km2", "bob")

@@ -264,7 +264,8 @@ func (w *assign) repeat(ctx context.Context, a *attempt) error {
 			ids = append(ids, k.ID())
 		}
 	}
-	rows, _ := a.conn.Query(ctx, "SELECT key_id, sae, master, peer, node, run, batch, COALESCE(gone_how = 'void', false) FROM due WHERE key_id = ANY($1::uuid[])", uuids(ids))
+	rows, _ := a.conn.Query(ctx, `SELECT key_id, sae, master, peer, node, run, batch, COALESCE(gone_how = 'void', false)
+		FROM due WHERE key_id = ANY($1::uuid[])`, uuids(ids))
 	defer rows.Close()
 	due := make(map[key.ID][]handover.DueRow)
 	for rows.Next() {

@@ -230,6 +230,9 @@ func (a *attempt) second(ctx context.Context) error {
 	if pg := (*pgconn.PgError)(nil); err == nil || errors.As(err, &pg) && pg.SeverityUnlocalized == "ERROR" {
 		return err // an ERROR ends the transaction, whichever statement raised it
 	}
+	if pgconn.SafeToRetry(err) {
+		return err // not one byte was sent
+	}
 	return &unknown{err}
 }
 

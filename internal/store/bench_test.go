@@ -58,7 +58,11 @@ func benchmarkServe(b *testing.B, number int) {
 			mine := atoms[i : i+number]
 			ev := audit.Event{
 				Action: audit.EncKeys, Outcome: audit.Done, Request: "0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11", Route: "POST /api/v1/keys/{slave}/enc_keys",
-				Actor:  audit.Actor{Role: "sae", ID: "alice", Rule: "lab-sae", Serial: "123456789012345678901234567890", Issuer: "00112233445566778899aabbccddeeff00112233", Fingerprint: "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff", Remote: "127.0.0.1:40000"},
+				Actor: audit.Actor{
+					Role: "sae", ID: "alice", Rule: "lab-sae", Serial: "123456789012345678901234567890",
+					Issuer:      "00112233445566778899aabbccddeeff00112233",
+					Fingerprint: "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff", Remote: "127.0.0.1:40000",
+				},
 				Policy: []string{"alice-bob"}, Link: linkName, Master: "alice", Slaves: []string{"bob"}, Keys: ids(mine), Bits: 256, Provenance: key.Simulated, Batch: 1,
 				Atoms: rangeOf(blocks[i/most].BlockRef, i%most, number),
 			}

@@ -133,7 +133,8 @@ func (db *DB) hold(ctx context.Context, a *attempt, b Block, event audit.Event) 
 	}
 	if tag.RowsAffected() == 0 {
 		var same bool
-		err := a.conn.QueryRow(ctx, "SELECT digest = $4 AND state <> 'lost' FROM block WHERE link = $1 AND session = $2 AND id = $3", b.Link, b.Session, b.Block, b.Digest[:]).Scan(&same)
+		err := a.conn.QueryRow(ctx, "SELECT digest = $4 AND state <> 'lost' FROM block WHERE link = $1 AND session = $2 AND id = $3",
+			b.Link, b.Session, b.Block, b.Digest[:]).Scan(&same)
 		if err == nil && !same {
 			return refuse(ErrOtherBlock)
 		}

@@ -98,7 +98,8 @@ func TestHeardHeld(t *testing.T) {
 	openSession(t, db, 3)
 	say := func(b Block) handover.HeldAnswer {
 		t.Helper()
-		answer, err := db.HeardHeld(ctx, handover.Held{BlockRef: b.BlockRef, Epoch: b.Epoch, Atoms: len(b.Atoms), Owners: b.Owners, Digest: b.Digest}, kme("KM2"), blockEvents(b.BlockRef))
+		held := handover.Held{BlockRef: b.BlockRef, Epoch: b.Epoch, Atoms: len(b.Atoms), Owners: b.Owners, Digest: b.Digest}
+		answer, err := db.HeardHeld(ctx, held, kme("KM2"), blockEvents(b.BlockRef))
 		if err != nil {
 			t.Fatal(err)
 		}

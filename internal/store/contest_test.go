@@ -161,7 +161,8 @@ func TestBatchesShare(t *testing.T) {
 	results := make(chan result)
 	for i := range 64 {
 		go func() { // the first finds its atom gone
-			results <- result{i, db.Serve(t.Context(), ServeJob{Atoms: ids(b.Atoms[2*i : 2*i+2]), Events: []audit.Event{served(fmt.Sprint(i), b.BlockRef, b.Atoms[2*i:2*i+2]...)}})}
+			two := b.Atoms[2*i : 2*i+2]
+			results <- result{i, db.Serve(t.Context(), ServeJob{Atoms: ids(two), Events: []audit.Event{served(fmt.Sprint(i), b.BlockRef, two...)}})}
 		}()
 	}
 	s.await("all requests to wait", func() bool { return len(db.committer.queue) == 64 })

@@ -59,7 +59,10 @@ func TestLifeOfKeys(t *testing.T) {
 		t.Errorf("FindDue of an outsider: %v, %v, %v", rows, named, err)
 	}
 
-	take := TakeJob{SAE: sae("bob"), Rows: []DueRef{due.ref()}, How: GoneTaken, Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: []key.ID{due.Key}}}}
+	take := TakeJob{
+		SAE: sae("bob"), Rows: []DueRef{due.ref()}, How: GoneTaken,
+		Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: []key.ID{due.Key}}},
+	}
 	if err := db.Take(ctx, TakeJob{SAE: sae("carol"), Rows: take.Rows, How: GoneTaken}); !errors.Is(err, ErrShort) {
 		t.Errorf("taking another's key: %v, want ErrShort", err)
 	}

@@ -1,5 +1,5 @@
-// Package binaries builds the commands of this module for end-to-end tests, which
-// run real processes. It must be used by tests only.
+// Package binaries builds the programs that end-to-end tests run: the commands of
+// this module, and the stock step CLI. It must be used by tests only.
 //
 // Linking takes much longer than finding out that nothing has changed, so what was
 // built is kept in the user's cache folder, and the go command decides whether it
@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 )
 
@@ -54,6 +55,40 @@ func Build(tags string, commands ...string) (dir string, err error) {
 		if err := copyFile(filepath.Join(cache, c), filepath.Join(dir, c)); err != nil {
 			return "", errors.Join(fmt.Errorf("copying what was built: %w", err), os.RemoveAll(dir))
 		}
+	}
+	return dir, nil
+}
+
+// step is the stock CLI at the version that the Makefile pins.
+const step = "github.com/smallstep/cli/cmd/step@v0.30.2"
+
+// Step is the folder of the stock step CLI: that of the file that $STEP names, or
+// bin/ of the repository (make tools), or else a cache where it is built now, which
+// takes a minute. The working folder must lie in the module.
+func Step() (dir string, err error) {
+	if file := os.Getenv("STEP"); file != "" {
+		return filepath.Dir(file), nil
+	}
+	mod, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("looking for step: %w", err)
+	}
+	bin := filepath.Join(filepath.Dir(strings.TrimSpace(string(mod))), "bin")
+	if _, err := os.Stat(filepath.Join(bin, "step")); err == nil {
+		return bin, nil
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("looking for step: %w", err)
+	}
+	dir = filepath.Join(cache, "kme", filepath.Base(step))
+	if _, err := os.Stat(filepath.Join(dir, "step")); err == nil {
+		return dir, nil
+	}
+	cmd := exec.Command("go", "install", "-tags", "noyubikey", step)
+	cmd.Env = append(os.Environ(), "GOBIN="+dir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building step: %w\n%s", err, out)
 	}
 	return dir, nil
 }
