@@ -50,7 +50,11 @@ func show(ctx context.Context, l *lab.Lab, s *screen) error {
 	if err != nil {
 		return err
 	}
-	s.row("link", "10 km · QBER %.1f %% · f %.2f · %d keys of 256 bits from %.1f million gates", 100*link.Last.QBER, link.Last.Efficiency, link.Last.Length/key.AtomBits, float64(link.Last.Gates)/1e6)
+	if link.Last == nil {
+		s.row("link", "10 km · resting: %s", link.Why)
+	} else {
+		s.row("link", "10 km · QBER %.1f %% · f %.2f · %d keys of 256 bits from %.1f million gates", 100*link.Last.QBER, link.Last.Efficiency, link.Last.Length/key.AtomBits, float64(link.Last.Gates)/1e6)
+	}
 	if err := showKey(ctx, l, s); err != nil {
 		return fmt.Errorf("showing the first key: %w", err)
 	}
@@ -96,8 +100,8 @@ func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) 
 			return admin.Link{}, fmt.Errorf("asking KM1 for its links: %w", err)
 		}
 		link := links[0]
-		switch {
-		case link.Last != nil && link.Last.Aborted == "" && link.Stored > 0 && link.StoredPeer > 0 && op.Healthy(ctx) == nil:
+		switch made := link.Last != nil && link.Last.Aborted == ""; {
+		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && op.Healthy(ctx) == nil:
 			return link, nil
 		case link.Last != nil && link.Last.Aborted != "":
 			s.step(fmt.Sprintf("link  QBER %.1f %%: %s", 100*link.Last.QBER, link.Last.Aborted))

@@ -135,7 +135,7 @@ func well(t *testing.T, f *traffic) {
 }
 
 // settled returns when no key is parked and no void unacknowledged at either site.
-func settled(t *testing.T, l *Lab) {
+func settled(t testing.TB, l *Lab) {
 	t.Helper()
 	for _, s := range []*Site{l.KM1, l.KM2} {
 		eventually(t, s.Name+" to settle", func(ctx context.Context) error {

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -13,8 +14,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // traffic is SAEs that ask for keys and take them, without end and whatever
@@ -243,7 +248,9 @@ func (f *traffic) close(t testing.TB) {
 		t.Logf("%v: %d requests served, %d not; %d taken, %d not", r, r.served.Load(), r.unserved.Load(), r.taken.Load(), r.untaken.Load())
 	}
 	t.Logf("%d keys at their masters; %d of them taken at the end, %d taken by requests without an answer", len(f.keys), left, lost)
+	settled(t, f.lab)
 	f.compareAudit(t)
+	comparePools(t, f.lab)
 	for _, w := range f.wrong {
 		t.Error(w)
 	}
@@ -321,4 +328,48 @@ func (f *traffic) compareAudit(t testing.TB) {
 		t.Errorf("the audit knows of %d keys at masters, the masters of %d", served, len(f.keys))
 	}
 	t.Logf("%d keys served by the audit, %d of them never arrived", served, served-len(f.keys))
+}
+
+// comparePools says where the pools of the two sites differ, which they may not do
+// at rest: an atom that has left one pool has left both. Nor may a site ever have
+// been asked for an atom that it did not have.
+func comparePools(t testing.TB, l *Lab) {
+	t.Helper()
+	type blocks map[handover.BlockRef]map[int]bool // the atoms in the pool of each READY block
+	var pools [2]blocks
+	for i, s := range []*Site{l.KM1, l.KM2} {
+		conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(context.Background())
+		rows, _ := conn.Query(t.Context(), `SELECT b.link, b.session, b.id, coalesce(k.index, -1) FROM kme.block b
+			JOIN kme.chunk c ON b.link = c.link AND b.session = c.session AND b.id = c.block LEFT JOIN kme.key k ON c.id = k.chunk
+			WHERE b.state = 'ready'`)
+		pools[i] = make(blocks)
+		var ref handover.BlockRef
+		var index int
+		if _, err := pgx.ForEachRow(rows, []any{&ref.Link, &ref.Session, &ref.Block, &index}, func() error {
+			if pools[i][ref] == nil {
+				pools[i][ref] = make(map[int]bool)
+			}
+			pools[i][ref][index] = true
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		rows, _ = conn.Query(t.Context(), `SELECT body FROM kme.audit WHERE body::jsonb @> '{"action": "assign", "outcome": "refused"}'`)
+		refused, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, body := range refused {
+			t.Errorf("%s refused an announce: %s", s.Name, body)
+		}
+	}
+	for ref, one := range pools[0] {
+		if two := pools[1][ref]; two != nil && !maps.Equal(one, two) { // nil: not READY there yet
+			t.Errorf("of block %s %s has %d atoms in its pool and %s %d, or others", ref, l.KM1.Name, len(one), l.KM2.Name, len(two))
+		}
+	}
 }

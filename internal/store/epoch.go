@@ -116,10 +116,11 @@ func (db *DB) EnsureEpoch(ctx context.Context, e key.Epoch) (created bool, err e
 	if err := db.pool.QueryRow(ctx, "SELECT open_epoch($1)", int64(e)).Scan(&created); err != nil {
 		return false, away(fmt.Sprintf("opening epoch %d", e), err)
 	}
-	if created {
-		db.epochs.add(e)
+	if !created { // by another node, or by a call whose answer was lost
+		return false, db.learn(ctx, e)
 	}
-	return created, nil
+	db.epochs.add(e)
+	return true, nil
 }
 
 // DropEpoch drops the partitions of e. It refuses while one of its keys is in the

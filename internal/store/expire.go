@@ -104,11 +104,12 @@ func (w *expire) settle(_ context.Context, a *attempt) error {
 const expireChunks = 256
 
 // ExpirePool deletes atoms of epochs before the given one, of chunks that nobody
-// leases, of up to 256 chunks, and returns how many. event makes the event of
-// those of one link.
+// leases or this run does, of up to 256 chunks, and returns how many. event makes
+// the event of those of one link. The caller lends no such atom any more; of one
+// that is lent already the Serve is short.
 func (db *DB) ExpirePool(ctx context.Context, before key.Epoch, event func(link string, atoms []audit.Atoms) audit.Event) (n int, err error) {
 	var old int
-	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM chunk WHERE epoch < $1 AND node IS NULL AND remaining > 0", before).Scan(&old)
+	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM chunk WHERE epoch < $1 AND (node IS NULL OR node = $2) AND remaining > 0", before, db.cfg.Node).Scan(&old)
 	if err != nil {
 		return 0, away("looking for old chunks", err)
 	}
@@ -154,8 +155,9 @@ type oldChunk struct {
 }
 
 func lockOldChunks(ctx context.Context, a *attempt, before key.Epoch) (map[int64]oldChunk, error) {
-	rows, _ := a.conn.Query(ctx, `SELECT id, link, session, block, epoch FROM chunk WHERE epoch < $1 AND node IS NULL AND remaining > 0
-		ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks)
+	rows, _ := a.conn.Query(ctx, `SELECT id, link, session, block, epoch FROM chunk WHERE epoch < $1 AND remaining > 0
+		AND (node IS NULL OR node = $3 AND run = $4)
+		ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks, a.c.db.cfg.Node, a.c.run)
 	chunks := make(map[int64]oldChunk)
 	var id int64
 	var c oldChunk

@@ -117,7 +117,9 @@ func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (hand
 
 // HearRun notes durably that a peer's node has begun a run: announces of lower ones
 // are refused from then on. ok is false if a higher run is known; otherwise rows
-// are all keys that were assigned here for lower runs, live or gone.
+// are all keys that were assigned here for lower runs and may still be in the peer's
+// pool: one that was taken or consumed had been served there before, and one that
+// was voided had been burned.
 func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (rows []handover.Assigned, ok bool, err error) {
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		_, err := a.conn.Exec(ctx, "INSERT INTO peer_run (peer, node, run, last) VALUES ($1, $2, 0, 0) ON CONFLICT DO NOTHING", peer.String(), r.Node)
@@ -149,7 +151,7 @@ func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStar
 func (db *DB) assigned(ctx context.Context, peer identity.KME, r handover.RunStarted) (all []handover.Assigned, err error) {
 	return all, db.scan(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT DISTINCT ON (run, batch, key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
-			WHERE peer = $1 AND node = $2 AND run < $3 ORDER BY run, batch, key_id`, peer.String(), r.Node, r.Run)
+			WHERE peer = $1 AND node = $2 AND run < $3 AND (gone_how IS NULL OR gone_how = 'expired') ORDER BY run, batch, key_id`, peer.String(), r.Node, r.Run)
 		all, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {
 			var atoms [][16]byte
 			err = row.Scan(&g.Run, &g.Batch, (*[16]byte)(&g.Key), &atoms)

@@ -247,11 +247,15 @@ func TestExpirePool(t *testing.T) {
 	s := newSite(t)
 	db := s.open("n1")
 	ctx := t.Context()
-	old := s.fill(db, 192, func(i int) handover.End { return []handover.End{handover.Alice, handover.Bob, handover.Alice}[i] })
-	if _, err := db.Lease(ctx, linkName, 1); err != nil { // the first chunk
-		t.Fatal(err)
+	old := s.fill(db, 256, func(i int) handover.End {
+		return []handover.End{handover.Alice, handover.Bob, handover.Alice, handover.Alice}[i]
+	})
+	for _, node := range []*DB{db, s.open("n2")} { // the first chunk, and the third
+		if _, err := node.Lease(ctx, linkName, 1); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if err := db.Serve(ctx, ServeJob{Atoms: ids(old.Atoms[150:151]), Events: []audit.Event{served("r", old.BlockRef, old.Atoms[150])}}); err != nil {
+	if err := db.Serve(ctx, ServeJob{Atoms: ids(old.Atoms[214:215]), Events: []audit.Event{served("r", old.BlockRef, old.Atoms[214])}}); err != nil {
 		t.Fatal(err)
 	}
 	s.step(hour)
@@ -261,8 +265,8 @@ func TestExpirePool(t *testing.T) {
 		gone = atoms
 		return audit.Event{Action: audit.Expire, Outcome: audit.Done, Link: link, Atoms: atoms}
 	})
-	want := append(rangeOf(old.BlockRef, 64, 86), rangeOf(old.BlockRef, 151, 41)...)
-	if diff := cmp.Diff(want, gone); diff != "" || n != 127 || err != nil {
+	want := append(append(rangeOf(old.BlockRef, 0, 128), rangeOf(old.BlockRef, 192, 22)...), rangeOf(old.BlockRef, 215, 41)...)
+	if diff := cmp.Diff(want, gone); diff != "" || n != 191 || err != nil {
 		t.Errorf("expired %d, %v (-want +got):\n%s", n, err, diff)
 	}
 	n, err = db.ExpirePool(ctx, s.epoch(), func(string, []audit.Atoms) audit.Event {
