@@ -4,6 +4,7 @@
 GO         ?= go
 GOFLAGS    += -buildvcs=false
 export GOFLAGS
+export CGO_ENABLED := 1# without gcc: stop at once, rather than build an hsm that cannot work
 TAGS       := noyubikey# smallstep without the PC/SC library
 BIN        := bin
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -21,6 +22,7 @@ run: prerequisites build
 	@$(BIN)/kmelab up
 
 build:
+	@test -x $(BIN)/kmelab || echo "building (the first time takes a minute or two)"
 	@$(GO) build -tags $(TAGS) -o $(BIN)/ ./cmd/...
 
 ## test: everything, against real Postgres, SoftHSM and certificates

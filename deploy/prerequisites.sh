@@ -1,12 +1,13 @@
 #!/bin/sh
 # Installs what the lab and the tests need besides git, make, gcc and Go: the
-# Debian packages softhsm2 and postgresql, without a system-wide cluster.
+# Debian packages softhsm2, postgresql and curl, without a system-wide cluster.
 # Does nothing, and asks for nothing, when they are there.
 set -eu
 
 missing=
 ls /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so >/dev/null 2>&1 || missing="$missing softhsm2"
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null 2>&1 || missing="$missing postgresql"
+command -v curl >/dev/null 2>&1 || missing="$missing curl" # the client of people without one; the tests ask with it too
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null 2>&1; then
@@ -18,7 +19,8 @@ if [ "$(id -u)" -eq 0 ]; then
 elif command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then
 	as_root=sudo
 else
-	echo "kme: please run once: sudo apt-get update && sudo apt-get install -y --no-install-recommends$missing" >&2
+	# Not plain apt-get: that would create and start a system cluster.
+	echo "kme: not installed:$missing; please run once as root: $(cd "$(dirname "$0")" && pwd)/prerequisites.sh" >&2
 	exit 1
 fi
 
@@ -30,15 +32,16 @@ run() {
 	echo "kme: '$*' failed; the whole log is $log" >&2
 	exit 1
 }
+wait=-oDPkg::Lock::Timeout=300 # a machine that has just booted may be updating itself
 run apt-get update
 case $missing in
 *postgresql*)
 	# postgresql's installation would create and start a cluster of its own.
-	run apt-get install -y --no-install-recommends postgresql-common
+	run apt-get "$wait" install -y --no-install-recommends postgresql-common
 	run mkdir -p /etc/postgresql-common/createcluster.d
 	run sh -c 'echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.d/kme.conf'
 	;;
 esac
 # shellcheck disable=SC2086 # a list of package names
-run apt-get install -y --no-install-recommends $missing
+run apt-get "$wait" install -y --no-install-recommends $missing
 rm -f "$log"

@@ -2,17 +2,16 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/qutemail/kme/internal/lab/binaries"
 )
 
 func TestMain(m *testing.M) {
@@ -73,47 +72,15 @@ func freeAddress() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// stepModule is the stock CLI at the version that the Makefile pins.
-const stepModule = "github.com/smallstep/cli/cmd/step@v0.30.2"
-
-// stepDir is the directory of the stock step CLI: that of $STEP, or bin/ of the
-// repository (`make tools`), or else a cache where it is built now, which takes a
-// minute.
+// stepDir is the folder of the stock step CLI.
 func stepDir(t *testing.T) string {
 	t.Helper()
-	if step := os.Getenv("STEP"); step != "" {
-		return filepath.Dir(step)
-	}
-	bin, err := filepath.Abs("../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(filepath.Join(bin, "step")); err == nil {
-		return bin
-	}
-	dir, err := buildStep()
+	dir, err := binaries.Step()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return dir
 }
-
-var buildStep = sync.OnceValues(func() (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Join(cache, "kme", filepath.Base(stepModule))
-	if _, err := os.Stat(filepath.Join(dir, "step")); err == nil {
-		return dir, nil
-	}
-	cmd := exec.Command("go", "install", "-tags", "noyubikey", stepModule)
-	cmd.Env = append(os.Environ(), "GOBIN="+dir)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building step: %w\n%s", err, out)
-	}
-	return dir, nil
-})
 
 var shellBlocks = regexp.MustCompile("(?s)```sh\n(.*?)```")
 

@@ -72,9 +72,9 @@ type Link struct {
 	State      string `json:"state"`
 	Why        string `json:"why,omitzero"` // what is in the way, if anything is
 	Session    int64  `json:"session"`
-	Blocks     int    `json:"blocks"` // distilled since the node started
-	Aborts     int    `json:"aborts"` // given up since the node started
-	Stored     int    `json:"stored"` // 256-bit keys in the pool that this end may assign
+	Blocks     int    `json:"blocks"`      // distilled since the node started
+	Aborts     int    `json:"aborts"`      // given up since the node started
+	Stored     int    `json:"stored"`      // 256-bit keys in the pool that this end may assign
 	StoredPeer int    `json:"stored_peer"` // that the other end may, once both hold their block
 
 	Current *Progress `json:"current,omitzero"` // nil between blocks

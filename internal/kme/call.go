@@ -81,12 +81,25 @@ func (c *call) refuse(ctx context.Context, err error) error {
 	return c.k.recordOrCount(ctx, p, c.ev)
 }
 
+// recordTime is how long the record of a 503 may take, before it is counted instead.
+const recordTime = 2 * time.Second
+
 // recordOrCount writes the outcome event of a refused request and returns p, or
 // the 503 that stands for it while the database is away.
 func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Event) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	patience := requestTime
+	if p.Kind == problem.Unavailable { // it may have waited for long already, and learns nothing by waiting on
+		patience = recordTime
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
-	err := k.Store.Record(ctx, ev)
+	counted := make(chan struct{})
+	defer close(counted)
+	err := k.Store.RecordLate(ctx, func(committed bool) {
+		if <-counted; committed {
+			k.outage.settle(1)
+		}
+	}, ev)
 	if err == nil {
 		return p
 	}

@@ -50,6 +50,7 @@ type link struct {
 	mu     sync.Mutex
 	stream *peer.Stream // of the session under way; a new one closes it
 	state  LinkState
+	dry    drain
 }
 
 // askQueue is how many requests may wait for an announce: what the request
@@ -261,14 +262,14 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 		case errors.Is(err, qlink.ErrCut):
 			l.cut(ctx, err)
 		case errors.As(err, &abort):
-			l.aborted(ctx, block, abort, l.k.Now().Sub(began))
+			l.aborted(ctx, block, abort, l.took(began))
 		case err != nil:
 			return err
 		default:
 			if err := l.intake(ctx, block); err != nil {
 				return err
 			}
-			l.distilled(ctx, block, l.k.Now().Sub(began))
+			l.distilled(ctx, block, l.took(began))
 		}
 		if l.End == handover.Alice {
 			if err := l.pace(ctx, began); err != nil {

@@ -25,6 +25,7 @@ type LinkState struct {
 	OpenedAt time.Time // of that session
 	Blocks   int       // distilled since this process started
 	Aborts   int
+	BegunAt  time.Time       // of that block, or the last one: when the ends began to speak of it
 	Stage    string          // of the block under way
 	Done     float64         // of that stage, 0 to 1
 	Last     distill.Outcome // of the last block or abort; without bits
@@ -38,6 +39,16 @@ func (l *link) update(change func(*LinkState)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	change(&l.state)
+}
+
+// took is how long the block has taken that began then. Bob's end waited for it first.
+func (l *link) took(began time.Time) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.End == handover.Bob && l.state.BegunAt.After(began) {
+		began = l.state.BegunAt
+	}
+	return l.k.Now().Sub(began)
 }
 
 // LinkStates lists the state of every link.
@@ -65,7 +76,33 @@ func (l *link) down(err error) {
 // cut notes that no light passes; the next block is tried as if nothing had been.
 func (l *link) cut(ctx context.Context, err error) {
 	l.update(func(st *LinkState) { st.State, st.Why, st.Stage, st.Done = "down", err.Error(), "", 0 })
-	l.k.raise(ctx, "link-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, err))
+	l.k.raise(ctx, "link-"+l.ID, fmt.Sprintf("link %s: %v%s", l.ID, err, l.forecast(ctx)))
+}
+
+// drain is how the pool stood when the link began to give nothing.
+type drain struct {
+	since  time.Time
+	stored int
+}
+
+// forecast says how long the keys in the pool last, for an alarm that the link
+// gives none: at the rate at which they have gone since it began to.
+func (l *link) forecast(ctx context.Context) string {
+	left, err := l.k.Store.Stored(ctx, l.ID)
+	if err != nil {
+		return ""
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.k.Now()
+	if l.dry.since.IsZero() {
+		l.dry = drain{now, left}
+	}
+	text := fmt.Sprintf("; %d keys are left", left)
+	if gone := l.dry.stored - left; gone > 0 && left > 0 {
+		text += fmt.Sprintf(", for about %v", time.Duration(float64(now.Sub(l.dry.since))*float64(left)/float64(gone)).Round(time.Second))
+	}
+	return text
 }
 
 // watch looks after the link at Bob's end, which only waits: whoever is in the way
@@ -96,7 +133,7 @@ func (l *link) watch(ctx context.Context) {
 			}
 		})
 	}
-	l.k.suspect(ctx, "link-"+l.ID, fmt.Sprintf("link %s is down: %s", l.ID, s.Why))
+	l.k.suspect(ctx, "link-"+l.ID, fmt.Sprintf("link %s is down: %s%s", l.ID, s.Why, l.forecast(ctx)))
 }
 
 // silences is after how many intervals without a block Bob's end begins to suspect
@@ -112,6 +149,9 @@ func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration)
 		s.State, s.Why = "open", ""
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
 	})
+	l.mu.Lock()
+	l.dry = drain{}
+	l.mu.Unlock()
 	l.k.clear(ctx, "qber-"+l.ID)
 	l.k.clear(ctx, "link-"+l.ID)
 	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", took.Round(time.Millisecond))

@@ -23,7 +23,7 @@ type outage struct {
 
 func openOutage(dir string) (*outage, error) {
 	o := &outage{path: filepath.Join(dir, "outage")}
-	n, err := readRun(o.path)
+	n, err := readNumber(o.path)
 	if err != nil {
 		return nil, err
 	}
@@ -47,12 +47,13 @@ func (o *outage) counted() int64 {
 	return o.n
 }
 
-// settle subtracts what a summary has told of. If the process dies before it, they
-// are told of twice, and not lost.
+// settle subtracts what a summary has told of, or one whose own event was in doubt
+// and has been committed after all. If the process dies before it, they are told of
+// twice, and not lost.
 func (o *outage) settle(n int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.n -= n
+	o.n = max(0, o.n-n)
 	o.save()
 }
 

@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -100,9 +101,18 @@ func (p *pool) refill(ctx context.Context, atoms int) (bool, error) {
 		return false, err
 	}
 	for i := range leases {
-		p.leases = append(p.leases, &held{Lease: leases[i], left: leases[i].Atoms})
+		p.add(&held{Lease: leases[i], left: leases[i].Atoms})
 	}
 	return len(leases) > 0, nil
+}
+
+// add puts a chunk into its place, oldest epoch first. The caller holds mu.
+func (p *pool) add(h *held) int {
+	at, _ := slices.BinarySearchFunc(p.leases, h, func(a, b *held) int {
+		return cmp.Or(cmp.Compare(a.Epoch, b.Epoch), cmp.Compare(a.Chunk, b.Chunk))
+	})
+	p.leases = slices.Insert(p.leases, at, h)
+	return at
 }
 
 // give takes atoms back that were lent and not used.
@@ -116,8 +126,7 @@ func (p *pool) put(atoms []lent) {
 	for _, a := range atoms {
 		i := slices.IndexFunc(p.leases, func(h *held) bool { return h.Chunk == a.from.Chunk })
 		if i < 0 { // its chunk was emptied meanwhile and dropped from the list
-			p.leases = slices.Insert(p.leases, 0, &held{Lease: *a.from})
-			i = 0
+			i = p.add(&held{Lease: *a.from})
 		}
 		h := p.leases[i]
 		at, _ := slices.BinarySearchFunc(h.left, a.Index, func(x store.Atom, index int) int { return x.Index - index })

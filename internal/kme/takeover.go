@@ -28,7 +28,7 @@ func (k *KME) beginRun(ctx context.Context) error {
 		return fmt.Errorf("reading the run number in the token: %w", err)
 	}
 	path := filepath.Join(k.DataDir, "run")
-	inFile, err := readRun(path)
+	inFile, err := readNumber(path)
 	if err != nil {
 		return err
 	}
@@ -56,19 +56,20 @@ func (k *KME) beginRun(ctx context.Context) error {
 	return k.Store.Record(ctx, ev)
 }
 
-func readRun(path string) (int64, error) {
+// readNumber reads what writeDurably has left in a file: 0 if nothing yet.
+func readNumber(path string) (int64, error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("reading the run number: %w", err)
+		return 0, fmt.Errorf("reading a number: %w", err)
 	}
-	run, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("reading the run number in %s: %w", path, err)
+	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil || n < 0 {
+		return 0, fmt.Errorf("%s holds %.30q, which is not a number from 0", path, text)
 	}
-	return run, nil
+	return n, nil
 }
 
 // takeOver deals with what this node's earlier runs left behind: it asks each peer

@@ -49,7 +49,7 @@ const maxCompared = 2000
 
 // Check holds the invariants against the tables, the audit and the tokens of both
 // sites. It asks no daemon anything. What it cannot see from there (the bytes that
-// clients got, plaintext in files) is for tests: see FindPlaintext.
+// clients got, plaintext in files) is for tests.
 func (l *Lab) Check(ctx context.Context) (Report, error) {
 	var r Report
 	var evidence [2]*evidence

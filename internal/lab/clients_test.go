@@ -37,16 +37,19 @@ func (s keySet) ids() []key.ID {
 	return ids
 }
 
-// get has master get n keys to share with slave.
+// get has master get n keys to share with slave. It waits while there are too few.
 func get(t testing.TB, master, slave *Person, n int) keySet {
 	t.Helper()
 	got := make(keySet)
 	for len(got) < n {
-		c, err := master.Client.EncKeys(t.Context(), slave.ID, etsi014.KeyRequest{Number: min(most, n-len(got))})
-		if err != nil {
-			t.Fatalf("%s gets keys for %s: %v", master.ID, slave.ID, err)
-		}
-		got.add(c)
+		eventually(t, fmt.Sprintf("keys of %s for %s", master.ID, slave.ID), func(ctx context.Context) error {
+			c, err := master.Client.EncKeys(ctx, slave.ID, etsi014.KeyRequest{Number: min(most, n-len(got))})
+			if err != nil && away(err) == nil {
+				t.Fatalf("%s gets keys for %s: %v", master.ID, slave.ID, err)
+			}
+			got.add(c)
+			return err
+		})
 	}
 	return got
 }

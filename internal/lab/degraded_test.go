@@ -10,17 +10,20 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // What callers get when a part is gone, and that it comes back without a restart.
-// One lab goes through it all. Its pool is filled once and is above its limit from
-// then on, so that what is stored changes by requests alone.
+// One lab goes through it all. Its pool is filled at the start and stays above its
+// limit for long, so that what is stored changes by requests alone.
 func TestDegraded(t *testing.T) {
 	t.Parallel()
-	l := start(t, func(c *Config) { c.Filler, c.PoolLimit = 1024, 600 })
-	keysStored(t, l, 500)
-	run := node(t, l.KM1).Run
+	l := start(t, func(c *Config) { c.Filler, c.PoolLimit = 1024, 1100 })
+	keysStored(t, l, 1000)
+	run1, run2 := node(t, l.KM1).Run, node(t, l.KM2).Run
 	for _, part := range []struct {
 		name string
 		test func(*testing.T, *Lab)
@@ -29,16 +32,23 @@ func TestDegraded(t *testing.T) {
 		{"peer stopped", peerStopped},
 		{"peer frozen", peerFrozen},
 		{"database stopped", databaseStopped},
+		{"database hangs", databaseHangs},
 		{"database killed", func(t *testing.T, l *Lab) { databaseKilled(t, l, l.KM1) }},
 		{"database of the peer killed", func(t *testing.T, l *Lab) { databaseKilled(t, l, l.KM2) }},
 		{"no plaintext", noPlaintext}, // last: trouble makes programs talk
 	} {
 		t.Run(part.name, func(t *testing.T) { part.test(t, l) })
 	}
-	if got := node(t, l.KM1).Run; got != run {
-		t.Errorf("KM1 is in run %d and was in run %d: somebody has restarted it", got, run)
+	if got := node(t, l.KM1).Run; got != run1 {
+		t.Errorf("KM1 is in run %d and was in run %d: somebody has restarted it", got, run1)
+	}
+	if got := node(t, l.KM2).Run; got != run2+1 {
+		t.Errorf("KM2 is in run %d and was in run %d: somebody has restarted it, more than once", got, run2)
 	}
 }
+
+// failed is a condition of recorded: requests of this kind that were answered 503.
+const failed = `e->>'action' = $1 AND e->>'outcome' = 'failed'`
 
 // noticed is how soon after its HSM has gone a KME refuses.
 const noticed = 2 * time.Second
@@ -61,8 +71,7 @@ func tokenMoved(t *testing.T, l *Lab) {
 		t.Error("the operator door says that the HSM is well")
 	}
 
-	const refused = `e->>'action' = $1 AND e->>'outcome' = 'failed'`
-	encs, decs := recorded(t, l.KM1, refused, "enc_keys"), recorded(t, l.KM1, refused, "dec_keys")
+	encs, decs := recorded(t, l.KM1, failed, "enc_keys"), recorded(t, l.KM1, failed, "dec_keys")
 	here, there := stored(t, alice, bob), stored(t, bob, alice)
 	for range 5 {
 		began := time.Now()
@@ -77,10 +86,10 @@ func tokenMoved(t *testing.T, l *Lab) {
 	if a, b := stored(t, alice, bob), stored(t, bob, alice); a != here || b != there {
 		t.Errorf("%d and %d keys are stored, and %d and %d were: the refusals have consumed some", a, b, here, there)
 	}
-	if n := recorded(t, l.KM1, refused, "enc_keys") - encs; n != 5 {
+	if n := recorded(t, l.KM1, failed, "enc_keys") - encs; n != 5 {
 		t.Errorf("%d events of refused enc_keys, want 5", n)
 	}
-	if n := recorded(t, l.KM1, refused, "dec_keys") - decs; n != 5 {
+	if n := recorded(t, l.KM1, failed, "dec_keys") - decs; n != 5 {
 		t.Errorf("%d events of refused dec_keys, want 5", n)
 	}
 
@@ -99,12 +108,15 @@ func peerStopped(t *testing.T, l *Lab) {
 	if err := l.KM2.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	before := stored(t, alice, bob)
+	before, events := stored(t, alice, bob), recorded(t, l.KM1, failed, "enc_keys")
 	for range 5 {
 		wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
 	}
 	if n := stored(t, alice, bob); n != before {
 		t.Errorf("%d keys are stored, and %d were: the refusals have consumed some", n, before)
+	}
+	if n := recorded(t, l.KM1, failed, "enc_keys") - events; n != 5 {
+		t.Errorf("%d events of refused enc_keys, want 5", n)
 	}
 	take(t, alice, bob, due) // assigned before
 	untilAlarm(t, l.KM1, "peer-km2", true)
@@ -126,7 +138,7 @@ func peerFrozen(t *testing.T, l *Lab) {
 	}
 	began := time.Now()
 	wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > requestTime {
 		t.Errorf("the refusal took %v, longer than a request may", took)
 	}
 	untilAlarm(t, l.KM1, "announce-km1-km2", true)
@@ -159,10 +171,12 @@ func databaseStopped(t *testing.T, l *Lab) {
 		wantAway(t, "status", err)
 		refused += 3
 	}
+	wantAway(t, "enc_keys at the peer", enc(t.Context(), bob, alice))
 	if err := l.KM1.StartDatabase(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	untilServed(t, alice, bob)
+	untilServed(t, bob, alice)
 	take(t, alice, bob, due)
 	take(t, bob, alice, get(t, alice, bob, 2))
 	untilAlarm(t, l.KM1, "database", false)
@@ -176,6 +190,49 @@ func databaseStopped(t *testing.T, l *Lab) {
 		t.Errorf("no summary counts the %d refusals", refused)
 	}
 }
+
+// databaseHangs lets no commit through for a while: requests that wait for theirs
+// end in time, and what becomes of their commits is settled later.
+func databaseHangs(t *testing.T, l *Lab) {
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	get(t, alice, bob, 1)
+	conn, err := pgx.Connect(t.Context(), l.KM1.DSN(pgdev.Superuser))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	tx, err := conn.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), "LOCK TABLE kme.node_run IN ACCESS EXCLUSIVE MODE"); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	var wait sync.WaitGroup
+	for range 3 {
+		wait.Go(func() { wantAway(t, "enc_keys", enc(t.Context(), alice, bob)) })
+	}
+	wait.Wait()
+	if took := time.Since(began); took > requestTime+2*time.Second {
+		t.Errorf("the refusals took %v, want about %v", took, requestTime)
+	}
+	untilAlarm(t, l.KM1, "database", true) // from now on nobody waits
+	began = time.Now()
+	wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
+	if took := time.Since(began); took > noticed {
+		t.Errorf("a refusal took %v after the database was known to hang", took)
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	untilServed(t, alice, bob)
+	take(t, bob, alice, get(t, alice, bob, 2))
+	untilAlarm(t, l.KM1, "database", false)
+}
+
+// requestTime is how long a request may take, whatever hangs.
+const requestTime = 5 * time.Second
 
 // databaseKilled kills a site's database under load: whatever a master was answered
 // must be there for its slave, and everything must go on by itself.

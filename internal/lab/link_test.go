@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
+	"slices"
 	"testing"
 
 	"github.com/qutemail/kme/internal/admin"
@@ -28,12 +30,21 @@ func fibre(t testing.TB, l *Lab, command string) {
 	}
 }
 
+var forecast = regexp.MustCompile(`[1-9][0-9]* keys are left, for about [0-9hms]+$`)
+
 func fibreCut(t *testing.T, l *Lab) {
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
 	fibre(t, l, "cut")
 	untilAlarm(t, l.KM1, "link-km1-km2", true)
 	untilAlarm(t, l.KM2, "link-km1-km2", true)
 	take(t, bob, alice, get(t, alice, bob, 2)) // there are keys
+	eventually(t, "a forecast", func(ctx context.Context) error {
+		alarms, err := operator(t, l.KM1).Alarms(ctx)
+		if err != nil || slices.ContainsFunc(alarms, func(a admin.Alarm) bool { return forecast.MatchString(a.Text) }) {
+			return err
+		}
+		return fmt.Errorf("alarms: %v", alarms)
+	})
 
 	var empty *etsi014.APIError
 	for number := most; number > 0; { // take what there is, in ever smaller portions

@@ -93,6 +93,7 @@ type committer struct {
 	cancel context.CancelFunc
 	ended  sync.WaitGroup
 	begun  atomic.Bool
+	busy   atomic.Pointer[time.Time] // since when the batch under way is
 
 	// ---
 	config *pgx.ConnConfig
@@ -116,10 +117,18 @@ func newCommitter(db *DB, config *pgx.ConnConfig) *committer {
 	return c
 }
 
+// hangTime is how long a batch may be under way before the database is said not to
+// answer. It is less than a request may take, so that what comes later is refused
+// at once, and more than any batch takes.
+const hangTime = 4 * time.Second
+
 // health is why jobs are refused at once, or nil.
 func (c *committer) health() error {
 	if d := c.down.Load(); d != nil {
 		return d.err
+	}
+	if began := c.busy.Load(); began != nil && time.Since(*began) > hangTime {
+		return fmt.Errorf("%w: it has not answered since %s", ErrUnavailable, began.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
@@ -203,7 +212,10 @@ func (c *committer) loop() {
 		waiting = c.gather(waiting)
 		var batch []*job
 		batch, waiting = pick(waiting)
+		began := time.Now()
+		c.busy.Store(&began)
 		c.commit(batch)
+		c.busy.Store(nil)
 	}
 	if !errors.Is(c.health(), ErrFenced) {
 		c.down.Store(&downReason{fmt.Errorf("%w: closed", ErrUnavailable)})

@@ -160,11 +160,12 @@ func (db *DB) PoolAtoms(ctx context.Context, refs []handover.Key, link string) (
 }
 
 func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link string, atoms map[key.ID]PooledAtom) error {
+	// The link is compared here: as a condition of the query it would have the
+	// planner read all chunks of the link.
 	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state,
-			CASE WHEN (c.owner = 'here') = (l.my_end = 'alice') THEN 'a' ELSE 'b' END
+			CASE WHEN (c.owner = 'here') = ((SELECT my_end FROM link WHERE id = c.link) = 'alice') THEN 'a' ELSE 'b' END
 		FROM `+keyTable(e)+` k JOIN chunk c ON c.id = k.chunk
-		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block JOIN link l ON l.id = c.link
-		WHERE k.id = ANY($1::uuid[]) AND c.link = $2`, uuids(ids), link)
+		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block WHERE k.id = ANY($1::uuid[])`, uuids(ids))
 	defer rows.Close()
 	for rows.Next() {
 		var p PooledAtom
@@ -173,6 +174,9 @@ func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link stri
 		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &owner)
 		if err != nil {
 			return err
+		}
+		if p.Link != link {
+			continue
 		}
 		copy(p.IV[:], iv)
 		p.Owner = handover.End(owner[0])

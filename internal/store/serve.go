@@ -157,7 +157,12 @@ func uuidArray(ids []key.ID) string {
 
 // Record commits events alone: refusals, and what the node does for itself.
 func (db *DB) Record(ctx context.Context, events ...audit.Event) error {
-	return db.do(ctx, record(events), nil)
+	return db.RecordLate(ctx, nil, events...)
+}
+
+// RecordLate is Record with a late as in ServeJob.
+func (db *DB) RecordLate(ctx context.Context, late func(committed bool), events ...audit.Event) error {
+	return db.do(ctx, record(events), late)
 }
 
 type record []audit.Event

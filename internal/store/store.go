@@ -139,7 +139,8 @@ func (db *DB) Close() {
 	db.pool.Close()
 }
 
-// Healthy is nil while the committer is connected, and otherwise why it is not.
+// Healthy is nil while the committer is connected and gets answers, and otherwise
+// why it is not.
 func (db *DB) Healthy() error { return db.committer.health() }
 
 // Fenced is closed when the node's run has been taken over. Nothing can be

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +25,13 @@ const module = "github.com/qutemail/kme"
 // the caller removes. tags are build tags, separated by commas. The working folder
 // must lie in the module.
 func Build(tags string, commands ...string) (dir string, err error) {
+	root, err := moduleRoot()
+	if err == nil {
+		err = consult(root)
+	}
+	if err != nil {
+		return "", fmt.Errorf("building %v: %w", commands, err)
+	}
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return "", fmt.Errorf("building %v: %w", commands, err)
@@ -59,6 +67,34 @@ func Build(tags string, commands ...string) (dir string, err error) {
 	return dir, nil
 }
 
+// moduleRoot is the folder of go.mod.
+func moduleRoot() (string, error) {
+	out, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("asking for the module's folder: %w", err)
+	}
+	return filepath.Dir(strings.TrimSpace(string(out))), nil
+}
+
+// consult looks at every source file. The go command remembers which files a test
+// has looked at, and repeats the test, rather than its last result, when one of
+// them has changed; of what a build reads it knows nothing.
+func consult(root string) error {
+	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := d.Name()
+		if d.IsDir() && path != root && (strings.HasPrefix(name, ".") || name == "testdata" || name == "bin") {
+			return filepath.SkipDir
+		}
+		if filepath.Ext(name) == ".go" && !strings.HasSuffix(name, "_test.go") || name == "go.mod" {
+			_, err = os.Stat(path)
+		}
+		return err
+	})
+}
+
 // step is the stock CLI at the version that the Makefile pins.
 const step = "github.com/smallstep/cli/cmd/step@v0.30.2"
 
@@ -69,11 +105,11 @@ func Step() (dir string, err error) {
 	if file := os.Getenv("STEP"); file != "" {
 		return filepath.Dir(file), nil
 	}
-	mod, err := exec.Command("go", "env", "GOMOD").Output()
+	root, err := moduleRoot()
 	if err != nil {
 		return "", fmt.Errorf("looking for step: %w", err)
 	}
-	bin := filepath.Join(filepath.Dir(strings.TrimSpace(string(mod))), "bin")
+	bin := filepath.Join(root, "bin")
 	if _, err := os.Stat(filepath.Join(bin, "step")); err == nil {
 		return bin, nil
 	}
