@@ -49,6 +49,9 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	if c.sae == (identity.SAE{}) {
 		return nil, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
 	}
+	if !k.Policies().Homed(c.sae, k.Self) {
+		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, k.Self))
+	}
 	if err := k.able(); err != nil {
 		return nil, err
 	}
@@ -125,14 +128,16 @@ func (k *KME) entitled(c *call, master identity.SAE, ids []key.ID, rows map[key.
 	set := k.Policies()
 	c.ev.Master, c.ev.Slaves, c.ev.Bits = due[0].Master.String(), []string{c.sae.String()}, due[0].Bits
 	c.ev.Provenance, c.ev.PeerNode, c.ev.PeerRun, c.ev.Batch = due[0].Provenance, due[0].Node, due[0].Run, due[0].Batch
-	if !set.Homed(c.sae, k.Self) {
-		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, k.Self))
-	}
-	for i, d := range due {
-		q := policies.Question{Action: string(audit.DecKeys), Caller: c.sae, Other: d.Master, Number: len(ids), Bits: d.Bits, Provenance: d.Provenance}
-		if i > 0 && d.Master == due[i-1].Master && d.Bits == due[i-1].Bits && d.Provenance == due[i-1].Provenance {
+	var asked policies.Question
+	for _, d := range due {
+		q := policies.Question{
+			Action: string(audit.DecKeys), Caller: c.sae, Other: d.Master, Number: len(ids), Bits: d.Bits, Provenance: d.Provenance,
+			SameKME: d.Peer == (identity.KME{}),
+		}
+		if q == asked {
 			continue // the question was just answered
 		}
+		asked = q
 		decision := set.Decide(q)
 		c.ev.Policy = decision.Policies
 		if !decision.Allow {

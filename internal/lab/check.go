@@ -5,17 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/kme"
 	"github.com/qutemail/kme/internal/pgdev"
 )
 
@@ -395,94 +392,4 @@ func checkOnce(r *Report, sites ...*evidence) {
 		}
 	}
 	r.Served, r.Taken = len(served), len(taken)
-}
-
-// compare is I1: under one ID both sites hold the same bytes, which only their
-// tokens can show.
-func (l *Lab) compare(ctx context.Context, r *Report, one, two *evidence) error {
-	var ids []key.ID
-	for id := range one.keys {
-		if _, both := two.keys[id]; both && len(ids) < maxCompared {
-			ids = append(ids, id)
-		}
-	}
-	first, err := one.open(ctx, ids)
-	if err != nil {
-		return err
-	}
-	second, err := two.open(ctx, ids)
-	if err != nil {
-		return err
-	}
-	r.Compared = len(ids)
-	for i, id := range ids {
-		if !bytes.Equal(first[i], second[i]) {
-			r.fail("I1", "both", "key %s has different bytes at the two sites", id)
-		}
-		clear(first[i])
-		clear(second[i])
-	}
-	return nil
-}
-
-// open unwraps atoms with the site's token.
-func (e *evidence) open(ctx context.Context, ids []key.ID) ([][]byte, error) {
-	keks, err := e.site.keks(ctx)
-	if err != nil {
-		return nil, err
-	}
-	moduleOwner.Lock()
-	defer moduleOwner.Unlock()
-	if err := os.Setenv("SOFTHSM2_CONF", e.site.path("hsm", "softhsm2.conf")); err != nil {
-		return nil, err
-	}
-	token, err := hsm.Open(ctx, hsm.Config{Module: softHSM, TokenLabel: e.site.Name, PINFile: e.site.path("hsm", "pin")})
-	if err != nil {
-		return nil, err
-	}
-	defer token.Close()
-	opened := make(map[int64]*hsm.KEK)
-	secrets := make([][]byte, len(ids))
-	for i, id := range ids {
-		p := e.keys[id]
-		kek := opened[p.kek]
-		if kek == nil {
-			if kek, err = token.OpenKEK(ctx, keks[p.kek]); err != nil {
-				return nil, err
-			}
-			opened[p.kek] = kek
-		}
-		aad := kme.AtomAAD(nil, e.site.KME(), p.kek, p.ref, p.index, id, e.blocks[p.ref].provenance)
-		if len(p.iv) != hsm.IVBytes {
-			return nil, fmt.Errorf("key %s at %s has an IV of %d bytes", id, e.site.Name, len(p.iv))
-		}
-		if secrets[i], err = kek.Unwrap(ctx, [hsm.IVBytes]byte(p.iv), p.ct, aad); err != nil {
-			return nil, fmt.Errorf("unwrapping key %s at %s: %w", id, e.site.Name, err)
-		}
-	}
-	return secrets, nil
-}
-
-func (s *Site) keks(ctx context.Context) (map[int64]hsm.KEKInfo, error) {
-	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close(ctx)
-	rows, err := conn.Query(ctx, "SELECT id, label, pkcs11_id, check_value FROM kme.kek")
-	if err != nil {
-		return nil, err
-	}
-	keks := make(map[int64]hsm.KEKInfo)
-	var id int64
-	var label string
-	var ckaID, check []byte
-	_, err = pgx.ForEachRow(rows, []any{&id, &label, &ckaID, &check}, func() error {
-		if len(check) != 3 {
-			return fmt.Errorf("KEK %d has a check value of %d bytes", id, len(check))
-		}
-		keks[id] = hsm.KEKInfo{Label: label, ID: slices.Clone(ckaID), CheckValue: [3]byte(check)}
-		return nil
-	})
-	return keks, err
 }

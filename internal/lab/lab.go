@@ -243,9 +243,8 @@ func (l *Lab) path(parts ...string) string {
 
 // state is what other commands find in lab.json about a lab that is up.
 type state struct {
-	Ports Ports             `json:"ports"`
-	Bin   string            `json:"bin"`
-	Nodes map[string]string `json:"nodes"`
+	Ports Ports  `json:"ports"`
+	Bin   string `json:"bin"`
 }
 
 func (l *Lab) saveState() error {

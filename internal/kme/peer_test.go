@@ -1,0 +1,100 @@
+package kme
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// TestAdmit: what a peer's announce may ask for, whatever the pool holds.
+func TestAdmit(t *testing.T) {
+	t.Parallel()
+	_, l := core(t)
+	limits := l.k.Limits()
+	good := func() handover.Request {
+		return handover.Request{
+			ID: "r", Link: "fibre", Master: saeID(t, "bob"), Slaves: []identity.SAE{saeID(t, "alice")}, Bits: key.AtomBits, TTL: time.Hour.Milliseconds(),
+			Keys: []handover.Key{{Session: 1, Atoms: []key.ID{{1}}}},
+		}
+	}
+	for name, tt := range map[string]struct {
+		change func(*handover.Request)
+		want   string
+	}{
+		"good":                  {func(*handover.Request) {}, ""},
+		"all that one may have": {func(r *handover.Request) { r.Keys = slices.Repeat(r.Keys, 100); r.TTL = l.k.MaxTTL.Milliseconds() }, ""},
+		"a master of two homes": {func(r *handover.Request) { r.Master = saeID(t, "both") }, ""},
+		"too small":             {func(r *handover.Request) { r.Bits = limits.MinSize - 8 }, "size of"},
+		"too large":             {func(r *handover.Request) { r.Bits = limits.MaxSize + 8 }, "size of"},
+		"not whole bytes":       {func(r *handover.Request) { r.Bits = limits.MaxSize - 1 }, "size of"},
+		"no keys":               {func(r *handover.Request) { r.Keys = nil }, "0 keys"},
+		"too many keys":         {func(r *handover.Request) { r.Keys = slices.Repeat(r.Keys, limits.MaxPerRequest+1) }, "keys"},
+		"over already":          {func(r *handover.Request) { r.TTL = 0 }, "lifetime of 0s"},
+		"a negative lifetime":   {func(r *handover.Request) { r.TTL = -1 }, "lifetime"},
+		"too long a lifetime":   {func(r *handover.Request) { r.TTL = l.k.MaxTTL.Milliseconds() + 1 }, "lifetime of 24h0m0.001s"},
+		"nobody":                {func(r *handover.Request) { r.Slaves = nil }, "0 slaves"},
+		"too many slaves":       {func(r *handover.Request) { r.Slaves = slices.Repeat(r.Slaves, limits.MaxSAEs+2) }, "slaves"},
+		"our SAE as the master": {func(r *handover.Request) { r.Master = saeID(t, "anna") }, "master anna is not homed at km2"},
+		"a third KME's master":  {func(r *handover.Request) { r.Master = saeID(t, "far") }, "master far is not homed at km2"},
+		"their SAE as a slave":  {func(r *handover.Request) { r.Slaves[0] = saeID(t, "stranger") }, "slave stranger is not homed at km1"},
+		"our policy forbids":    {func(r *handover.Request) { r.Master = saeID(t, "stranger") }, "policy here does not let stranger share keys with alice"},
+		"our policy's number":   {func(r *handover.Request) { r.Keys = slices.Repeat(r.Keys, 101) }, "policy here does not let bob"},
+		"too many atoms":        {func(r *handover.Request) { r.Keys[0].Atoms = make([]key.ID, 2) }, "2 atoms for 256 bits"},
+		"no atoms":              {func(r *handover.Request) { r.Keys[0].Atoms = nil }, "0 atoms for 256 bits"},
+	} {
+		r := good()
+		tt.change(&r)
+		if got := l.admit(r); (got == "") != (tt.want == "") || !strings.Contains(got, tt.want) {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+	l.k.Production = true
+	if got := l.admit(good()); !strings.Contains(got, "production") {
+		t.Errorf("simulated keys at a production node: %q", got)
+	}
+}
+
+// TestAccept: Bob's end takes his own clock's epoch, and the neighbour close to the
+// border, and an owner for each chunk.
+func TestAccept(t *testing.T) {
+	t.Parallel()
+	_, l := core(t)
+	c := newClock() // half past
+	l.k.Now = c.now
+	this := key.EpochAt(c.now(), time.Hour)
+	border := this.End(time.Hour)
+	for _, tt := range []struct {
+		at    time.Time
+		epoch key.Epoch
+		want  bool
+	}{
+		{c.now(), this, true},
+		{c.now(), this + 1, false},
+		{c.now(), this - 1, false},
+		{border.Add(-epochSlack), this + 1, true},
+		{border.Add(-epochSlack - time.Millisecond), this + 1, false},
+		{border.Add(epochSlack), this, true},
+		{border.Add(epochSlack + time.Millisecond), this, false},
+		{border, this + 2, false},
+	} {
+		c.ms.Store(tt.at.UnixMilli())
+		if err := l.accept(terms(tt.epoch, "ab"), 65); (err == nil) != tt.want {
+			t.Errorf("at %v, epoch %d: %v, want it taken: %t", tt.at.Sub(border), tt.epoch-this, err, tt.want)
+		}
+	}
+	for _, owners := range []string{"", "a", "abb", "ac", "AB"} {
+		if err := l.accept(terms(key.EpochAt(c.now(), time.Hour), owners), 65); err == nil {
+			t.Errorf("owners %q of 65 atoms were taken", owners)
+		}
+	}
+}
+
+func terms(e key.Epoch, owners string) distill.Terms {
+	return distill.Terms{Epoch: int64(e), Owners: owners}
+}
