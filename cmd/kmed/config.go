@@ -1,14 +1,19 @@
 package main
 
 import (
-	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
-	"github.com/goccy/go-yaml"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 )
 
 // Config is the daemon's one file. Unknown and repeated members are refused.
@@ -81,7 +86,8 @@ type LinkConfig struct {
 }
 
 // LoadConfig reads and checks a configuration file, the whole of it, before
-// anything is opened.
+// anything is opened. Its error has a line for each thing that is wrong, and says
+// where it stands.
 func LoadConfig(path string) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
@@ -90,8 +96,17 @@ func LoadConfig(path string) (Config, error) {
 	if err != nil {
 		return c, fmt.Errorf("reading the configuration: %w", err)
 	}
-	if err := yaml.NewDecoder(bytes.NewReader(text), yaml.Strict(), yaml.DisallowUnknownField()).Decode(&c); err != nil {
-		return c, fmt.Errorf("reading %s:\n%s", path, yaml.FormatError(err, false, true))
+	doc, err := decode(path, text, &c)
+	if err != nil {
+		return c, err
+	}
+	for i := range c.Links {
+		if _, given := doc.members[fmt.Sprintf("links[%d].interval", i)]; !given {
+			c.Links[i].Interval = time.Second
+		}
+	}
+	if err := c.check(doc); err != nil {
+		return c, err
 	}
 	dir, err := filepath.Abs(filepath.Dir(path))
 	if err != nil {
@@ -107,9 +122,6 @@ func LoadConfig(path string) (Config, error) {
 			c.Certificates.Issuers[role] = filepath.Join(dir, file)
 		}
 	}
-	if err := c.check(); err != nil {
-		return c, fmt.Errorf("%s: %w", path, err)
-	}
 	return c, nil
 }
 
@@ -122,44 +134,85 @@ func (c *Config) paths() []*string {
 	return ps
 }
 
+// checker gathers what is wrong with a configuration.
+type checker struct {
+	doc  document
+	errs []error
+}
+
+// must notes that member is wrong unless it is ok.
+func (k *checker) must(ok bool, member, format string, args ...any) {
+	if !ok {
+		k.errs = append(k.errs, k.doc.errorf(member, format, args...))
+	}
+}
+
+// has notes that member is missing if it is, and says whether it is there.
+func (k *checker) has(member, value string) bool {
+	k.must(value != "", member, "is missing")
+	return value != ""
+}
+
+// roles are those whose callers come to a door, and so need an issuing CA.
+var roles = []identity.Role{identity.RoleSAE, identity.RoleKME, identity.RoleOperator}
+
 // check names everything that is missing or out of bounds.
-func (c *Config) check() error {
-	var errs []error
-	need := func(name, value string) {
-		if value == "" {
-			errs = append(errs, fmt.Errorf("%s is missing", name))
-		}
+func (c *Config) check(doc document) error {
+	k := &checker{doc: doc}
+	if k.has("kme", c.KME) {
+		_, err := identity.ParseKME(c.KME)
+		k.must(err == nil, "kme", "is not the ID of one: %v", err)
 	}
-	need("kme", c.KME)
-	need("node", c.Node)
-	need("data", c.Data)
-	need("policies", c.Policies)
-	need("database", c.Database)
-	need("hsm.module", c.HSM.Module)
-	need("hsm.token", c.HSM.Token)
-	need("hsm.pin_file", c.HSM.PINFile)
-	need("certificates.dir", c.Certificates.Dir)
-	need("certificates.ca", c.Certificates.CA)
-	need("certificates.root_fingerprint", c.Certificates.RootFingerprint)
-	for _, role := range []string{"sae", "kme", "operator"} {
-		need("certificates.issuers."+role, c.Certificates.Issuers[role])
+	if k.has("node", c.Node) {
+		err := handover.RunStarted{Node: c.Node, Run: 1}.Check() // its peers judge it by this
+		k.must(err == nil, "node", "is not the name of one: %v", err)
 	}
+	k.has("data", c.Data)
+	k.has("policies", c.Policies)
+	k.has("database", c.Database)
+	k.has("hsm.module", c.HSM.Module)
+	k.has("hsm.token", c.HSM.Token)
+	k.has("hsm.pin_file", c.HSM.PINFile)
+	c.Certificates.check(k)
+	k.must(c.Epoch >= time.Minute && c.Epoch%time.Millisecond == 0, "epoch", "is %v: at least 1m, in whole milliseconds", c.Epoch)
+	k.must(c.TTL >= time.Second, "ttl", "is %v: at least 1s", c.TTL)
+	k.must(c.MaxTTL >= c.TTL && c.MaxTTL <= handover.MaxTTL, "max_ttl", "is %v: at least ttl (%v), at most %v", c.MaxTTL, c.TTL, handover.MaxTTL)
+	k.must(c.PoolTTL >= c.Epoch, "pool_ttl", "is %v: at least epoch (%v)", c.PoolTTL, c.Epoch)
+	k.must(c.PoolLimit >= 1, "pool_limit", "is %d: at least 1", c.PoolLimit)
+	c.checkLinks(k)
+	return errors.Join(k.errs...)
+}
+
+func (c *CertificatesConfig) check(k *checker) {
+	k.has("certificates.dir", c.Dir)
+	if k.has("certificates.ca", c.CA) {
+		u, err := url.Parse(c.CA)
+		k.must(err == nil && u.Scheme == "https" && u.Host != "", "certificates.ca", "is %q: an https:// URL", c.CA)
+	}
+	if k.has("certificates.root_fingerprint", c.RootFingerprint) {
+		sum, err := hex.DecodeString(c.RootFingerprint)
+		k.must(err == nil && len(sum) == sha256.Size, "certificates.root_fingerprint", "is not a SHA-256 in hex, as kme-ca fingerprint prints it")
+	}
+	for _, role := range roles {
+		k.has("certificates.issuers."+string(role), c.Issuers[string(role)])
+	}
+	for _, role := range slices.Sorted(maps.Keys(c.Issuers)) {
+		k.must(slices.Contains(roles, identity.Role(role)), "certificates.issuers."+role, "is no role: those are %v", roles)
+	}
+}
+
+func (c *Config) checkLinks(k *checker) {
+	seen := make(map[string]bool)
 	for i, l := range c.Links {
-		need(fmt.Sprintf("links[%d].id", i), l.ID)
-		need(fmt.Sprintf("links[%d].socket", i), l.Socket)
-		need(fmt.Sprintf("links[%d].secret_file", i), l.SecretFile)
-		if l.Filler < 0 || l.Filler > 0 && c.Production {
-			errs = append(errs, fmt.Errorf("links[%d].filler is for tests only", i))
+		at := fmt.Sprintf("links[%d].", i)
+		if k.has(at+"id", l.ID) {
+			k.must(!seen[l.ID], at+"id", "%s is there twice", l.ID)
+			seen[l.ID] = true
 		}
-		if l.Interval < 0 {
-			errs = append(errs, fmt.Errorf("links[%d].interval is negative", i))
-		}
-		if l.Interval == 0 {
-			c.Links[i].Interval = time.Second
-		}
+		k.has(at+"socket", l.Socket)
+		k.has(at+"secret_file", l.SecretFile)
+		k.must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
+		k.must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
+		k.must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")
 	}
-	if c.Epoch < time.Minute || c.TTL < time.Second || c.MaxTTL < c.TTL || c.PoolTTL < c.Epoch || c.PoolLimit < 1 {
-		errs = append(errs, errors.New("epoch must be at least 1m, ttl at least 1s, max_ttl at least ttl, pool_ttl at least epoch, pool_limit at least 1"))
-	}
-	return errors.Join(errs...)
 }

@@ -49,13 +49,18 @@ func main() {
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var c commands
-	parser, err := kong.New(&c, kong.Name("kmed"), kong.Description("The Key Management Entity daemon."), kong.Writers(stdout, stderr), kong.Exit(func(int) {}))
+	helped := false
+	parser, err := kong.New(&c, kong.Name("kmed"), kong.Description("The Key Management Entity daemon."), kong.Writers(stdout, stderr),
+		kong.Exit(func(int) { helped = true }))
 	if err != nil {
 		return err
 	}
 	selected, err := parser.Parse(args)
-	if err != nil {
-		return err
+	switch {
+	case helped:
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w (kmed --help)", err)
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.LogLevel}))
 	switch selected.Command() {

@@ -8,10 +8,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -114,17 +116,20 @@ func (n *node) open(ctx context.Context) (err error) {
 	if n.self, err = identity.ParseKME(n.cfg.KME); err != nil {
 		return err
 	}
+	if _, err := os.Stat(n.cfg.Policies); err != nil {
+		return fmt.Errorf("looking for the folder of policies: %w", err)
+	}
 	if n.set, err = policies.Load(n.cfg.Policies); err != nil {
 		return err
 	}
 	if _, ok := n.set.KMEs[n.self]; !ok {
-		return fmt.Errorf("network.yaml does not know KME %q", n.self)
+		return fmt.Errorf("KME %s is not among the kmes of %s", n.self, n.network())
 	}
 	if err := os.MkdirAll(n.cfg.Data, 0o700); err != nil {
 		return fmt.Errorf("making the data folder: %w", err)
 	}
 	if err := n.openCertificates(ctx); err != nil {
-		return err
+		return fmt.Errorf("opening the certificates: %w", err)
 	}
 	n.token, err = hsm.Open(ctx, hsm.Config{Module: n.cfg.HSM.Module, TokenLabel: n.cfg.HSM.Token, PINFile: n.cfg.HSM.PINFile, Log: n.log})
 	if err != nil {
@@ -139,22 +144,30 @@ func (n *node) open(ctx context.Context) (err error) {
 	n.db, err = store.Open(ctx, store.Config{DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: time.Now, Log: n.log})
 	if err != nil {
 		_ = n.token.Close()
+		if errors.Is(err, store.ErrOldSchema) {
+			err = fmt.Errorf("%w: kmed migrate does it, as the schema's owner", err)
+		}
 		return fmt.Errorf("opening the database: %w", err)
 	}
 	return nil
 }
 
+// network is the file that says which KMEs and links there are.
+func (n *node) network() string { return filepath.Join(n.cfg.Policies, policies.NetworkFile) }
+
 func (n *node) openCertificates(ctx context.Context) (err error) {
 	c := n.cfg.Certificates
 	if err := pki.Enrol(ctx, pki.Enrolment{
 		CA: c.CA, RootFingerprint: c.RootFingerprint, TokenFile: c.TokenFile, Dir: c.Dir, ID: n.cfg.KME, Names: c.Names, Log: n.log,
-	}); err != nil {
+	}); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w (certificates.token_file names the file; kme-ca token kme %s prints what belongs into it)", err, n.cfg.KME)
+	} else if err != nil {
 		return err
 	}
 	if n.credential, err = pki.LoadCredential(c.Dir); err != nil {
 		return err
 	}
-	if n.roots, err = pki.LoadPool(c.Dir + "/root.pem"); err != nil {
+	if n.roots, err = pki.LoadPool(filepath.Join(c.Dir, "root.pem")); err != nil {
 		return err
 	}
 	n.issuers = make(map[string]*x509.CertPool)
@@ -217,14 +230,14 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		case l.Bob:
 			c.End, c.Peer = handover.Bob, l.Alice
 		default:
-			return c, fmt.Errorf("link %s does not end at %s", lc.ID, n.self)
+			return c, fmt.Errorf("link %s of %s joins %s and %s, not %s", lc.ID, n.network(), l.Alice, l.Bob, n.self)
 		}
 		c.Box = func(ctx context.Context) (*qlink.Box, error) {
 			return qlink.OpenBox(ctx, lc.Socket, lc.SecretFile, c.End)
 		}
 		return c, nil
 	}
-	return kme.LinkConfig{}, fmt.Errorf("network.yaml does not know link %q", lc.ID)
+	return kme.LinkConfig{}, fmt.Errorf("link %s is not among the links of %s", lc.ID, n.network())
 }
 
 // mixed is the source of seeds and public choices: the machine's generator XOR the

@@ -6,7 +6,9 @@
 package failpoint
 
 import (
+	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -19,20 +21,31 @@ var (
 	left   atomic.Int64
 )
 
-func init() { // the only way in for a process that is started by a test
+// init is the only way in for a process that is started by a test. It refuses a
+// name or a count that is none: with it armed, the test would show nothing.
+func init() {
 	spec := os.Getenv("KME_FAILPOINT")
-	name, n, found := strings.Cut(spec, ":")
-	target = name
-	left.Store(1)
-	if v, err := strconv.Atoi(n); found && err == nil {
-		left.Store(int64(v))
+	if spec == "" {
+		return
 	}
+	name, count, counted := strings.Cut(spec, ":")
+	n := 1
+	var err error
+	if counted {
+		n, err = strconv.Atoi(count)
+	}
+	if err != nil || n < 1 || !slices.Contains(Names, name) {
+		fmt.Fprintf(os.Stderr, "KME_FAILPOINT=%s is not a failpoint, or not NAME:COUNT with a count from 1\n", spec)
+		os.Exit(2)
+	}
+	target = name
+	left.Store(int64(n))
 }
 
 // Hit kills the process with SIGKILL if name is the failpoint that was asked for
 // and this is its turn.
 func Hit(name string) {
-	if name != target || left.Add(-1) != 0 {
+	if target == "" || name != target || left.Add(-1) != 0 {
 		return
 	}
 	_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)

@@ -51,7 +51,6 @@ func TestEntitled(t *testing.T) {
 		{"taken", "alice", bob, []string{"live", "taken"}, problem.Invalid, "is gone: taken", true},
 		{"over", "alice", bob, []string{"over"}, problem.Invalid, "is gone: expired", true},
 		{"policy has changed", "alice", saeID(t, "stranger"), []string{"stranger's"}, problem.Unauthorized, "policy (no-policy) does not let alice take keys of stranger", false},
-		{"homes have changed", "bob", bob, []string{"live"}, problem.Unauthorized, "SAE bob is not homed at km1", false},
 		{"made here", "alice", anna, []string{"local"}, 0, "", false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

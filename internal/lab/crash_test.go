@@ -23,11 +23,10 @@ func TestKilledAtEveryFailpoint(t *testing.T) {
 	t.Parallel()
 	l := start(t, func(c *Config) {
 		c.Bin = binaries(t, true)
-		c.Filler, c.Interval, c.PoolLimit = 256, 200*time.Millisecond, 1_000_000
+		c.Filler, c.Interval, c.PoolLimit = 512, 200*time.Millisecond, 4096 // there is always room for a block soon
 	})
 	keysStored(t, l, 1000)
 	f := begin(t, l)
-	f.flows(t)
 	sites := [2]*Site{l.KM1, l.KM2}
 	for i, s := range sites {
 		for _, name := range failpoint.Names {
@@ -125,13 +124,16 @@ func recovers(t *testing.T, f *traffic, s *Site) {
 	well(t, f)
 }
 
-// well waits until keys flow on every route and nothing is left in doubt, and holds
-// the invariants against the lab, under traffic.
+// well waits until keys flow on every route, has the clients rest until nothing is
+// left in doubt, and holds the invariants against the lab.
 func well(t *testing.T, f *traffic) {
 	t.Helper()
 	f.flows(t)
+	f.rest.Lock()
+	defer f.rest.Unlock()
 	settled(t, f.lab)
 	check(t, f.lab)
+	comparePools(t, f.lab)
 }
 
 // settled returns when no key is parked and no void unacknowledged at either site.

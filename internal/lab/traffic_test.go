@@ -23,6 +23,7 @@ type traffic struct {
 	routes []*route
 	stop   chan struct{}
 	ended  sync.WaitGroup
+	rest   sync.RWMutex // held for reading during a request: whoever locks it has the clients rest
 
 	mu    sync.Mutex
 	keys  map[key.ID]*account
@@ -110,21 +111,29 @@ func (f *traffic) violation(format string, args ...any) {
 // ask is a client of the master.
 func (f *traffic) ask(r *route) {
 	for !f.stopped() {
-		got, err := r.master.Client.EncKeys(context.Background(), r.slave.ID, etsi014.KeyRequest{Number: 1 + rand.IntN(3)})
-		if err != nil {
-			r.unserved.Add(1)
-			if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Status != http.StatusServiceUnavailable {
-				f.violation("%v: a request for keys was answered: %v", r, err)
+		if ids := f.askOnce(r); ids != nil {
+			select {
+			case r.asked <- ids:
+			default: // they wait until the end
 			}
-			continue
-		}
-		r.served.Add(1)
-		ids := f.give(r, got)
-		select {
-		case r.asked <- ids:
-		default: // they wait until the end
 		}
 	}
+}
+
+// askOnce has the master ask for a few keys. nil: it got none.
+func (f *traffic) askOnce(r *route) []key.ID {
+	f.rest.RLock()
+	defer f.rest.RUnlock()
+	got, err := r.master.Client.EncKeys(context.Background(), r.slave.ID, etsi014.KeyRequest{Number: 1 + rand.IntN(3)})
+	if err != nil {
+		r.unserved.Add(1)
+		if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Status != http.StatusServiceUnavailable {
+			f.violation("%v: a request for keys was answered: %v", r, err)
+		}
+		return nil
+	}
+	r.served.Add(1)
+	return f.give(r, got)
 }
 
 // give enters keys that a master got.
@@ -168,6 +177,8 @@ func (f *traffic) take(r *route) {
 
 // takeOnce has the slave take keys, and says whether it need not try again.
 func (f *traffic) takeOnce(r *route, ids []key.ID) (done bool) {
+	f.rest.RLock()
+	defer f.rest.RUnlock()
 	got, err := r.slave.Client.DecKeys(context.Background(), r.master.ID, ids)
 	defer got.Wipe()
 	f.mu.Lock()

@@ -145,13 +145,16 @@ func checkSchema(ctx context.Context, conn *pgx.Conn, cfg Config) error {
 		return err
 	}
 	if !there {
-		return errors.New("the database has no schema yet: migrate it first")
+		return fmt.Errorf("%w: it has no schema yet", ErrOldSchema)
 	}
 	var version int64
 	if err := conn.QueryRow(ctx, "SELECT max(version_id) FROM goose_db_version WHERE is_applied").Scan(&version); err != nil {
 		return fmt.Errorf("reading the schema's version: %w", err)
 	}
-	if version != schemaVersion {
+	if version < schemaVersion {
+		return fmt.Errorf("%w: it has version %d, and this program needs %d", ErrOldSchema, version, schemaVersion)
+	}
+	if version > schemaVersion {
 		return fmt.Errorf("the database has schema version %d, and this program needs %d", version, schemaVersion)
 	}
 	if _, err := conn.Exec(ctx, "UPDATE settings SET site = $1 WHERE site IS NULL", cfg.Site.String()); err != nil {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -27,8 +28,9 @@ func TestOpenRefuses(t *testing.T) {
 		{"another epoch length", func(c *Config) { c.EpochLength = 2 * hour }, "", "1h0m0s long, not 2h0m0s"},
 		{"another site", func(c *Config) { c.Site = kme("KM2") }, "", "that of KME KM1, not of KM2"},
 		{"no node", func(c *Config) { c.Node = "" }, "", "must be set"},
-		{"no schema", func(c *Config) { c.DSN = s.cluster.DSN(AppRole, "postgres") }, "", "migrate it first"},
-		{"another version", func(*Config) {}, "INSERT INTO goose_db_version (version_id, is_applied) VALUES (999, true)", "schema version 999"},
+		{"no schema", func(c *Config) { c.DSN = s.cluster.DSN(AppRole, "postgres") }, "", "has to be migrated: it has no schema yet"},
+		{"an older version", func(*Config) {}, fmt.Sprintf("UPDATE goose_db_version SET is_applied = false WHERE version_id = %d", schemaVersion), "has to be migrated: it has version"},
+		{"a newer version", func(*Config) {}, "INSERT INTO goose_db_version (version_id, is_applied) VALUES (999, true)", "schema version 999"},
 	} {
 		if test.spoil != "" {
 			s.super(func(conn *pgx.Conn) error { _, err := conn.Exec(t.Context(), test.spoil); return err })

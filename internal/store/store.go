@@ -31,6 +31,10 @@ import (
 
 const schemaName = "kme"
 
+// ErrOldSchema is what Open returns for a database that was not migrated to the
+// schema of this program.
+var ErrOldSchema = errors.New("the database has to be migrated")
+
 // What a verb returns when it is not done. Except after ErrDoubt, nothing happened.
 var (
 	// ErrDropped: ctx ended before the verb's batch began.

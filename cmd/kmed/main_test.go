@@ -1,0 +1,232 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/pgdev"
+	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
+)
+
+const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"kmed": main})
+}
+
+// TestScripts: kmed as an operator sees it. Each script has a folder with the
+// shipped policies and a certificate of km1, and asks for a token, a database and a
+// configuration as it needs them.
+func TestScripts(t *testing.T) {
+	s := stage{cluster: startPostgres(t)}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Setup:               setup,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"config":   config,
+			"token":    s.token,
+			"database": s.database,
+			"waitfor":  waitFor,
+		},
+	})
+}
+
+func startPostgres(t *testing.T) *pgdev.Cluster {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "kmed-test-") // a test's own folder has too long a name for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := pgdev.Start(t.Context(), pgdev.Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(c.Kill(), c.Remove(), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// setup makes what every node has: policies, with doors at free addresses, and a
+// certificate.
+func setup(env *testscript.Env) error {
+	env.Setenv("SOFTHSM2_CONF", filepath.Join(env.WorkDir, "hsm", "softhsm2.conf"))
+	env.Setenv("MODULE", softHSM)
+	dir := filepath.Join(env.WorkDir, "policies")
+	if err := os.CopyFS(dir, policies.Shipped); err != nil {
+		return err
+	}
+	file := filepath.Join(dir, policies.NetworkFile)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	for door, name := range map[string]string{"8443": "SAE", "8444": "ASSIGN", "8445": "CLASSICAL", "8446": "OPERATOR"} {
+		address, err := freeAddress()
+		if err != nil {
+			return err
+		}
+		env.Setenv(name, address)
+		text = []byte(strings.Replace(string(text), "localhost:"+door, address, 1))
+	}
+	return errors.Join(os.WriteFile(file, text, 0o600), writeCertificate(filepath.Join(env.WorkDir, "tls"), "km1"))
+}
+
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// writeCertificate writes a certificate that signs itself, with its key.
+func writeCertificate(dir, id string) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: id}, NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return err
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	encoded := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "cert.pem"), encoded, 0o600),
+		os.WriteFile(filepath.Join(dir, "root.pem"), encoded, 0o600),
+		os.WriteFile(filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600),
+	)
+}
+
+// wellFormed is a configuration with nothing wrong in it, of members that must be there.
+const wellFormed = `kme: km1
+node: a
+data: data
+policies: policies
+database: "$DSN"
+hsm:
+  module: $MODULE
+  token: km1
+  pin_file: hsm/pin
+certificates:
+  dir: tls
+  ca: https://localhost:9000
+  root_fingerprint: 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff
+  issuers:
+    sae: tls/root.pem
+    kme: tls/root.pem
+    operator: tls/root.pem
+`
+
+// config CHANGE...: write kmed.yaml. "name: value" replaces the line of that name,
+// -name takes it away, +line puts a line at the end.
+func config(ts *testscript.TestScript, neg bool, args []string) {
+	if neg {
+		ts.Fatalf("usage: config CHANGE...")
+	}
+	text := wellFormed
+	for _, change := range args {
+		if line, ok := strings.CutPrefix(change, "+"); ok {
+			text += line + "\n"
+			continue
+		}
+		name, gone := strings.CutPrefix(change, "-")
+		name, _, _ = strings.Cut(name, ":")
+		line := regexp.MustCompile(`(?m)^( *)` + name + `:.*\n`)
+		if !line.MatchString(text) {
+			ts.Fatalf("no line is called %s", name)
+		}
+		if gone {
+			text = line.ReplaceAllString(text, "")
+		} else {
+			text = line.ReplaceAllString(text, "${1}"+strings.ReplaceAll(change, "$", "$$")+"\n")
+		}
+	}
+	text = os.Expand(text, ts.Getenv)
+	ts.Check(os.WriteFile(ts.MkAbs("kmed.yaml"), []byte(text), 0o600))
+}
+
+// stage is what the scripts share.
+type stage struct {
+	cluster   *pgdev.Cluster
+	databases atomic.Int64
+	module    sync.Mutex // the PKCS#11 module has one owner and one configuration in a process
+}
+
+// token LABEL: make a SoftHSM token, and hsm/pin with its PIN.
+func (s *stage) token(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: token LABEL")
+	}
+	s.module.Lock()
+	defer s.module.Unlock()
+	conf, err := hsm.WriteSoftHSMConfig(ts.MkAbs("hsm"))
+	ts.Check(err)
+	ts.Check(os.Setenv("SOFTHSM2_CONF", conf))
+	ts.Check(hsm.InitToken(softHSM, args[0], "so-pin-774410", "pin-483920"))
+	ts.Check(os.WriteFile(ts.MkAbs("hsm/pin"), []byte("pin-483920\n"), 0o600))
+}
+
+// database: make an empty one. $OWNER and $DSN are how its owner and kmed reach it.
+func (s *stage) database(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: database")
+	}
+	name := fmt.Sprintf("script%d", s.databases.Add(1))
+	ts.Check(s.cluster.EnsureDatabase(context.Background(), name))
+	ts.Setenv("OWNER", s.cluster.DSN(pgdev.Superuser, name))
+	ts.Setenv("DSN", s.cluster.DSN(store.AppRole, name))
+}
+
+// waitfor HOST:PORT...: until something listens at each.
+func waitFor(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: waitfor HOST:PORT...")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for _, address := range args {
+		for {
+			conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+			if err == nil {
+				ts.Check(conn.Close())
+				break
+			}
+			if ctx.Err() != nil {
+				ts.Fatalf("nothing listens at %s: %v", address, err)
+			}
+		}
+	}
+}
