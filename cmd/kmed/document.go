@@ -31,7 +31,7 @@ func decode(file string, text []byte, v any) (document, error) {
 	if len(tree.Docs) != 1 || tree.Docs[0].Body == nil {
 		return d, fmt.Errorf("%s: must be one YAML document, of member: value lines", file)
 	}
-	if err := d.add("", tree.Docs[0].Body); err != nil {
+	if err := d.add("", tree.Docs[0].Body, reflect.TypeOf(v).Elem()); err != nil {
 		return d, err
 	}
 	if err := yaml.NodeToValue(tree.Docs[0].Body, v, yaml.Strict()); err != nil {
@@ -40,56 +40,74 @@ func decode(file string, text []byte, v any) (document, error) {
 	return d, nil
 }
 
-// add notes where a value stands that has this name, and those in it.
-func (d document) add(name string, n ast.Node) error {
+// add notes where a value stands that has this name, and those in it. A decoder
+// would take 0x10 for the name 16 and the seconds in 3600 for nanoseconds: single
+// values must be of the type that they are for. A nil type is that of a member that
+// does not exist, which is left to the decoder.
+func (d document) add(name string, n ast.Node, t reflect.Type) error {
 	switch n := n.(type) {
 	case *ast.MappingNode:
 		for _, v := range n.Values {
-			member := strings.TrimPrefix(name+"."+v.Key.GetToken().Value, ".")
-			d.members[member] = v.Key.GetToken()
-			if err := d.add(member, v.Value); err != nil {
+			key := v.Key.GetToken()
+			member := strings.TrimPrefix(name+"."+key.Value, ".")
+			d.members[member] = key
+			if err := d.add(member, v.Value, inside(t, key.Value)); err != nil {
 				return err
 			}
 		}
 	case *ast.SequenceNode:
 		for i, v := range n.Values {
-			if err := d.add(fmt.Sprintf("%s[%d]", name, i), v); err != nil {
+			if err := d.add(fmt.Sprintf("%s[%d]", name, i), v, inside(t, "")); err != nil {
 				return err
 			}
 		}
 	case *ast.NullNode:
 		return d.errorf(name, "has no value")
-	case *ast.StringNode:
-		if _, err := time.ParseDuration(n.Value); err != nil && isDuration(name) {
-			return d.errorf(name, "%q is not %s", n.Value, wanted[reflect.TypeFor[time.Duration]()])
+	case ast.ScalarNode:
+		if want, ok := wanted[t]; ok && !want.is(n) {
+			return d.errorf(name, "is not %s", want.what)
 		}
 	}
 	return nil
 }
 
-// isDuration says whether a member is one: a decoder's own error for these says
-// neither which nor where.
-func isDuration(member string) bool {
-	switch member[strings.LastIndex(member, ".")+1:] {
-	case "epoch", "ttl", "max_ttl", "pool_ttl", "interval":
-		return true
+// inside is the type of what a member of a value of type t is for: nil if nothing.
+func inside(t reflect.Type, member string) reflect.Type {
+	switch {
+	case t == nil:
+		return nil
+	case t.Kind() == reflect.Slice || t.Kind() == reflect.Map:
+		return t.Elem()
+	case t.Kind() == reflect.Struct:
+		for f := range t.Fields() {
+			if f.Tag.Get("yaml") == member {
+				return f.Type
+			}
+		}
 	}
-	return false
+	return nil
 }
 
-// wanted says in words what a value must be.
-var wanted = map[reflect.Type]string{
-	reflect.TypeFor[time.Duration](): "a duration with its unit, such as 90m or 24h",
-	reflect.TypeFor[bool]():          "true or false",
-	reflect.TypeFor[int]():           "a whole number",
-	reflect.TypeFor[string]():        "text",
+// wanted says, for each type of a single value, how it is written.
+var wanted = map[reflect.Type]struct {
+	what string
+	is   func(ast.ScalarNode) bool
+}{
+	reflect.TypeFor[time.Duration](): {"a duration with its unit, such as 90m or 24h", func(n ast.ScalarNode) bool {
+		s, ok := n.(*ast.StringNode)
+		if !ok {
+			return false
+		}
+		_, err := time.ParseDuration(s.Value)
+		return err == nil
+	}},
+	reflect.TypeFor[bool]():   {"true or false", func(n ast.ScalarNode) bool { _, ok := n.(*ast.BoolNode); return ok }},
+	reflect.TypeFor[int]():    {"a whole number", func(n ast.ScalarNode) bool { _, ok := n.(*ast.IntegerNode); return ok }},
+	reflect.TypeFor[string](): {"text: what looks like a number wants quotes", func(n ast.ScalarNode) bool { return n.Type() == ast.StringType || n.Type() == ast.LiteralType }},
 }
 
 // explain is a decoder's error, with its place and without the text around it.
 func (d document) explain(err error) error {
-	if e, ok := errors.AsType[*yaml.TypeError](err); ok && wanted[e.DstType] != "" {
-		return d.at(e.Token, fmt.Sprintf("%q is not %s", e.Token.Value, wanted[e.DstType]))
-	}
 	if e, ok := errors.AsType[yaml.Error](err); ok {
 		return d.at(e.GetToken(), e.GetMessage())
 	}

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -45,10 +46,12 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		Setup:               setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"config":   config,
-			"token":    s.token,
-			"database": s.database,
-			"waitfor":  waitFor,
+			"certificate": certificate,
+			"config":      config,
+			"token":       s.token,
+			"database":    s.database,
+			"waitfor":     waitFor,
+			"sigterm":     sigTerm,
 		},
 	})
 }
@@ -130,6 +133,14 @@ func writeCertificate(dir, id string) error {
 	)
 }
 
+// certificate DIR KME: make a certificate.
+func certificate(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: certificate DIR KME")
+	}
+	ts.Check(writeCertificate(ts.MkAbs(args[0]), args[1]))
+}
+
 // wellFormed is a configuration with nothing wrong in it, of members that must be there.
 const wellFormed = `kme: km1
 node: a
@@ -150,8 +161,8 @@ certificates:
     operator: tls/root.pem
 `
 
-// config CHANGE...: write kmed.yaml. "name: value" replaces the line of that name,
-// -name takes it away, +line puts a line at the end.
+// config CHANGE...: write kmed.yaml. "name: value" replaces the first line of that
+// name, -name takes it away, +line puts a line at the end.
 func config(ts *testscript.TestScript, neg bool, args []string) {
 	if neg {
 		ts.Fatalf("usage: config CHANGE...")
@@ -164,15 +175,15 @@ func config(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		name, gone := strings.CutPrefix(change, "-")
 		name, _, _ = strings.Cut(name, ":")
-		line := regexp.MustCompile(`(?m)^( *)` + name + `:.*\n`)
-		if !line.MatchString(text) {
+		line := regexp.MustCompile(`(?m)^( *)` + name + `:.*\n`).FindStringSubmatchIndex(text)
+		if line == nil {
 			ts.Fatalf("no line is called %s", name)
 		}
-		if gone {
-			text = line.ReplaceAllString(text, "")
-		} else {
-			text = line.ReplaceAllString(text, "${1}"+strings.ReplaceAll(change, "$", "$$")+"\n")
+		with := ""
+		if !gone {
+			with = text[line[2]:line[3]] + change + "\n"
 		}
+		text = text[:line[0]] + with + text[line[1]:]
 	}
 	text = os.Expand(text, ts.Getenv)
 	ts.Check(os.WriteFile(ts.MkAbs("kmed.yaml"), []byte(text), 0o600))
@@ -228,5 +239,15 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 				ts.Fatalf("nothing listens at %s: %v", address, err)
 			}
 		}
+	}
+}
+
+// sigterm: to every process in the background.
+func sigTerm(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: sigterm")
+	}
+	for _, cmd := range ts.BackgroundCmds() {
+		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
 	}
 }

@@ -1,0 +1,117 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const example = "../../deploy/kmed.yaml"
+
+// optional is a line of the example that shows a default.
+var optional = regexp.MustCompile(`(?m)^( *)# ([a-z_]+: \S+)$`)
+
+// TestExample: the shipped example loads, and what it says of defaults is so.
+func TestExample(t *testing.T) {
+	t.Parallel()
+	got, err := LoadConfig(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		KME: "km1", Node: "km1-a", Data: "/var/lib/kmed", Policies: "/etc/kmed/policies",
+		Database: "host=/run/postgresql user=kme_app dbname=kme",
+		HSM:      HSMConfig{Module: softHSM, Token: "kme-km1", PINFile: "/etc/kmed/hsm.pin"},
+		Certificates: CertificatesConfig{
+			Dir: "/var/lib/kmed/tls", CA: "https://ca.example.net:9442", RootFingerprint: strings.Repeat("0123456789abcdef", 4),
+			Issuers: map[string]string{"sae": "/etc/kmed/ca/sae.pem", "kme": "/etc/kmed/ca/kme.pem", "operator": "/etc/kmed/ca/operator.pem"},
+		},
+		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", Interval: time.Second}},
+		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the example (-want +got):\n%s", diff)
+	}
+
+	text := read(t, example)
+	defaults := optional.FindAllString(text, -1)
+	if len(defaults) != 10 {
+		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
+	}
+	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.Certificates.Names = []string{}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the example with its defaults written out (-want +got):\n%s", diff)
+	}
+}
+
+// TestExampleIsWhole: it shows every member there is.
+func TestExampleIsWhole(t *testing.T) {
+	t.Parallel()
+	text := read(t, example)
+	var look func(reflect.Type)
+	look = func(in reflect.Type) {
+		for f := range in.Fields() {
+			name := f.Tag.Get("yaml")
+			if !regexp.MustCompile(`(?m)^[ #-]*` + name + `:`).MatchString(text) {
+				t.Errorf("%s of %s is not in the example", name, in)
+			}
+			switch of := f.Type; {
+			case of.Kind() == reflect.Struct:
+				look(of)
+			case of.Kind() == reflect.Slice && of.Elem().Kind() == reflect.Struct:
+				look(of.Elem())
+			}
+		}
+	}
+	look(reflect.TypeFor[Config]())
+}
+
+// TestRelativePaths are relative to the file's folder, wherever kmed is started.
+func TestRelativePaths(t *testing.T) {
+	t.Parallel()
+	path := write(t, strings.NewReplacer("/etc/kmed/", "", "/var/lib/kmed", "state", "/run/qlink/", "../run/", "/usr/lib/softhsm/", "lib/").Replace(read(t, example)))
+	c, err := LoadConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(path)
+	for got, want := range map[string]string{
+		c.Data: "state", c.Policies: "policies", c.HSM.Module: "lib/libsofthsm2.so", c.HSM.PINFile: "hsm.pin", c.Certificates.Dir: "state/tls",
+		c.Certificates.Issuers["sae"]: "ca/sae.pem", c.Links[0].Socket: "../run/alice.sock", c.Links[0].SecretFile: "qlink.secret",
+	} {
+		if got != filepath.Join(dir, want) {
+			t.Errorf("%s, want %s in the file's folder", got, want)
+		}
+	}
+	if c.Certificates.TokenFile != "" || !strings.HasPrefix(c.Database, "host=") {
+		t.Errorf("no token file: %q; the DSN: %q", c.Certificates.TokenFile, c.Database)
+	}
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func write(t *testing.T, text string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "kmed.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
