@@ -28,6 +28,7 @@ build:
 ## test: everything, against real Postgres, SoftHSM and certificates
 test: prerequisites build tools
 	$(GO) test -tags $(TAGS) -timeout 20m ./...
+	$(GO) test -tags $(TAGS),failpoint ./internal/failpoint ./internal/etsi014
 
 ## bench: the benchmarks, in Go's benchmark format
 bench: prerequisites build

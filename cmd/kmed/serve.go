@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -47,6 +48,7 @@ type node struct {
 	roots      *x509.CertPool
 	token      *hsm.Token
 	db         *store.DB
+	lock       *os.File // of the data folder; the kernel lets it go when the process ends
 }
 
 // serve opens everything, runs the node and closes everything again.
@@ -59,6 +61,7 @@ func serve(ctx context.Context, path string, log *slog.Logger) error {
 	if err := n.open(ctx); err != nil {
 		return err
 	}
+	defer n.lock.Close()
 	defer n.token.Close()
 	defer n.db.Close()
 	core, err := n.core()
@@ -128,6 +131,9 @@ func (n *node) open(ctx context.Context) (err error) {
 	if err := os.MkdirAll(n.cfg.Data, 0o700); err != nil {
 		return fmt.Errorf("making the data folder: %w", err)
 	}
+	if n.lock, err = lockData(n.cfg.Data); err != nil {
+		return err
+	}
 	if err := n.openCertificates(ctx); err != nil {
 		return fmt.Errorf("opening the certificates: %w", err)
 	}
@@ -154,6 +160,20 @@ func (n *node) open(ctx context.Context) (err error) {
 
 // network is the file that says which KMEs and links there are.
 func (n *node) network() string { return filepath.Join(n.cfg.Policies, policies.NetworkFile) }
+
+// lockData makes sure that no other process is this node: beginning its next run
+// would end the one that serves.
+func lockData(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking the data folder: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("another kmed runs with the data folder %s: stop it first, or give this node its own", dir)
+	}
+	return f, nil
+}
 
 func (n *node) openCertificates(ctx context.Context) (err error) {
 	c := n.cfg.Certificates

@@ -42,7 +42,7 @@ func (s sealed) aad() []byte {
 }
 
 // TestAADVectors: what blobs are bound to must never change, or nothing that is
-// stored opens any more. The vectors were made by hand and not by this code.
+// stored opens any more. The vectors were not made by this code.
 func TestAADVectors(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("testdata/seal/*.txt")
