@@ -2,6 +2,7 @@ package lab
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 )
 
@@ -23,7 +24,7 @@ var ReadmePorts = Ports{
 func FreePorts() (Ports, error) {
 	var ports [14]int
 	for i := range ports {
-		ln, err := net.Listen("tcp", "localhost:0")
+		ln, err := listenAnywhere()
 		if err != nil {
 			return Ports{}, fmt.Errorf("finding a free port: %w", err)
 		}
@@ -35,6 +36,20 @@ func FreePorts() (Ports, error) {
 		SAECA: ports[8], KMECA: ports[9], OperatorCA: ports[10],
 		SAECRL: ports[11], KMECRL: ports[12], OperatorCR: ports[13],
 	}, nil
+}
+
+// listenAnywhere takes a port below those that the kernel gives to outgoing
+// connections, one of which might take it before its owner has come to listen.
+func listenAnywhere() (net.Listener, error) {
+	const first, last = 12_000, 32_000
+	var err error
+	for range 200 {
+		var ln net.Listener
+		if ln, err = net.Listen("tcp", fmt.Sprintf("localhost:%d", first+rand.IntN(last-first))); err == nil {
+			return ln, nil
+		}
+	}
+	return nil, err
 }
 
 func (p Ports) all() []int {
