@@ -15,6 +15,7 @@ import (
 const (
 	MaxRequests   = 256  // requests in a batch
 	MaxAtoms      = 4096 // atoms in a batch, and keys in a Void
+	MaxAssigned   = 4096 // keys in an answer to RunStarted
 	MaxSlaves     = 64   // slaves of one request
 	MaxBits       = 4096 // size of one key, in bits
 	MinBits       = 64

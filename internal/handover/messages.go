@@ -245,12 +245,16 @@ type Void struct {
 // RunStarted says that a node has begun, or has been given, a new run. Batches of
 // lower runs are refused by whoever has heard it.
 type RunStarted struct {
-	Node string `json:"node"`
-	Run  int64  `json:"run"`
+	Node  string `json:"node"`
+	Run   int64  `json:"run"`
+	After key.ID `json:"after,omitzero"` // the last key of the answer before; none in the first question
 }
 
-// Assigned is one key that the peer has assigned for a lower run of a node: the
-// answer to RunStarted is all of them, however often it is asked.
+// Assigned is one key that the peer has assigned for a lower run of a node. The
+// answer to RunStarted is the first MaxAssigned of them whose IDs are above After,
+// in the order of IDs, however often it is asked. Whoever asks goes on until an
+// answer is shorter: there may be as many as an hour's keys, and an answer of any
+// length would at some length not arrive any more.
 type Assigned struct {
 	Run   int64    `json:"run"`
 	Batch int64    `json:"batch"`

@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -119,21 +120,40 @@ func (k *KME) takeOver(ctx context.Context) error {
 // reclaimAt tells a peer of this run and burns and voids what it had assigned for
 // lower ones and is still in the pool here. What is not was served.
 func (k *KME) reclaimAt(ctx context.Context, id identity.KME) error {
-	tctx, cancel := context.WithTimeout(ctx, 2*announceTime)
-	assigned, err := k.Peers[id].Run(tctx, handover.RunStarted{Node: k.Node, Run: k.run.Load()})
-	cancel()
-	if err != nil {
-		return err
-	}
-	for _, l := range k.links {
-		if l.Peer != id {
-			continue
-		}
-		if err := l.reclaimAssigned(ctx, handover.RunStarted{Node: k.Node, Run: k.run.Load()}, assigned); err != nil {
+	started := handover.RunStarted{Node: k.Node, Run: k.run.Load()}
+	for {
+		assigned, err := k.assignedAt(ctx, id, started)
+		if err != nil {
 			return err
 		}
+		for _, l := range k.links {
+			if l.Peer != id {
+				continue
+			}
+			if err := l.reclaimAssigned(ctx, started, assigned); err != nil {
+				return err
+			}
+		}
+		if len(assigned) < handover.MaxAssigned {
+			return nil
+		}
+		started.After = assigned[len(assigned)-1].Key
 	}
-	return nil
+}
+
+// assignedAt asks a peer for the next keys that it has assigned for lower runs.
+func (k *KME) assignedAt(ctx context.Context, id identity.KME, started handover.RunStarted) ([]handover.Assigned, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*announceTime)
+	defer cancel()
+	assigned, err := k.Peers[id].Run(ctx, started)
+	last := started.After
+	for _, a := range assigned {
+		if bytes.Compare(a.Key[:], last[:]) <= 0 { // without an order there might be no end
+			return nil, fmt.Errorf("%s lists key %s after %s", id, a.Key, last)
+		}
+		last = a.Key
+	}
+	return assigned, err
 }
 
 // reclaimAssigned burns those of the assigned keys whose atoms are in this link's

@@ -12,7 +12,9 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/pgdev"
 )
 
@@ -161,8 +163,9 @@ func settled(t testing.TB, l *Lab) {
 // database is back, and nothing that was answered is forgotten.
 func TestKilledTogether(t *testing.T) {
 	t.Parallel()
-	l := start(t, func(c *Config) { c.Filler, c.Interval = 1024, 200*time.Millisecond })
-	keysStored(t, l, 1000)
+	l := start(t, func(c *Config) { c.Filler, c.Interval, c.PoolLimit = 8192, 200*time.Millisecond, 32_000 })
+	keysStored(t, l, 14_000)
+	untaken(t, l, 2*handover.MaxAssigned)
 	f := begin(t, l)
 	one, two := l.KM1, l.KM2
 	for _, victims := range []struct {
@@ -206,6 +209,21 @@ func TestKilledTogether(t *testing.T) {
 		})
 	}
 	f.close(t)
+}
+
+// untaken has alice ask for more than n keys that bob leaves where they are: her
+// KME, started again, is told of all of them, and of no more at once than fit.
+func untaken(t *testing.T, l *Lab, n int) {
+	t.Helper()
+	alice := sae(t, l, "alice")
+	for got := 0; got <= n; {
+		keys, err := alice.Client.EncKeys(t.Context(), SAEID("bob"), etsi014.KeyRequest{Number: 128})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got += len(keys.Keys)
+		keys.Wipe()
+	}
 }
 
 // The link picks itself up when the quantum channel has died in the middle of a

@@ -99,10 +99,10 @@ func (c *Client) Void(ctx context.Context, v handover.Void) error {
 	return err
 }
 
-// Run says that a node has a new run and returns what the peer has assigned for
-// its lower ones. It may be said any number of times.
+// Run says that a node has a new run and returns the next keys that the peer has
+// assigned for its lower ones (handover.Assigned). It may be said any number of times.
 func (c *Client) Run(ctx context.Context, r handover.RunStarted) ([]handover.Assigned, error) {
-	a, err := call[runAnswer](ctx, c, pathRun, r, maxRunBody)
+	a, err := call[runAnswer](ctx, c, pathRun, r, maxBody)
 	return a.Assigned, err
 }
 

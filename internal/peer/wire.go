@@ -9,13 +9,9 @@ import (
 )
 
 // maxBody is the longest message that either side reads, in bytes. The largest
-// announce that passes its Check takes a third of it.
+// announce that passes its Check takes a third of it, the longest answer to a
+// RunStarted, of keys of 16 atoms, three quarters.
 const maxBody = 4 << 20
-
-// maxRunBody is the longest answer to a RunStarted that a Client reads, in bytes.
-// It lists every key of the dead run that is not expired, taken ones too: about
-// half a million fit.
-const maxRunBody = 64 << 20
 
 // The routes. All are POST.
 const (

@@ -1,11 +1,14 @@
 package store
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
@@ -254,13 +257,15 @@ func TestHearRun(t *testing.T) {
 	if rows := hear(t, db, 3); len(rows) != 0 {
 		t.Errorf("of lower runs than 3 nothing was assigned, and got %v", rows)
 	}
+	voided := b.Atoms[0].ID
 	want := []handover.Assigned{
-		{Run: 3, Batch: 1, Key: b.Atoms[0].ID, Atoms: ids(b.Atoms[:1])},
+		{Run: 3, Batch: 1, Key: voided, Atoms: ids(b.Atoms[:1])},
 		{Run: 3, Batch: 2, Key: b.Atoms[1].ID, Atoms: ids(b.Atoms[1:4])},
 	}
+	slices.SortFunc(want, func(x, y handover.Assigned) int { return bytes.Compare(x.Key[:], y.Key[:]) })
 	for i := range 3 {
-		if i == 2 {
-			want = want[1:] // what was voided had been burned there
+		if i == 2 { // it had been burned there
+			want = slices.DeleteFunc(want, func(a handover.Assigned) bool { return a.Key == voided })
 		}
 		if diff := cmp.Diff(want, hear(t, db, 4)); diff != "" {
 			t.Errorf("assigned (-want +got):\n%s", diff)
@@ -282,6 +287,44 @@ func TestHearRun(t *testing.T) {
 	}
 	mustAssign(t, db, s.assignJob(4, 1, request("r4", b.BlockRef, b.Atoms[5])), handover.Fresh, "")
 	s.check()
+}
+
+// TestHearRunOfMany has more keys assigned than one answer holds: asked on, all of
+// them are listed, each once, in the order of IDs.
+func TestHearRunOfMany(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n1")
+	b := s.fill(db, 64, theirs)
+	hear(t, db, 1)
+	mustAssign(t, db, s.assignJob(1, 1, request("r1", b.BlockRef, b.Atoms[0])), handover.Fresh, "")
+	const more = 2*handover.MaxAssigned + 7
+	s.super(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(t.Context(), `INSERT INTO due (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread)
+			SELECT gen_random_uuid(), sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread
+			FROM (SELECT * FROM due LIMIT 1) AS one, generate_series(1, $1)`, more)
+		return err
+	})
+	started := handover.RunStarted{Node: "p1", Run: 2}
+	listed := 0
+	for {
+		rows, ok, err := db.HearRun(t.Context(), kme("KM2"), started)
+		if err != nil || !ok || len(rows) > handover.MaxAssigned {
+			t.Fatalf("HearRun: %d rows, %v, %v", len(rows), ok, err)
+		}
+		for _, r := range rows {
+			if bytes.Compare(r.Key[:], started.After[:]) <= 0 {
+				t.Fatalf("key %s is listed after %s", r.Key, started.After)
+			}
+			started.After = r.Key
+		}
+		if listed += len(rows); len(rows) < handover.MaxAssigned {
+			break
+		}
+	}
+	if listed != more+1 {
+		t.Errorf("%d keys were listed, want %d", listed, more+1)
+	}
 }
 
 // TestAssignInOrder has the batches of a run come all at once and in any order:

@@ -117,9 +117,10 @@ func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (hand
 
 // HearRun notes durably that a peer's node has begun a run: announces of lower ones
 // are refused from then on. ok is false if a higher run is known; otherwise rows
-// are all keys that were assigned here for lower runs and may still be in the peer's
-// pool: one that was taken or consumed had been served there before, and one that
-// was voided had been burned.
+// are the next keys, in the order of IDs and at most handover.MaxAssigned, that were
+// assigned here for lower runs and may still be in the peer's pool: one that was
+// taken or consumed had been served there before, and one that was voided had been
+// burned.
 func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (rows []handover.Assigned, ok bool, err error) {
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		_, err := a.conn.Exec(ctx, "INSERT INTO peer_run (peer, node, run, last) VALUES ($1, $2, 0, 0) ON CONFLICT DO NOTHING", peer.String(), r.Node)
@@ -148,17 +149,16 @@ func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStar
 	return rows, true, nil
 }
 
-func (db *DB) assigned(ctx context.Context, peer identity.KME, r handover.RunStarted) (all []handover.Assigned, err error) {
-	return all, db.scan(ctx, func(tx pgx.Tx) error {
-		rows, _ := tx.Query(ctx, `SELECT DISTINCT ON (run, batch, key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
-			WHERE peer = $1 AND node = $2 AND run < $3 AND (gone_how IS NULL OR gone_how = 'expired') ORDER BY run, batch, key_id`, peer.String(), r.Node, r.Run)
-		all, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {
-			var atoms [][16]byte
-			err = row.Scan(&g.Run, &g.Batch, (*[16]byte)(&g.Key), &atoms)
-			g.Atoms = keyIDs(atoms)
-			return g, err
-		})
-		return err
+// assigned reads the next page, along the index of each partition.
+func (db *DB) assigned(ctx context.Context, peer identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT DISTINCT ON (key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
+		WHERE peer = $1 AND node = $2 AND run < $3 AND key_id > $4 AND (gone_how IS NULL OR gone_how = 'expired')
+		ORDER BY key_id LIMIT $5`, peer.String(), r.Node, r.Run, [16]byte(r.After), handover.MaxAssigned)
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {
+		var atoms [][16]byte
+		err = row.Scan(&g.Run, &g.Batch, (*[16]byte)(&g.Key), &atoms)
+		g.Atoms = keyIDs(atoms)
+		return g, err
 	})
 }
 
