@@ -20,7 +20,17 @@ var migrationFiles embed.FS
 
 // schemaVersion is the number of the newest migration: the schema that this
 // program works with, and no other.
-const schemaVersion = 3
+var schemaVersion = func() int64 {
+	files, err := migrationFiles.ReadDir("migrations")
+	if err != nil {
+		panic(err) // they are part of the program
+	}
+	version, err := goose.NumericComponent(files[len(files)-1].Name())
+	if err != nil {
+		panic(err)
+	}
+	return version
+}()
 
 // The roles. The owner migrates, the daemon has no DDL and of the audit nothing
 // but INSERT, the auditor reads everything but blobs.
