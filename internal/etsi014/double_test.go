@@ -17,7 +17,7 @@ import (
 // or link, and shows nothing of how the core handles them.
 type double struct {
 	mu     sync.Mutex
-	pool   int // keys left
+	pool   int // keys of 256 bits left
 	keys   map[key.ID]*held
 	events map[string]int // outcome events, by request ID
 	lost   []error
@@ -61,7 +61,7 @@ func (d at) begin(rid string, other identity.SAE) error {
 }
 
 func (d at) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: 256, MinSize: 256, MaxSize: 256, MaxPerRequest: 128}
+	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128}
 }
 
 func (d at) Status(_ context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
@@ -89,10 +89,11 @@ func (d at) EncKeys(_ context.Context, c identity.Caller, rid string, slave iden
 	if err := d.begin(rid, slave); err != nil {
 		return etsi014.Container{}, err
 	}
-	if d.pool < r.Number {
+	atoms := r.Number * ((r.Bits + 255) / 256)
+	if d.pool < atoms {
 		return etsi014.Container{}, problem.New(problem.Unavailable, "not enough keys")
 	}
-	d.pool -= r.Number
+	d.pool -= atoms
 	master, _ := c.SAE()
 	var got etsi014.Container
 	for range r.Number {

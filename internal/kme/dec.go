@@ -9,6 +9,7 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
@@ -198,9 +199,9 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 	return s, nil
 }
 
-// Limits are what this KME serves: keys of one atom, for one slave.
+// Limits are what this KME serves. The largest request is askAtoms in an announce.
 func (k *KME) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: key.AtomBits, MinSize: key.AtomBits, MaxSize: key.AtomBits, MaxPerRequest: 128, MaxSAEs: 0}
+	return etsi014.Limits{KeySize: key.AtomBits, MinSize: handover.MinBits, MaxSize: handover.MaxBits, MaxPerRequest: 128}
 }
 
 // Refused records what a door itself turned away after TLS, and returns what to answer.

@@ -23,7 +23,7 @@ import (
 	"github.com/qutemail/kme/internal/problem"
 )
 
-var limits = legacy.Limits{KeySize: 256, MinSize: 256, MaxSize: 256, TTL: time.Hour, MaxTTL: 24 * time.Hour}
+var limits = legacy.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, TTL: time.Hour, MaxTTL: 24 * time.Hour}
 
 func door(t testing.TB, b legacy.Backend, who func(*http.Request) (identity.Caller, error), kme string) *legacy.Door {
 	t.Helper()

@@ -117,7 +117,7 @@ func (d *double) AnswerLost(_ context.Context, _ identity.Caller, rid string, er
 // The rest makes it a Backend of 014's door.
 
 func (d *double) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: 256, MinSize: 256, MaxSize: 256, MaxPerRequest: 128}
+	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128}
 }
 
 func (d *double) Status(_ context.Context, _ identity.Caller, rid string, _ identity.SAE) (etsi014.Status, error) {
