@@ -16,8 +16,25 @@ type Network struct {
 	SAEs        map[identity.SAE]SAEEntry
 }
 
-// KMEEntry is the addresses of a KME's doors, host:port.
+// KMEEntry is what is known of a KME: its nodes, at least one. All of them have one
+// database and one token, and serve alike; a client or peer may turn to any.
 type KMEEntry struct {
+	Nodes []NodeEntry
+}
+
+// Node is the KME's node of that name.
+func (k KMEEntry) Node(name string) (NodeEntry, bool) {
+	for _, n := range k.Nodes {
+		if n.Name == name {
+			return n, true
+		}
+	}
+	return NodeEntry{}, false
+}
+
+// NodeEntry is a node of a KME and the addresses of its doors, host:port.
+type NodeEntry struct {
+	Name      string // unique within the KME; there is no node that is not listed
 	SAE       string // for SAEs: 014 and the QuteMail routes
 	Assign    string // for peers: key handover
 	Classical string // for peers: the classical channel of the QKD link
@@ -45,7 +62,12 @@ type networkDoc struct {
 }
 
 type kmeDoc struct {
-	ID        word `yaml:"id"`
+	ID    word      `yaml:"id"`
+	Nodes []nodeDoc `yaml:"nodes"`
+}
+
+type nodeDoc struct {
+	Name      word `yaml:"name"`
 	SAE       word `yaml:"sae"`
 	Assign    word `yaml:"assign"`
 	Classical word `yaml:"classical"`
@@ -120,16 +142,37 @@ func (b *networkBuilder) addKME(k kmeDoc) error {
 	if _, ok := b.net.KMEs[id]; ok {
 		return b.at(k.ID).errorf("KME %q is there twice", id)
 	}
-	for _, door := range []word{k.SAE, k.Assign, k.Classical, k.Operator} {
+	var entry KMEEntry
+	for _, n := range k.Nodes {
+		if !plainName(n.Name.text) {
+			return b.at(n.Name).errorf("KME %s: node name %q is not [a-z0-9._@-]{1,64}", id, n.Name.text)
+		}
+		if _, ok := entry.Node(n.Name.text); ok {
+			return b.at(n.Name).errorf("KME %s: node %s is there twice", id, n.Name.text)
+		}
+		if err := b.addDoors(n); err != nil {
+			return err
+		}
+		entry.Nodes = append(entry.Nodes, NodeEntry{n.Name.text, n.SAE.text, n.Assign.text, n.Classical.text, n.Operator.text})
+	}
+	if len(entry.Nodes) == 0 {
+		return b.at(k.ID).errorf("KME %s has no nodes", id)
+	}
+	b.net.KMEs[id] = entry
+	return nil
+}
+
+// addDoors checks the addresses of a node.
+func (b *networkBuilder) addDoors(n nodeDoc) error {
+	for _, door := range []word{n.SAE, n.Assign, n.Classical, n.Operator} {
 		if !address(door.text) {
-			return b.at(door).errorf("KME %s: %q is not host:port; it needs sae, assign, classical and operator", id, door.text)
+			return b.at(n.Name).or(door).errorf("node %s: %q is not host:port; it needs sae, assign, classical and operator", n.Name.text, door.text)
 		}
 		if b.addresses[door.text] {
 			return b.at(door).errorf("the address %s is used twice", door.text)
 		}
 		b.addresses[door.text] = true
 	}
-	b.net.KMEs[id] = KMEEntry{k.SAE.text, k.Assign.text, k.Classical.text, k.Operator.text}
 	return nil
 }
 

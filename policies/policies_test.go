@@ -59,9 +59,9 @@ func TestShipped(t *testing.T) {
 	if err != nil || copied.Digest != s.Digest || len(s.Digest) != 64 {
 		t.Errorf("the copy has digest %q, %v, want %q", copied.Digest, err, s.Digest)
 	}
-	want := KMEEntry{"localhost:9443", "localhost:9444", "localhost:9445", "localhost:9446"}
-	if got := s.KMEs[kme("km2")]; s.TrustDomain != "lab.test" || got != want {
-		t.Errorf("km2 of %s: got %+v, want %+v", s.TrustDomain, got, want)
+	want := NodeEntry{"km2-a", "localhost:9443", "localhost:9444", "localhost:9445", "localhost:9446"}
+	if got, ok := s.KMEs[kme("km2")].Node("km2-a"); s.TrustDomain != "lab.test" || !ok || got != want {
+		t.Errorf("km2-a of %s: got %+v, want %+v", s.TrustDomain, got, want)
 	}
 	for _, ends := range [][2]identity.KME{{kme("km1"), kme("km2")}, {kme("km2"), kme("km1")}} {
 		if l, ok := s.LinkBetween(ends[0], ends[1]); !ok || l != (Link{"km1-km2", kme("km1"), kme("km2")}) {
@@ -172,35 +172,38 @@ func TestLoadRefuses(t *testing.T) {
 		{"version as text", NetworkFile, "version: 1", `version: "1"`, "network.yaml:4:10: "},
 		{"next version", NetworkFile, "version: 1", "version: 2", "network.yaml:4:10: "},
 		{"trust domain", NetworkFile, "lab.test", "Lab.test", "network.yaml:5:15: trust_domain"},
-		{"KME twice", NetworkFile, "id: km2", "id: km1", `network.yaml:13:9: KME "km1" is there twice`},
-		{"KME without a name", NetworkFile, "id: km2", `id: " "`, "network.yaml:13:9: KME ID is blank"},
-		{"KME without a door", NetworkFile, `    operator: "localhost:9446"`, "", "network.yaml:13:5: KME km2: \"\" is not host:port"},
-		{"no port", NetworkFile, `"localhost:9446"`, "localhost", "network.yaml:17:15: KME km2: \"localhost\" is not host:port"},
-		{"port 0", NetworkFile, `"localhost:9446"`, `"localhost:0"`, "network.yaml:17:15: "},
-		{"port twice", NetworkFile, "localhost:9446", "localhost:8443", "network.yaml:17:15: the address localhost:8443 is used twice"},
-		{"link to nobody", NetworkFile, "bob: km2", "bob: km3", `network.yaml:20:36: KME "km3" is not among kmes`},
-		{"link to itself", NetworkFile, "bob: km2", "bob: km1", "network.yaml:20:36: link km1-km2 joins km1 to itself"},
-		{"link twice", NetworkFile, "links:", "links:\n  - {id: km1-km2, alice: km1, bob: km2}", "network.yaml:21:10: link km1-km2 is there twice"},
-		{"two links a pair", NetworkFile, "links:", "links:\n  - {id: other, alice: km2, bob: km1}", "network.yaml:21:10: link km1-km2 joins"},
-		{"link's name", NetworkFile, "id: km1-km2", "id: KM1", "network.yaml:20:10: link id"},
-		{"SAE twice", NetworkFile, "id: bob,", "id: alice,", `network.yaml:27:10: SAE "alice" is there twice`},
-		{"SAE without a name", NetworkFile, "id: bob,", "", "network.yaml:27:7: SAE ID is empty"},
-		{"SAE of digits", NetworkFile, "id: bob,", "id: 12,", `network.yaml:27:10: "12" is not a string`},
-		{"home of nobody", NetworkFile, "homes: [km1], groups", "homes: [km1, km3], groups", "network.yaml:26:30: KME \"km3\""},
-		{"home twice", NetworkFile, "homes: [km1], groups", "homes: [km1, km1], groups", "network.yaml:26:30: home km1 is there twice"},
-		{"null home", NetworkFile, "homes: [km1], groups", "homes: [null], groups", "network.yaml:26:25: "},
-		{"no homes", NetworkFile, "homes: [km1], groups", "homes: [], groups", `network.yaml:26:10: SAE "alice" has no homes`},
-		{"homes are no list", NetworkFile, "homes: [km1], groups", "homes: km1, groups", "network.yaml:26:24: "},
-		{"group twice", NetworkFile, "[demo]}", "[demo, demo]}", "network.yaml:26:46: group"},
-		{"group in capitals", NetworkFile, "[demo]}", "[Demo]}", "network.yaml:26:40: group"},
-		{"anchor", NetworkFile, "homes: [km1], groups", "homes: &h [km1], groups", "network.yaml:26:24: anchors"},
-		{"tag", NetworkFile, "id: alice,", "id: !!str alice,", "network.yaml:26:10: anchors"},
-		{"merge key", NetworkFile, "{id: alice,", "{<<: {id: alice},", "network.yaml:26:6: "},
-		{"number as a key", NetworkFile, "{id: alice,", "{id: alice, 5: x,", "network.yaml:26:17: a key is a plain word"},
+		{"KME twice", NetworkFile, "id: km2", "id: km1", `network.yaml:16:9: KME "km1" is there twice`},
+		{"KME without a name", NetworkFile, "id: km2", `id: " "`, "network.yaml:16:9: KME ID is blank"},
+		{"KME without nodes", NetworkFile, "- {name: km2-a, sae: \"localhost:9443\", assign: \"localhost:9444\", classical: \"localhost:9445\", operator: \"localhost:9446\"}", "[]", "network.yaml:16:9: KME km2 has no nodes"},
+		{"node without a name", NetworkFile, "name: km2-a, ", "", "network.yaml:16:5: KME km2: node name \"\" is not"},
+		{"node twice", NetworkFile, "- {name: km2-a,", "- {name: km2-a, sae: \"h:1\", assign: \"h:2\", classical: \"h:3\", operator: \"h:4\"}\n      - {name: km2-a,", "network.yaml:19:16: KME km2: node km2-a is there twice"},
+		{"node without a door", NetworkFile, `, operator: "localhost:9446"`, "", "network.yaml:18:16: node km2-a: \"\" is not host:port"},
+		{"no port", NetworkFile, `"localhost:9446"`, "localhost", "network.yaml:18:111: node km2-a: \"localhost\" is not host:port"},
+		{"port 0", NetworkFile, `"localhost:9446"`, `"localhost:0"`, "network.yaml:18:111: "},
+		{"port twice", NetworkFile, "localhost:9446", "localhost:8443", "network.yaml:18:111: the address localhost:8443 is used twice"},
+		{"link to nobody", NetworkFile, "bob: km2", "bob: km3", `network.yaml:21:36: KME "km3" is not among kmes`},
+		{"link to itself", NetworkFile, "bob: km2", "bob: km1", "network.yaml:21:36: link km1-km2 joins km1 to itself"},
+		{"link twice", NetworkFile, "links:", "links:\n  - {id: km1-km2, alice: km1, bob: km2}", "network.yaml:22:10: link km1-km2 is there twice"},
+		{"two links a pair", NetworkFile, "links:", "links:\n  - {id: other, alice: km2, bob: km1}", "network.yaml:22:10: link km1-km2 joins"},
+		{"link's name", NetworkFile, "id: km1-km2", "id: KM1", "network.yaml:21:10: link id"},
+		{"SAE twice", NetworkFile, "id: bob,", "id: alice,", `network.yaml:28:10: SAE "alice" is there twice`},
+		{"SAE without a name", NetworkFile, "id: bob,", "", "network.yaml:28:7: SAE ID is empty"},
+		{"SAE of digits", NetworkFile, "id: bob,", "id: 12,", `network.yaml:28:10: "12" is not a string`},
+		{"home of nobody", NetworkFile, "homes: [km1], groups", "homes: [km1, km3], groups", "network.yaml:27:30: KME \"km3\""},
+		{"home twice", NetworkFile, "homes: [km1], groups", "homes: [km1, km1], groups", "network.yaml:27:30: home km1 is there twice"},
+		{"null home", NetworkFile, "homes: [km1], groups", "homes: [null], groups", "network.yaml:27:25: "},
+		{"no homes", NetworkFile, "homes: [km1], groups", "homes: [], groups", `network.yaml:27:10: SAE "alice" has no homes`},
+		{"homes are no list", NetworkFile, "homes: [km1], groups", "homes: km1, groups", "network.yaml:27:24: "},
+		{"group twice", NetworkFile, "[demo]}", "[demo, demo]}", "network.yaml:27:46: group"},
+		{"group in capitals", NetworkFile, "[demo]}", "[Demo]}", "network.yaml:27:40: group"},
+		{"anchor", NetworkFile, "homes: [km1], groups", "homes: &h [km1], groups", "network.yaml:27:24: anchors"},
+		{"tag", NetworkFile, "id: alice,", "id: !!str alice,", "network.yaml:27:10: anchors"},
+		{"merge key", NetworkFile, "{id: alice,", "{<<: {id: alice},", "network.yaml:27:6: "},
+		{"number as a key", NetworkFile, "{id: alice,", "{id: alice, 5: x,", "network.yaml:27:17: a key is a plain word"},
 		{"second document", NetworkFile, "saes:", "---\nsaes:", "network.yaml:1:1: must be one YAML document"},
 		{"syntax", NetworkFile, "saes:", "saes: [", "network.yaml:"},
-		{"brackets", NetworkFile, "saes:", "saes: " + strings.Repeat("[", 100_000), "network.yaml:25:23: nested too deeply"},
-		{"dashes", NetworkFile, "saes:", "saes:\n" + strings.Repeat("- ", 100_000), "network.yaml:26:33: nested too deeply"},
+		{"brackets", NetworkFile, "saes:", "saes: " + strings.Repeat("[", 100_000), "network.yaml:26:23: nested too deeply"},
+		{"dashes", NetworkFile, "saes:", "saes:\n" + strings.Repeat("- ", 100_000), "network.yaml:27:33: nested too deeply"},
 		{"bytes", NetworkFile, "saes:", "\xff", "network.yaml:1:1: not UTF-8"},
 
 		{"unknown field", PrincipalsFile, "require:", "requires:", `principals.yaml:6:1: unknown field "requires"`},

@@ -119,7 +119,7 @@ func drawNetwork(t *rapid.T) (yaml string, groups map[string][]string) {
 	var b strings.Builder
 	b.WriteString("version: 1\ntrust_domain: lab.test\nkmes:\n")
 	for i, k := range someKMEs {
-		fmt.Fprintf(&b, "  - {id: %s, sae: \"h:%d1\", assign: \"h:%d2\", classical: \"h:%d3\", operator: \"h:%d4\"}\n", k, i+1, i+1, i+1, i+1)
+		fmt.Fprintf(&b, "  - {id: %[1]s, nodes: [{name: %[1]s-a, sae: \"h:%[2]d1\", assign: \"h:%[2]d2\", classical: \"h:%[2]d3\", operator: \"h:%[2]d4\"}]}\n", k, i+1)
 	}
 	groups = make(map[string][]string)
 	b.WriteString("saes:\n")

@@ -143,7 +143,7 @@ func certificate(ts *testscript.TestScript, neg bool, args []string) {
 
 // wellFormed is a configuration with nothing wrong in it, of members that must be there.
 const wellFormed = `kme: km1
-node: a
+node: km1-a
 data: data
 policies: policies
 database: "$DSN"

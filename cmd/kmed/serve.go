@@ -43,6 +43,7 @@ type node struct {
 	log        *slog.Logger
 	self       identity.KME
 	set        *policies.Set
+	entry      policies.NodeEntry
 	credential *pki.Credential
 	issuers    map[string]*x509.CertPool
 	roots      *x509.CertPool
@@ -106,7 +107,7 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 			return nil
 		}
 	})
-	n.log.Info("serving", "sae", n.entry().SAE, "operator", n.entry().Operator)
+	n.log.Info("serving", "sae", n.entry.SAE, "operator", n.entry.Operator)
 	err := open.Wait()
 	stopCore()
 	return cmp.Or(err, <-coreDone)
@@ -125,8 +126,12 @@ func (n *node) open(ctx context.Context) (err error) {
 	if n.set, err = policies.Load(n.cfg.Policies); err != nil {
 		return err
 	}
-	if _, ok := n.set.KMEs[n.self]; !ok {
+	site, ok := n.set.KMEs[n.self]
+	if !ok {
 		return fmt.Errorf("KME %s is not among the kmes of %s", n.self, n.network())
+	}
+	if n.entry, ok = site.Node(n.cfg.Node); !ok {
+		return fmt.Errorf("node %s is not among the nodes of KME %s in %s", n.cfg.Node, n.self, n.network())
 	}
 	if err := os.MkdirAll(n.cfg.Data, 0o700); err != nil {
 		return fmt.Errorf("making the data folder: %w", err)
@@ -199,8 +204,6 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 	return nil
 }
 
-func (n *node) entry() policies.KMEEntry { return n.set.KMEs[n.self] }
-
 // core makes the KME with its peers and links.
 func (n *node) core() (*kme.KME, error) {
 	cfg := kme.Config{
@@ -217,7 +220,7 @@ func (n *node) core() (*kme.KME, error) {
 			return nil, err
 		}
 		cfg.Links = append(cfg.Links, link)
-		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Address: n.set.KMEs[link.Peer].Assign, TLS: n.towards(link.Peer), Log: n.log})
+		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Address: n.set.KMEs[link.Peer].Nodes[0].Assign, TLS: n.towards(link.Peer), Log: n.log})
 		if err != nil {
 			return nil, fmt.Errorf("link %s: %w", lc.ID, err)
 		}
@@ -245,7 +248,7 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		case l.Alice:
 			c.End, c.Peer = handover.Alice, l.Bob
 			c.Dial = func(ctx context.Context) (*peer.Stream, error) {
-				return peer.DialClassical(ctx, n.set.KMEs[l.Bob].Classical, n.towards(l.Bob))
+				return peer.DialClassical(ctx, n.set.KMEs[l.Bob].Nodes[0].Classical, n.towards(l.Bob))
 			}
 		case l.Bob:
 			c.End, c.Peer = handover.Bob, l.Alice
@@ -317,7 +320,7 @@ func (n *node) doors(core *kme.KME) ([]door, error) {
 		return nil, err
 	}
 
-	e := n.entry()
+	e := n.entry
 	return []door{
 		{name: "sae", address: e.SAE, tls: pki.ServerTLS(n.credential, n.issuers["sae"], tls.VersionTLS12), handler: door014.Handler(doorOld.Mount), log: n.log},
 		{name: "assign", address: e.Assign, tls: pki.ServerTLS(n.credential, n.issuers["kme"], tls.VersionTLS13), handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},

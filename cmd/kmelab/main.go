@@ -29,6 +29,7 @@ type commands struct {
 }
 
 type upCommand struct {
+	Nodes     int     `default:"1" help:"Nodes of each site."`
 	Eve       float64 `help:"Fraction of photons that Eve measures and sends on."`
 	FreePorts bool    `help:"Begin a new lab on whatever ports are free, instead of those of the README."`
 }
@@ -64,9 +65,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if selected.Command() == "check" {
 		return check(ctx, cfg, stdout)
 	}
+	if cfg.Nodes = c.Up.Nodes; cfg.Nodes < 1 || cfg.Nodes > 26 {
+		return errors.New("a site has 1 to 26 nodes")
+	}
 	cfg.Eve = c.Up.Eve
 	if c.Up.FreePorts {
-		if cfg.Ports, err = lab.FreePorts(); err != nil {
+		if cfg.Ports, err = lab.FreePorts(c.Up.Nodes); err != nil {
 			return err
 		}
 	}

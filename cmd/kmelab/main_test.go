@@ -79,7 +79,7 @@ func labEnv(ts *testscript.TestScript, neg bool, args []string) {
 	var known struct{ Ports lab.Ports }
 	ts.Check(json.Unmarshal([]byte(ts.ReadFile(filepath.Join(ts.Getenv("LAB"), "lab.json"))), &known))
 	for name, port := range map[string]int{
-		"KM1": known.Ports.KM1[0], "KM1_OPERATOR": known.Ports.KM1[3], "KM2": known.Ports.KM2[0], "SAE_CA": known.Ports.SAECA,
+		"KM1": known.Ports.KM1[0][0], "KM1_OPERATOR": known.Ports.KM1[0][3], "KM2": known.Ports.KM2[0][0], "SAE_CA": known.Ports.SAECA,
 	} {
 		ts.Setenv(name, fmt.Sprintf("https://localhost:%d", port))
 	}

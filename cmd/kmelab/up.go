@@ -80,7 +80,14 @@ func showNode(ctx context.Context, l *lab.Lab, site *lab.Site, s *screen) error 
 		}
 		return h.Detail
 	}
-	s.row(map[string]string{"km1": "KM1", "km2": "KM2"}[site.Name], "%s   HSM %s · database %s · 1 node", site.URL(), ok(n.HSM), ok(n.Database))
+	nodes := "1 node"
+	if len(site.Nodes) > 1 {
+		nodes = fmt.Sprintf("%d nodes", len(site.Nodes))
+	}
+	s.row(map[string]string{"km1": "KM1", "km2": "KM2"}[site.Name], "%s   HSM %s · database %s · %s", site.URL(), ok(n.HSM), ok(n.Database), nodes)
+	for _, other := range site.Nodes[1:] {
+		s.row("", "%s   %s", other.URL(), other.Name)
+	}
 	return nil
 }
 

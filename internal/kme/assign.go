@@ -22,6 +22,9 @@ import (
 // a commit whose outcome is unknown leaves the peer in doubt.
 func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.Announce) (handover.AnnounceAnswer, error) {
 	k := d.k
+	if err := d.known(ctx, from, a.Node); err != nil {
+		return handover.AnnounceAnswer{}, err
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	done, err := k.turn(ctx, from, a.Node)

@@ -26,9 +26,9 @@ const network = `
 version: 1
 trust_domain: lab.test
 kmes:
-  - {id: km1, sae: "localhost:11", assign: "localhost:12", classical: "localhost:13", operator: "localhost:14"}
-  - {id: km2, sae: "localhost:21", assign: "localhost:22", classical: "localhost:23", operator: "localhost:24"}
-  - {id: km3, sae: "localhost:31", assign: "localhost:32", classical: "localhost:33", operator: "localhost:34"}
+  - {id: km1, nodes: [{name: km1-a, sae: "localhost:11", assign: "localhost:12", classical: "localhost:13", operator: "localhost:14"}]}
+  - {id: km2, nodes: [{name: km2-a, sae: "localhost:21", assign: "localhost:22", classical: "localhost:23", operator: "localhost:24"}]}
+  - {id: km3, nodes: [{name: km3-a, sae: "localhost:31", assign: "localhost:32", classical: "localhost:33", operator: "localhost:34"}]}
 links:
   - {id: fibre, alice: km1, bob: km2}
 saes:

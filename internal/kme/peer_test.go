@@ -10,6 +10,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/problem"
 )
 
 // TestAdmit: what a peer's announce may ask for, whatever the pool holds.
@@ -57,6 +58,37 @@ func TestAdmit(t *testing.T) {
 	l.k.Production = true
 	if got := l.admit(good()); !strings.Contains(got, "production") {
 		t.Errorf("simulated keys at a production node: %q", got)
+	}
+}
+
+// TestStrangeNode: what comes in the name of a node that the peer does not have is
+// refused and recorded, and leaves nothing else.
+func TestStrangeNode(t *testing.T) {
+	t.Parallel()
+	judge, _ := core(t)
+	s := newSite(t)
+	k := s.node()
+	k.Policies, k.links = judge.Policies, judge.links
+	km2 := kmeID(t, "km2")
+	for _, name := range []string{"km2-b", "km1-a", "a", ""} {
+		_, hello := k.PeerDoor().Hello(t.Context(), km2, handover.Hello{KME: km2, Node: name, Run: 1})
+		_, run := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: name, Run: 1})
+		_, announce := k.PeerDoor().Announce(t.Context(), km2, handover.Announce{Node: name, Run: 1, Batch: 1})
+		for what, err := range map[string]error{"hello": hello, "run": run, "announce": announce} {
+			if problem.KindOf(err) != problem.Unauthorized {
+				t.Errorf("%s of node %q: %v, want it refused", what, name, err)
+			}
+		}
+		if known, err := k.Store.PeerRun(t.Context(), km2, name); err != nil || known.Run != 0 {
+			t.Errorf("node %q is known: %+v, %v", name, known, err)
+		}
+	}
+	events := s.audit()
+	if len(events) != 12 || events[0] != (told{"malformed", "refused", `km2 has no node "km2-b"`, 0}) {
+		t.Errorf("%d events, the first %+v", len(events), events[0])
+	}
+	if _, err := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: "km2-a", Run: 1}); err != nil {
+		t.Errorf("run of a node that there is: %v", err)
 	}
 }
 

@@ -26,6 +26,9 @@ func (d PeerDoor) Hello(ctx context.Context, from identity.KME, h handover.Hello
 	if h.KME != from {
 		return handover.Hello{}, d.refuse(ctx, from, fmt.Errorf("%s says hello as %s", from, h.KME))
 	}
+	if err := d.known(ctx, from, h.Node); err != nil {
+		return handover.Hello{}, err
+	}
 	return d.k.hello(ctx), nil
 }
 
@@ -47,6 +50,16 @@ func (d PeerDoor) Held(ctx context.Context, from identity.KME, h handover.Held) 
 func (d PeerDoor) refuse(ctx context.Context, from identity.KME, err error) error {
 	ev := audit.Event{Action: audit.Malformed, Outcome: audit.Refused, Reason: err.Error(), Actor: audit.Actor{Role: string(identity.RoleKME), ID: from.String()}}
 	return d.k.recordOrCount(ctx, problem.Because(problem.Unauthorized, err), ev)
+}
+
+// known refuses what comes in the name of a node that network.yaml does not give to
+// the peer: each name has a run and a batch of its own here, for ever. A void needs no
+// such check: it finds an assigned key or does nothing.
+func (d PeerDoor) known(ctx context.Context, from identity.KME, node string) error {
+	if _, ok := d.k.Policies().KMEs[from].Node(node); ok {
+		return nil
+	}
+	return d.refuse(ctx, from, fmt.Errorf("%s has no node %q", from, node))
 }
 
 // link is the link of that name, if from is its other end.
@@ -72,6 +85,9 @@ func (d PeerDoor) Void(ctx context.Context, from identity.KME, v handover.Void) 
 
 // Run hears of a node's new run and lists what lower runs were assigned here.
 func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+	if err := d.known(ctx, from, r.Node); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	rows, ok, err := d.k.Store.HearRun(ctx, from, r)

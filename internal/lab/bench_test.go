@@ -132,7 +132,7 @@ func startNull(b *testing.B, l *Lab) string {
 		}
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^TestNull$")
-	cmd.Env = append(os.Environ(), nullTLS+"="+l.KM1.path("tls"), nullIssuer+"="+l.path("ca", "sae", "intermediate.pem"), nullBytes+"="+dir)
+	cmd.Env = append(os.Environ(), nullTLS+"="+l.KM1.Node.path("tls"), nullIssuer+"="+l.path("ca", "sae", "intermediate.pem"), nullBytes+"="+dir)
 	cmd.Stderr = os.Stderr
 	said, err := cmd.StdoutPipe()
 	if err != nil {

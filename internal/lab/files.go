@@ -3,16 +3,20 @@ package lab
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"text/template"
 
 	"github.com/qutemail/kme/policies"
 )
 
 // writePolicies puts the shipped policies into the lab, with its own ports. Files
-// that are there are the operator's and stay.
+// that are there are the operator's and stay, but for the nodes in network.yaml.
 func (l *Lab) writePolicies() error {
 	dir := l.path("policies")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -24,31 +28,57 @@ func (l *Lab) writePolicies() error {
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		if _, err := os.Stat(path); err == nil {
-			continue
+		text, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			text, err = policies.Shipped.ReadFile(e.Name())
+			text = []byte(l.replaceAddresses(string(text)))
 		}
-		text, err := policies.Shipped.ReadFile(e.Name())
 		if err != nil {
 			return err
 		}
-		if err := os.WriteFile(path, []byte(l.replaceAddresses(string(text))), 0o644); err != nil {
+		if e.Name() == policies.NetworkFile {
+			text = nodeLine.ReplaceAllFunc(text, l.listNodes)
+		}
+		if err := os.WriteFile(path, text, 0o644); err != nil {
 			return fmt.Errorf("writing policies: %w", err)
 		}
 	}
 	return nil
 }
 
+// nodeLine is a node in the shipped network.yaml, or in what the lab has made of it.
+var nodeLine = regexp.MustCompile(`(?m)^ *- \{name: (km[12])-([a-z]),.*\n`)
+
+// listNodes is the line of a site's first node with one for each other node that the
+// lab has now. Those that it had before go.
+func (l *Lab) listNodes(line []byte) []byte {
+	m := nodeLine.FindSubmatch(line)
+	if string(m[2]) != "a" {
+		return nil
+	}
+	ports := l.Ports.of(string(m[1]))
+	lines := string(line)
+	for i := 1; i < l.Nodes; i++ {
+		pairs := []string{nodeName(string(m[1]), 0), nodeName(string(m[1]), i)}
+		for door, port := range ports[0] {
+			pairs = append(pairs, fmt.Sprintf("localhost:%d", port), fmt.Sprintf("localhost:%d", ports[i][door]))
+		}
+		lines += strings.NewReplacer(pairs...).Replace(string(line))
+	}
+	return []byte(lines)
+}
+
 // kmedYAML is the configuration of a lab's kmed.
 var kmedYAML = template.Must(template.New("kmed.yaml").Parse(`# Written by the lab at each start.
 kme: {{.Name}}
-node: {{.Name}}-a
+node: {{.Node}}
 data: data
-policies: ../policies
+policies: ../../policies
 database: "{{.Database}}"
 hsm:
   module: {{.Module}}
   token: {{.Name}}
-  pin_file: hsm/pin
+  pin_file: ../hsm/pin
 certificates:
   dir: tls
   ca: https://localhost:{{.CA}}
@@ -56,34 +86,35 @@ certificates:
   token_file: enrolment-token
   names: [localhost, 127.0.0.1]
   issuers:
-    sae: ../ca/sae/intermediate.pem
-    kme: ../ca/kme/intermediate.pem
-    operator: ../ca/operator/intermediate.pem
+    sae: ../../ca/sae/intermediate.pem
+    kme: ../../ca/kme/intermediate.pem
+    operator: ../../ca/operator/intermediate.pem
 links:
   - id: {{.Link}}
     socket: {{.Sockets}}/{{.End}}.sock
-    secret_file: ../qlink/{{.End}}.secret
+    secret_file: ../../qlink/{{.End}}.secret
     interval: {{.Interval}}{{if .Filler}}
     filler: {{.Filler}}{{end}}
 pool_limit: {{.PoolLimit}}
 `))
 
-// writeConfig writes the site's kmed.yaml and, if it has no certificate that still
+// writeConfig writes the node's kmed.yaml and, if it has no certificate that still
 // holds, a one-time token to get one.
-func (s *Site) writeConfig(ctx context.Context) error {
+func (n *Node) writeConfig(ctx context.Context) error {
+	s := n.site
 	fingerprint, err := s.lab.fingerprint(ctx)
 	if err != nil {
 		return err
 	}
-	if err := s.lab.tokenUnlessEnrolled(ctx, "kme", s.Name, s.path("tls"), s.path("enrolment-token")); err != nil {
+	if err := s.lab.tokenUnlessEnrolled(ctx, "kme", s.Name, n.path("tls"), n.path("enrolment-token")); err != nil {
 		return err
 	}
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
-		"Name": s.Name, "Database": s.DSN("kme_app"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
+		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
 		"Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler,
 	}); err != nil {
 		return err
 	}
-	return os.WriteFile(s.path("kmed.yaml"), b.Bytes(), 0o600)
+	return os.WriteFile(n.path("kmed.yaml"), b.Bytes(), 0o600)
 }

@@ -83,16 +83,16 @@ func remember(dir string) {
 // held against the lab, and it is stopped.
 func start(t testing.TB, change func(*Config)) *Lab {
 	t.Helper()
-	ports, err := FreePorts()
-	if err != nil {
-		t.Fatal(err)
-	}
 	cfg := Config{
-		Dir: shortDir(t), Bin: binaries(t, false), Ports: ports,
+		Dir: shortDir(t), Bin: binaries(t, false), Nodes: 1,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
 	}
 	if change != nil {
 		change(&cfg)
+	}
+	var err error
+	if cfg.Ports, err = FreePorts(cfg.Nodes); err != nil {
+		t.Fatal(err)
 	}
 	places <- struct{}{}
 	t.Cleanup(func() { <-places })
@@ -155,7 +155,11 @@ func check(t testing.TB, l *Lab) Report {
 
 // lastWords shows how the logs of the lab's processes end.
 func lastWords(t testing.TB, l *Lab) {
-	for _, file := range []string{l.KM1.LogFile(), l.KM2.LogFile(), l.path("qlink", "log")} {
+	files := []string{l.path("qlink", "log")}
+	for _, n := range l.nodes() {
+		files = append(files, n.LogFile())
+	}
+	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Log(err)
@@ -211,9 +215,12 @@ func keysStored(t testing.TB, l *Lab, n int) {
 }
 
 // sae is an SAE of the lab, speaking to its home.
-func sae(t testing.TB, l *Lab, name string) *Person {
+func sae(t testing.TB, l *Lab, name string) *Person { return saeAt(t, l, name, people[name]) }
+
+// saeAt is an SAE of the lab, speaking to a node or to the first of a site.
+func saeAt(t testing.TB, l *Lab, name, where string) *Person {
 	t.Helper()
-	p, err := l.SAE(name)
+	p, err := l.SAEAt(name, where)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,13 +37,14 @@ type Config struct {
 	Bin string // folder of kmed, kme-ca and qlink
 	Log *slog.Logger
 
+	Nodes     int           // of each site; default 1
 	Ports     Ports         // of a new lab; the zero Ports are those of the README. A lab keeps the ports that it began with
 	Interval  time.Duration // between blocks of the link; default 1s
 	PoolLimit int           // keys stored per link; default 20000
 	Eve       float64       // fraction of photons intercepted at the start
 	Filler    int           // if not 0: no light, but blocks of so many paired random atoms (provenance simulated), for load tests
 
-	// Env is added to the environment of a kmed: how tests arm failpoints.
+	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
 
 	// Step, if not nil, is told what the lab is doing.
@@ -81,6 +83,9 @@ func (l *Lab) up(ctx context.Context) error {
 	}
 	if l.Bin, err = filepath.Abs(l.Bin); err != nil {
 		return err
+	}
+	if l.Nodes == 0 {
+		l.Nodes = 1
 	}
 	if err := l.choosePorts(); err != nil {
 		return err
@@ -122,16 +127,31 @@ func (l *Lab) up(ctx context.Context) error {
 	}
 	l.step("KM1 and KM2")
 	g, gctx = errgroup.WithContext(ctx)
-	g.Go(func() error { return l.KM1.Start(gctx) })
-	g.Go(func() error { return l.KM2.Start(gctx) })
+	for _, n := range l.nodes() {
+		g.Go(func() error { return n.Start(gctx) })
+	}
 	g.Go(func() error { return l.enrolPeople(gctx) })
 	if err := g.Wait(); err != nil {
 		return err
 	}
 	g, gctx = errgroup.WithContext(ctx)
-	g.Go(func() error { return l.KM1.Await(gctx) })
-	g.Go(func() error { return l.KM2.Await(gctx) })
+	for _, n := range l.nodes() {
+		g.Go(func() error { return n.Await(gctx) })
+	}
 	return g.Wait()
+}
+
+// nodes are those of both sites.
+func (l *Lab) nodes() []*Node { return slices.Concat(l.KM1.Nodes, l.KM2.Nodes) }
+
+// node is the one of that name, or the first of the site of that name.
+func (l *Lab) node(name string) (*Node, error) {
+	for _, n := range l.nodes() {
+		if n.Name == name || n.site.Name == name {
+			return n, nil
+		}
+	}
+	return nil, fmt.Errorf("the lab has no site or node %q", name)
 }
 
 func (l *Lab) step(what string) {
@@ -259,34 +279,38 @@ func (l *Lab) saveState() error {
 func (l *Lab) loadState() (state, error) {
 	var s state
 	text, err := os.ReadFile(l.path("lab.json"))
-	if err == nil {
-		err = json.Unmarshal(text, &s)
-	}
 	if err != nil {
 		return s, fmt.Errorf("reading lab.json: %w", err)
+	}
+	if err := json.Unmarshal(text, &s); err != nil {
+		return s, fmt.Errorf("reading lab.json: %w (a lab of an older version? remove %s and begin anew)", err, l.Dir)
 	}
 	return s, nil
 }
 
 // choosePorts settles the ports: the CAs, the policies and the profiles of a lab
-// that was up before name those that it had.
+// that was up before name those that it had. Nodes that are new get new ones.
 func (l *Lab) choosePorts() error {
-	switch before, err := l.loadState(); {
-	case err == nil:
-		l.Ports = before.Ports
-	case !errors.Is(err, fs.ErrNotExist):
-		return err
-	case l.Ports == (Ports{}):
-		l.Ports = ReadmePorts
+	if l.Ports.KM1 == nil {
+		l.Ports = ReadmePorts(l.Nodes)
 	}
-	return nil
+	before, err := l.loadState()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if had := len(before.Ports.KM1); err == nil && had < l.Nodes {
+		before.Ports.KM1 = append(before.Ports.KM1, l.Ports.KM1[had:]...)
+		before.Ports.KM2 = append(before.Ports.KM2, l.Ports.KM2[had:]...)
+	}
+	l.Ports = before.Ports
+	return err
 }
 
 // replaceAddresses puts this lab's ports where a shipped file has those of the README.
 func (l *Lab) replaceAddresses(text string) string {
 	var pairs []string
-	own := l.Ports.all()
-	for i, p := range ReadmePorts.all() {
+	own := l.Ports.shipped()
+	for i, p := range ReadmePorts(1).shipped() {
 		pairs = append(pairs, fmt.Sprintf("localhost:%d", p), fmt.Sprintf("localhost:%d", own[i]))
 	}
 	return strings.NewReplacer(pairs...).Replace(text)

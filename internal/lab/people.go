@@ -120,7 +120,11 @@ func (l *Lab) tokenUnlessEnrolled(ctx context.Context, role, id, dir, file strin
 // enrolPeople gets certificates for the lab's SAEs and operators.
 func (l *Lab) enrolPeople(ctx context.Context) error {
 	for name, home := range people {
-		if err := l.enrol(ctx, "sae", name, l.site(home, "").URL()); err != nil {
+		n, err := l.node(home)
+		if err != nil {
+			return err
+		}
+		if err := l.enrol(ctx, "sae", name, n.URL()); err != nil {
 			return err
 		}
 	}
@@ -177,13 +181,17 @@ func SAEID(name string) identity.SAE {
 // SAE returns an SAE of the lab, speaking to its home.
 func (l *Lab) SAE(name string) (*Person, error) { return l.SAEAt(name, people[name]) }
 
-// SAEAt returns an SAE of the lab, speaking to the KME of a site.
-func (l *Lab) SAEAt(name, site string) (*Person, error) {
+// SAEAt returns an SAE of the lab, speaking to a node or to the first of a site.
+func (l *Lab) SAEAt(name, where string) (*Person, error) {
+	n, err := l.node(where)
+	if err != nil {
+		return nil, err
+	}
 	hc, err := l.httpClient(l.profileDir("sae", name))
 	if err != nil {
 		return nil, err
 	}
-	url := l.site(site, "").URL()
+	url := n.URL()
 	return &Person{ID: SAEID(name), HTTP: hc, Client: etsi014.NewClient(url, hc), Legacy: legacy.NewClient(url, hc)}, nil
 }
 
@@ -203,11 +211,15 @@ func (l *Lab) httpClient(dir string) (*http.Client, error) {
 	}, nil
 }
 
-// Operator returns an operator of the lab, speaking to the KME of a site.
-func (l *Lab) Operator(name, site string) (*admin.Client, error) {
+// Operator returns an operator of the lab, speaking to a node or to the first of a site.
+func (l *Lab) Operator(name, where string) (*admin.Client, error) {
+	n, err := l.node(where)
+	if err != nil {
+		return nil, err
+	}
 	hc, err := l.httpClient(l.profileDir("operator", name))
 	if err != nil {
 		return nil, err
 	}
-	return admin.NewClient(l.site(site, "").OperatorURL(), hc), nil
+	return admin.NewClient(n.OperatorURL(), hc), nil
 }

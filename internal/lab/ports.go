@@ -4,25 +4,32 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 )
 
 // Ports are the TCP ports of a lab, all on localhost.
 type Ports struct {
-	KM1, KM2                   [4]int // SAE, assign, classical, operator
+	KM1, KM2                   [][4]int // of each node: SAE, assign, classical, operator
 	SAECA, KMECA, OperatorCA   int
 	SAECRL, KMECRL, OperatorCR int // plain HTTP: certificate revocation lists
 }
 
-// ReadmePorts are those of `make run`.
-var ReadmePorts = Ports{
-	KM1: [4]int{8443, 8444, 8445, 8446}, KM2: [4]int{9443, 9444, 9445, 9446},
-	SAECA: 7443, KMECA: 7444, OperatorCA: 7445,
-	SAECRL: 7453, KMECRL: 7454, OperatorCR: 7455,
+// ReadmePorts are those of `make run`, for so many nodes a site.
+func ReadmePorts(nodes int) Ports {
+	p := Ports{
+		SAECA: 7443, KMECA: 7444, OperatorCA: 7445,
+		SAECRL: 7453, KMECRL: 7454, OperatorCR: 7455,
+	}
+	for i := range nodes {
+		p.KM1 = append(p.KM1, [4]int{8443 + 10*i, 8444 + 10*i, 8445 + 10*i, 8446 + 10*i})
+		p.KM2 = append(p.KM2, [4]int{9443 + 10*i, 9444 + 10*i, 9445 + 10*i, 9446 + 10*i})
+	}
+	return p
 }
 
 // FreePorts finds ports that nobody listens on, for tests side by side.
-func FreePorts() (Ports, error) {
-	var ports [14]int
+func FreePorts(nodes int) (Ports, error) {
+	ports := make([]int, 6+8*nodes)
 	for i := range ports {
 		ln, err := listenAnywhere()
 		if err != nil {
@@ -31,11 +38,14 @@ func FreePorts() (Ports, error) {
 		defer ln.Close() // all are held until the last is found: no two alike
 		ports[i] = ln.Addr().(*net.TCPAddr).Port
 	}
-	return Ports{
-		KM1: [4]int(ports[:4]), KM2: [4]int(ports[4:8]),
-		SAECA: ports[8], KMECA: ports[9], OperatorCA: ports[10],
-		SAECRL: ports[11], KMECRL: ports[12], OperatorCR: ports[13],
-	}, nil
+	p := Ports{
+		SAECA: ports[0], KMECA: ports[1], OperatorCA: ports[2],
+		SAECRL: ports[3], KMECRL: ports[4], OperatorCR: ports[5],
+	}
+	for doors := range slices.Chunk(ports[6:], 8) {
+		p.KM1, p.KM2 = append(p.KM1, [4]int(doors[:4])), append(p.KM2, [4]int(doors[4:]))
+	}
+	return p, nil
 }
 
 // listenAnywhere takes a port below those that the kernel gives to outgoing
@@ -52,12 +62,13 @@ func listenAnywhere() (net.Listener, error) {
 	return nil, err
 }
 
-func (p Ports) all() []int {
-	return append(append(p.KM1[:], p.KM2[:]...), p.SAECA, p.KMECA, p.OperatorCA, p.SAECRL, p.KMECRL, p.OperatorCR)
+// shipped are those that a shipped file may name: there each KME has one node.
+func (p Ports) shipped() []int {
+	return append(slices.Concat(p.KM1[0][:], p.KM2[0][:]), p.SAECA, p.KMECA, p.OperatorCA, p.SAECRL, p.KMECRL, p.OperatorCR)
 }
 
-// of are the four doors of a KME.
-func (p Ports) of(kme string) [4]int {
+// of are the doors of a KME's nodes.
+func (p Ports) of(kme string) [][4]int {
 	if kme == "km1" {
 		return p.KM1
 	}

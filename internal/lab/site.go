@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/handover"
@@ -29,11 +29,12 @@ var moduleOwner sync.Mutex
 
 // Site is one KME with its database and token.
 type Site struct {
-	lab  *Lab
-	Name string // km1 or km2
-	End  handover.End
-	pg   *pgdev.Cluster
-	kmed *process
+	lab   *Lab
+	Name  string // km1 or km2
+	End   handover.End
+	Nodes []*Node
+	*Node // the first of them: where more than one makes no difference, it speaks for the site
+	pg    *pgdev.Cluster
 }
 
 func (l *Lab) site(name, end string) *Site {
@@ -41,7 +42,24 @@ func (l *Lab) site(name, end string) *Site {
 	if end == "bob" {
 		s.End = handover.Bob
 	}
+	for i := range max(1, l.Nodes) {
+		n := nodeName(name, i)
+		s.Nodes = append(s.Nodes, &Node{site: s, Name: n, index: i, env: slices.Concat(l.Env[name], l.Env[n])})
+	}
+	s.Node = s.Nodes[0]
 	return s
+}
+
+// nodeName is km1-a and so on.
+func nodeName(site string, i int) string { return site + "-" + string(rune('a'+i)) }
+
+// Stop ends all of the site's nodes with SIGTERM.
+func (s *Site) Stop() error {
+	var g errgroup.Group
+	for _, n := range s.Nodes {
+		g.Go(n.Stop)
+	}
+	return g.Wait()
 }
 
 // KME is the site's KME ID.
@@ -73,14 +91,6 @@ func (s *Site) attach(ctx context.Context) error {
 		return conn.Close(ctx)
 	}
 	return s.StartDatabase(ctx)
-}
-
-// URL is the base URL of the site's SAE door.
-func (s *Site) URL() string { return fmt.Sprintf("https://localhost:%d", s.lab.Ports.of(s.Name)[0]) }
-
-// OperatorURL is the base URL of the site's operator door.
-func (s *Site) OperatorURL() string {
-	return fmt.Sprintf("https://localhost:%d", s.lab.Ports.of(s.Name)[3])
 }
 
 // prepareDatabase starts the site's Postgres and brings its schema up to date.
@@ -151,71 +161,6 @@ func (s *Site) prepareToken() error {
 
 // TokenDir is where the site's tokens lie.
 func (s *Site) TokenDir() string { return s.path("hsm", "tokens") }
-
-// env is the environment of the site's kmed.
-func (s *Site) env() []string {
-	return append([]string{"SOFTHSM2_CONF=" + s.path("hsm", "softhsm2.conf")}, s.lab.Env[s.Name]...)
-}
-
-// Start writes the site's configuration and starts its kmed.
-func (s *Site) Start(ctx context.Context) error {
-	if err := s.writeConfig(ctx); err != nil {
-		return err
-	}
-	var err error
-	s.kmed, err = s.lab.nursery.start("kmed of "+s.Name, s.lab.path("qlink"), s.LogFile(), s.env(), filepath.Join(s.lab.Bin, "kmed"), "serve", "--config", s.path("kmed.yaml"))
-	return err
-}
-
-// LogFile is what the site's kmed has written.
-func (s *Site) LogFile() string { return s.path("log", "kmed") }
-
-// Await returns when the site's kmed answers alice's or bob's Get status.
-func (s *Site) Await(ctx context.Context) error {
-	return s.kmed.await(ctx, func() error {
-		me, other := "alice", "bob"
-		if s.Name == "km2" {
-			me, other = other, me
-		}
-		c, err := s.lab.SAE(me)
-		if err != nil {
-			return err
-		}
-		defer c.HTTP.CloseIdleConnections()
-		ctx, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		_, err = c.Client.Status(ctx, SAEID(other))
-		return err
-	})
-}
-
-// Stop ends the site's kmed with SIGTERM.
-func (s *Site) Stop() error { return s.kmed.stop() }
-
-// Kill ends the site's kmed with SIGKILL.
-func (s *Site) Kill() { s.kmed.kill() }
-
-// Running says whether the site's kmed runs.
-func (s *Site) Running() bool { return s.kmed.running() }
-
-// Exited is closed when the site's kmed has ended.
-func (s *Site) Exited() <-chan struct{} { return s.kmed.exited }
-
-// Restart starts the site's kmed again, with env added to its environment, and
-// waits until it answers.
-func (s *Site) Restart(ctx context.Context, env ...string) error {
-	if s.Running() {
-		return errors.New(s.Name + " is still running")
-	}
-	if s.lab.Env == nil {
-		s.lab.Env = make(map[string][]string)
-	}
-	s.lab.Env[s.Name] = slices.Clone(env)
-	if err := s.Start(ctx); err != nil {
-		return err
-	}
-	return s.Await(ctx)
-}
 
 func randomHex(n int) string {
 	b := make([]byte, n)
