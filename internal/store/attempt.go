@@ -226,7 +226,12 @@ func (a *attempt) second(ctx context.Context) error {
 		return nil
 	})
 	a.open = true
+	a.c.warning = ""
 	err := a.conn.SendBatch(ctx, &b).Close()
+	if err == nil && a.c.warning != "" {
+		// Somebody ended the wait for the standby: committed here, and perhaps nowhere else.
+		return &unknown{errors.New(a.c.warning)}
+	}
 	if pg := (*pgconn.PgError)(nil); err == nil || errors.As(err, &pg) && pg.SeverityUnlocalized == "ERROR" {
 		return err // an ERROR ends the transaction, whichever statement raised it
 	}

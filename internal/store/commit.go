@@ -11,9 +11,10 @@ import (
 )
 
 const (
-	// tripTime bounds one round trip to the database: whatever takes longer is a
-	// broken connection. It is generous, since giving up on a COMMIT is costly.
-	tripTime = 30 * time.Second
+	// tripTime bounds one attempt, and one question: whatever takes longer is a
+	// broken connection, or a COMMIT that waits for a standby. Giving up on that one
+	// leaves it waiting, and asks on another connection, perhaps to another primary.
+	tripTime = 10 * time.Second
 	// maxTries bounds how often a batch is tried again as it is.
 	maxTries = 5
 
@@ -214,7 +215,8 @@ func (c *committer) ping() {
 }
 
 // connect makes a new connection, in one try, and ends the old one at both ends: a
-// server that has not noticed that it is broken would keep its locks.
+// server that has not noticed that it is broken would keep its locks. But one whose
+// COMMIT waits for a standby waits on: ending it would end the wait.
 func (c *committer) connect() error {
 	old := c.conn
 	if old != nil {
@@ -222,9 +224,7 @@ func (c *committer) connect() error {
 		_ = old.Close(ctx) // it is broken, or it is replaced
 		cancel()
 	}
-	ctx, cancel := context.WithTimeout(c.stop, 5*time.Second)
-	defer cancel()
-	conn, err := pgx.ConnectConfig(ctx, c.config)
+	conn, err := c.dial()
 	if err != nil {
 		return err
 	}
@@ -232,8 +232,11 @@ func (c *committer) connect() error {
 	if old == nil {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(c.stop, hostTime)
+	defer cancel()
 	_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-		WHERE pid = $1 AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()`, old.PgConn().PID())
+		WHERE pid = $1 AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()
+		AND wait_event IS DISTINCT FROM 'SyncRep'`, old.PgConn().PID())
 	return err
 }
 
@@ -310,8 +313,12 @@ func (c *committer) askFate(a *attempt) (fate, error) {
 	if _, err := tx.Exec(ctx, "UPDATE node_run SET mark = $2 WHERE node = $1", c.db.cfg.Node, next); err != nil {
 		return fateNot, err
 	}
+	c.warning = ""
 	if err := tx.Commit(ctx); err != nil {
 		return fateNot, err // whatever became of this one: a's mark stands there or it does not
+	}
+	if c.warning != "" {
+		return fateNot, errors.New(c.warning)
 	}
 	if c.mark = next; f == fateCommitted {
 		c.advance(a)

@@ -103,6 +103,8 @@ type committer struct {
 	marks  int64      // the highest mark given out
 	head   audit.Head // after that commit
 	days   map[string]bool
+
+	warning string // the server's last, if it may be about a commit
 }
 
 type downReason struct{ err error }

@@ -29,6 +29,12 @@ func (s *site) await(what string, holds func() bool) {
 // returned function runs its statements and lets go.
 func (s *site) lockNode(node string) (release func(statements ...string)) {
 	s.t.Helper()
+	return s.lock("SELECT FROM node_run WHERE node = $1 FOR UPDATE", node)
+}
+
+// lock keeps what a statement locks in the same way.
+func (s *site) lock(sql string, args ...any) (release func(statements ...string)) {
+	s.t.Helper()
 	ctx := context.Background()
 	conn, err := pgx.Connect(ctx, s.dsn(pgdev.Superuser)+" search_path=kme")
 	if err != nil {
@@ -38,7 +44,7 @@ func (s *site) lockNode(node string) (release func(statements ...string)) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if _, err := tx.Exec(ctx, "SELECT FROM node_run WHERE node = $1 FOR UPDATE", node); err != nil {
+	if _, err := tx.Exec(ctx, sql, args...); err != nil {
 		s.t.Fatal(err)
 	}
 	return func(statements ...string) {

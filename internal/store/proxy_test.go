@@ -37,6 +37,10 @@ type proxy struct {
 	cuts   int
 	late   chan struct{} // closed when a delayed COMMIT may be delivered
 	all    sync.WaitGroup
+
+	clients   []net.Conn
+	cancels   int // CancelRequests
+	farewells int // Terminates
 }
 
 // newProxy returns a proxy and the DSN through which it is used.
@@ -67,10 +71,26 @@ func (p *proxy) accept() {
 			client.Close()
 			continue
 		}
+		p.mu.Lock()
+		p.clients = append(p.clients, client)
+		p.mu.Unlock()
 		deaf := make(chan struct{}) // closed: what the server says is not passed on
 		p.all.Go(func() { p.answers(client, server, deaf) })
 		p.all.Go(func() { p.requests(client, server, deaf) })
 	}
+}
+
+// cancelRequest stands where a startup message has the protocol's version.
+const cancelRequest = 80877102
+
+// cut breaks the connections that there are.
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.clients {
+		c.Close()
+	}
+	p.clients = nil
 }
 
 // answers passes on what the server says, until deaf.
@@ -103,6 +123,11 @@ func (p *proxy) requests(client, server net.Conn, deaf chan struct{}) {
 	if _, err := io.ReadFull(client, body); err != nil {
 		return
 	}
+	if binary.BigEndian.Uint32(body) == cancelRequest {
+		p.mu.Lock()
+		p.cancels++
+		p.mu.Unlock()
+	}
 	if _, err := server.Write(append(head[:], body...)); err != nil {
 		return
 	}
@@ -111,6 +136,11 @@ func (p *proxy) requests(client, server net.Conn, deaf chan struct{}) {
 		message, sql, err := readMessage(client, prepared)
 		if err != nil {
 			return
+		}
+		if message[0] == 'X' {
+			p.mu.Lock()
+			p.farewells++
+			p.mu.Unlock()
 		}
 		switch p.judge(sql) {
 		case loseRequest:

@@ -131,27 +131,24 @@ func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStar
 		if err := a.conn.QueryRow(ctx, readPeerRun+" FOR UPDATE", peer.String(), r.Node).Scan(&p.Run, &p.Last); err != nil {
 			return err
 		}
-		if p, ok = p.Hear(r.Run); ok {
-			a.writes.Queue("UPDATE peer_run SET run = $3, last = $4 WHERE peer = $1 AND node = $2", peer.String(), r.Node, p.Run, p.Last)
+		if p, ok = p.Hear(r.Run); !ok {
+			rows = nil
+			return nil
 		}
-		return nil
+		a.writes.Queue("UPDATE peer_run SET run = $3, last = $4 WHERE peer = $1 AND node = $2", peer.String(), r.Node, p.Run, p.Last)
+		// No other transaction can add to these: it would have to lock the row above.
+		rows, err = assigned(ctx, a.conn, peer, r)
+		return err
 	}), nil)
 	if err != nil {
 		return nil, false, fmt.Errorf("hearing of run %d of %s: %w", r.Run, r.Node, err)
 	}
-	if !ok {
-		return nil, false, nil
-	}
-	// No transaction can add to these any more: it would have to lock the row above.
-	if rows, err = db.assigned(ctx, peer, r); err != nil {
-		return nil, false, away("listing what was assigned", err)
-	}
-	return rows, true, nil
+	return rows, ok, nil
 }
 
 // assigned reads the next page, along the index of each partition.
-func (db *DB) assigned(ctx context.Context, peer identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
-	rows, _ := db.pool.Query(ctx, `SELECT DISTINCT ON (key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
+func assigned(ctx context.Context, conn *pgx.Conn, peer identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+	rows, _ := conn.Query(ctx, `SELECT DISTINCT ON (key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
 		WHERE peer = $1 AND node = $2 AND run < $3 AND key_id > $4 AND (gone_how IS NULL OR gone_how = 'expired')
 		ORDER BY key_id LIMIT $5`, peer.String(), r.Node, r.Run, [16]byte(r.After), handover.MaxAssigned)
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {

@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"sync"
 	"time"
 
@@ -62,7 +61,7 @@ var (
 
 // Config is what a DB needs. All fields must be set, Log excepted.
 type Config struct {
-	DSN         string           // of the role kme_app; several hosts with target_session_attrs=read-write are fine
+	DSN         string           // of the role kme_app; of several hosts the primary is found, connect_timeout (2 s) is for each
 	Site        identity.KME     // whose database it is: a database of another KME is refused
 	Node        string           // this node's name, unique at the site
 	EpochLength time.Duration    // must be what the database was made with
@@ -74,7 +73,7 @@ type Config struct {
 // from many goroutines.
 type DB struct {
 	cfg       Config
-	pool      *pgxpool.Pool // for reading, and for the few changes that carry no event
+	pool      *pgxpool.Pool // for reading, and for the few changes that carry no event: see below
 	epochs    epochSet
 	committer *committer
 	finder    *finder
@@ -83,6 +82,13 @@ type DB struct {
 	mu        sync.Mutex
 	unclaimed map[string][]int64 // by link: chunks leased by this run whose Lease had failed to return them
 }
+
+// What the pool reads may be old: after a failover its connections may lead, for a
+// while, to a primary that is one no more. It may also run ahead, by a commit that
+// a primary had written and not yet replicated when it crashed and came back. So no
+// read decides anything that cannot be taken back: it says what to try, and the
+// committer's statement finds it so or refuses. Its COMMIT, which no old primary
+// can end, proves that all it saw is replicated too.
 
 // pointLookups makes the planner take the index whatever it believes about a
 // table's size: hot statements name a few rows of tables that grow by the minute,
@@ -100,6 +106,7 @@ var pointLookups = map[string]string{
 	"tcp_keepalives_idle":                 "10", // a node that lost its power keeps no locks
 	"tcp_keepalives_interval":             "5",
 	"tcp_keepalives_count":                "3",
+	"client_connection_check_interval":    "1s", // nor does one that hung up on a statement
 }
 
 // Open connects to the database. It refuses one whose schema version, epoch length
@@ -111,12 +118,10 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if cfg.Node == "" || cfg.Site == (identity.KME{}) || cfg.EpochLength <= 0 || cfg.Now == nil {
 		return nil, errors.New("opening the store: node, site, epoch length and clock must be set")
 	}
-	poolConfig, err := pgxpool.ParseConfig(cfg.DSN)
+	poolConfig, err := parse(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("opening the store: %w", err)
 	}
-	maps.Copy(poolConfig.ConnConfig.RuntimeParams, pointLookups)
-	poolConfig.ConnConfig.RuntimeParams["application_name"] = "kmed " + cfg.Node
 	db := &DB{cfg: cfg, unclaimed: make(map[string][]int64)}
 	db.committer = newCommitter(db, poolConfig.ConnConfig.Copy())
 	if db.pool, err = pgxpool.NewWithConfig(ctx, poolConfig); err != nil {
