@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -220,12 +221,28 @@ func (n *node) core() (*kme.KME, error) {
 			return nil, err
 		}
 		cfg.Links = append(cfg.Links, link)
-		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Address: n.set.KMEs[link.Peer].Nodes[0].Assign, TLS: n.towards(link.Peer), Log: n.log})
+		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Addresses: n.doorsOf(link.Peer, assignDoor), TLS: n.towards(link.Peer), Log: n.log})
 		if err != nil {
 			return nil, fmt.Errorf("link %s: %w", lc.ID, err)
 		}
 	}
 	return kme.New(cfg)
+}
+
+func assignDoor(n policies.NodeEntry) string    { return n.Assign }
+func classicalDoor(n policies.NodeEntry) string { return n.Classical }
+
+// doorsOf are the addresses of a door at the nodes of another KME. Our first node
+// turns to their first, our second to their second, and so on, so that the work is
+// shared; the others follow in order.
+func (n *node) doorsOf(other identity.KME, door func(policies.NodeEntry) string) []string {
+	mine := slices.Index(n.set.KMEs[n.self].Nodes, n.entry)
+	theirs := n.set.KMEs[other].Nodes
+	addresses := make([]string, len(theirs))
+	for i := range theirs {
+		addresses[i] = door(theirs[(mine+i)%len(theirs)])
+	}
+	return addresses
 }
 
 // towards is the TLS configuration with which this node speaks to another KME,
@@ -248,7 +265,7 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		case l.Alice:
 			c.End, c.Peer = handover.Alice, l.Bob
 			c.Dial = func(ctx context.Context) (*peer.Stream, error) {
-				return peer.DialClassical(ctx, n.set.KMEs[l.Bob].Nodes[0].Classical, n.towards(l.Bob))
+				return peer.DialClassical(ctx, n.doorsOf(l.Bob, classicalDoor), n.towards(l.Bob))
 			}
 		case l.Bob:
 			c.End, c.Peer = handover.Bob, l.Alice

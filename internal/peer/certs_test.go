@@ -161,7 +161,13 @@ func serveHTTP(t testing.TB, cfg *tls.Config, h http.Handler) string {
 
 func newClient(t testing.TB, address string, cfg *tls.Config) *Client {
 	t.Helper()
-	c, err := NewClient(ClientConfig{Address: address, TLS: cfg, Log: quiet()})
+	return newClientOf(t, cfg, address)
+}
+
+// newClientOf is a Client of a peer with several nodes.
+func newClientOf(t testing.TB, cfg *tls.Config, addresses ...string) *Client {
+	t.Helper()
+	c, err := NewClient(ClientConfig{Addresses: addresses, TLS: cfg, Log: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}

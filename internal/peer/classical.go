@@ -19,14 +19,19 @@ const classicalProtocol = "kme-classical/1"
 // maxStreams bounds the connections of a classical door, in handshake or in use.
 const maxStreams = 64
 
-// DialClassical opens a Stream to the classical door at address (host:port). cfg
-// has our certificate and must accept the peer's KME alone.
-func DialClassical(ctx context.Context, address string, cfg *tls.Config) (*Stream, error) {
-	c, err := dialTLS(ctx, address, cfg, classicalProtocol)
-	if err != nil {
-		return nil, err
+// DialClassical opens a Stream to the classical door at the first of addresses
+// (host:port, one for each of the peer's nodes) that answers. cfg has our
+// certificate and must accept the peer's KME alone.
+func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config) (*Stream, error) {
+	var errs []error
+	for _, address := range addresses {
+		c, err := dialTLS(ctx, address, cfg, classicalProtocol)
+		if err == nil {
+			return newStream(c.Conn), nil
+		}
+		errs = append(errs, err)
 	}
-	return newStream(c.Conn), nil
+	return nil, errors.Join(errs...)
 }
 
 // ClassicalConfig is what a classical door needs. All fields must be set.

@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -27,13 +29,17 @@ const (
 
 // ClientConfig is what a Client needs. All fields must be set.
 type ClientConfig struct {
-	Address string      // host:port of the peer's assign door
-	TLS     *tls.Config // with our certificate; must accept the peer's KME alone
-	Log     *slog.Logger
+	Addresses []string    // host:port of the assign door of each of the peer's nodes; the first is tried first
+	TLS       *tls.Config // with our certificate; must accept the peer's KME alone
+	Log       *slog.Logger
 }
 
 // Client says messages to one peer over kept connections. It may be used by
 // several goroutines at once.
+//
+// It speaks to one of the peer's nodes as long as that answers. If none of a message
+// has left, another node is tried within the call; after an unknown outcome, or when
+// a node declines an announce, the next call goes to another one.
 //
 // Every method says its message at most once. Its error is one of three: one that
 // wraps ErrNotSent (not one byte of the message has left), one that wraps
@@ -43,27 +49,30 @@ type ClientConfig struct {
 // A kept connection that turns out dead before a byte left is replaced within the
 // call. The deadline is ctx's, 10 s if it has none.
 type Client struct {
-	base      string
+	addresses []string
+	at        atomic.Int64 // the address in use is this one, counted round and round
 	transport *http.Transport
 	log       *slog.Logger
 }
 
 // NewClient returns a Client; it dials at the first message.
 func NewClient(c ClientConfig) (*Client, error) {
-	if _, _, err := net.SplitHostPort(c.Address); err != nil {
-		return nil, fmt.Errorf("peer address: %w", err)
+	for _, address := range c.Addresses {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return nil, fmt.Errorf("peer address: %w", err)
+		}
 	}
-	if c.TLS == nil || c.Log == nil {
-		return nil, errors.New("peer client: TLS and Log must be set")
+	if len(c.Addresses) == 0 || c.TLS == nil || c.Log == nil {
+		return nil, errors.New("peer client: an address, TLS and Log must be set")
 	}
 	return &Client{
-		base: "https://" + c.Address,
-		log:  c.Log,
+		addresses: slices.Clone(c.Addresses),
+		log:       c.Log,
 		transport: &http.Transport{
 			// HTTP/1.1 on purpose: one request at a time has a connection to
 			// itself, which is how the conn knows what of it has left.
-			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return dialTLS(ctx, c.Address, c.TLS, "http/1.1")
+			DialTLSContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+				return dialTLS(ctx, address, c.TLS, "http/1.1")
 			},
 			MaxIdleConns:        keptConns,
 			MaxIdleConnsPerHost: keptConns,
@@ -90,7 +99,12 @@ func (c *Client) Held(ctx context.Context, h handover.Held) (handover.HeldAnswer
 // Announce asks for the assignment of a batch. After an unknown outcome the same
 // batch is to be said again, unchanged: the peer answers the same.
 func (c *Client) Announce(ctx context.Context, a handover.Announce) (handover.AnnounceAnswer, error) {
-	return call[handover.AnnounceAnswer](ctx, c, pathAnnounce, a, maxBody)
+	at := c.at.Load()
+	answer, err := call[handover.AnnounceAnswer](ctx, c, pathAnnounce, a, maxBody)
+	if err == nil && answer.Standing == handover.Declined {
+		c.leave(at) // its HSM may be away, and another node's not
+	}
+	return answer, err
 }
 
 // Void takes assigned keys back. It may be said any number of times.
@@ -129,10 +143,40 @@ func call[A, Q message](ctx context.Context, c *Client, path string, q Q, limit 
 	return answer, nil
 }
 
-// post sends body once and returns the body of a 200.
+// leave has the next call go to the address after at, unless another has seen to that.
+func (c *Client) leave(at int64) { c.at.CompareAndSwap(at, at+1) }
+
+// post sends body once, to one of the peer's nodes, and returns the body of a 200.
 func (c *Client) post(ctx context.Context, path string, body []byte, limit int64) ([]byte, error) {
+	var errs []error
+	for left := len(c.addresses); left > 0 && (errs == nil || ctx.Err() == nil); left-- {
+		at := c.at.Load()
+		text, err := c.postTo(ctx, c.addresses[at%int64(len(c.addresses))], left, path, body, limit)
+		if _, refused := errors.AsType[*Refused](err); err == nil || refused {
+			return text, err
+		}
+		c.leave(at)
+		if !errors.Is(err, ErrNotSent) {
+			return nil, err
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// postTo sends body once to one node. While there is no connection, it leaves time
+// for the others: there are left to be tried, this one included.
+func (c *Client) postTo(ctx context.Context, address string, left int, path string, body []byte, limit int64) ([]byte, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	connected := func() {}
+	if deadline, ok := ctx.Deadline(); ok && left > 1 {
+		t := time.AfterFunc(time.Until(deadline)/time.Duration(left), cancel)
+		connected = func() { t.Stop() }
+		defer connected()
+	}
 	for tries := 0; ; tries++ {
-		res, stale, err := c.send(ctx, path, body)
+		res, stale, err := c.send(ctx, "https://"+address+path, body, connected)
 		if err == nil {
 			return finish(res, limit)
 		}
@@ -145,15 +189,17 @@ func (c *Client) post(ctx context.Context, path string, body []byte, limit int64
 }
 
 // send makes one attempt. stale says that it failed on a kept connection before
-// one byte left, so that another connection may be tried.
-func (c *Client) send(ctx context.Context, path string, body []byte) (res *http.Response, stale bool, err error) {
+// one byte left, so that another connection may be tried. connected is called when
+// there is a connection.
+func (c *Client) send(ctx context.Context, url string, body []byte, connected func()) (res *http.Response, stale bool, err error) {
 	var on *conn
 	var kept bool
 	trace := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		connected()
 		on, kept = info.Conn.(*conn), info.Reused
 		on.begin()
 	}})
-	req, err := http.NewRequestWithContext(trace, http.MethodPost, c.base+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(trace, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
 		return nil, false, fmt.Errorf("%w: %w", ErrNotSent, err)
 	}

@@ -224,19 +224,28 @@ type reader func([]byte) (int, error)
 func (r reader) Read(b []byte) (int, error) { return r(b) }
 
 // TestFateUnderCuts cuts connections anywhere, handshakes included, and holds the
-// Client's word against what the peer saw.
+// Client's word against what the peer saw, by one way to it or by several.
 func TestFateUnderCuts(t *testing.T) {
+	for _, ways := range []int{1, 3} {
+		t.Run(fmt.Sprint(ways), func(t *testing.T) { fateUnderCuts(t, ways) })
+	}
+}
+
+func fateUnderCuts(t *testing.T, ways int) {
 	ca := newAuthority(t)
 	s := &site{answer: handover.AnnounceAnswer{Standing: handover.Fresh, Results: []handover.Result{{ID: "r-1", Accepted: true}}}}
 	addr := serveHTTP(t, ca.server(ca.issue(t, "kme", "km2")), Handler(s, identifyHTTP(t), quiet()))
 	var mu sync.Mutex
 	rnd := rand.New(rand.NewPCG(1, 2))
-	p := newProxy(t, addr, func() (int64, bool) {
-		mu.Lock()
-		defer mu.Unlock()
-		return rnd.Int64N(9000), rnd.Int64N(2) == 0
-	})
-	c := newClient(t, p.ln.Addr().String(), ca.client(ca.issue(t, "kme", "km1")))
+	addresses := make([]string, ways)
+	for i := range addresses {
+		addresses[i] = newProxy(t, addr, func() (int64, bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			return rnd.Int64N(9000 / int64(ways)), rnd.Int64N(2) == 0
+		}).ln.Addr().String()
+	}
+	c := newClientOf(t, ca.client(ca.issue(t, "kme", "km1")), addresses...)
 	got := map[fate]int{}
 	for b := range int64(400) {
 		_, err := c.Announce(within(t, 5*time.Second), anAnnounce(b+1))

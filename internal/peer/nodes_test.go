@@ -1,0 +1,101 @@
+package peer
+
+import (
+	"io"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/problem"
+)
+
+// nobody is an address at which nothing listens; mute one at which connections are
+// made, by the kernel's backlog, and nothing is said.
+func nobody(t *testing.T) string {
+	ln := listen(t)
+	_ = ln.Close()
+	return ln.Addr().String()
+}
+
+func mute(t *testing.T) string {
+	ln := listen(t)
+	t.Cleanup(func() { _ = ln.Close() })
+	return ln.Addr().String()
+}
+
+// node serves a site, as one of a peer's nodes.
+func (s *site) node(t *testing.T, ca *authority) string {
+	return serveHTTP(t, ca.server(ca.issue(t, "kme", "km2")), Handler(s, identifyHTTP(t), quiet()))
+}
+
+// TestNextNode: a call goes on from node to node as long as none of it has left, and
+// later ones go to the node that answered.
+func TestNextNode(t *testing.T) {
+	ca := newAuthority(t)
+	s := &site{answer: handover.AnnounceAnswer{Standing: handover.Ahead}}
+	addresses := []string{nobody(t), mute(t), s.node(t, ca)}
+	c := newClientOf(t, ca.client(ca.issue(t, "kme", "km1")), addresses...)
+	for batch := range int64(3) {
+		_, err := c.Announce(within(t, 3*time.Second), anAnnounce(batch+1))
+		wantFate(t, err, answered)
+		if n := s.count(batch + 1); n != 1 {
+			t.Errorf("batch %d was seen %d times", batch+1, n)
+		}
+		if at := c.at.Load(); at != 2 {
+			t.Errorf("after batch %d the client is at address %d", batch+1, at)
+		}
+	}
+	_, err := newClientOf(t, ca.client(ca.issue(t, "kme", "km1")), nobody(t), mute(t), nobody(t)).Announce(within(t, 100*time.Millisecond), anAnnounce(9))
+	wantFate(t, err, notSent)
+}
+
+// TestNodeAfterDoubt: what may have left goes to no other node within the call; the
+// next call does. A refusal is the whole peer's, and a decline the node's.
+func TestNodeAfterDoubt(t *testing.T) {
+	ca := newAuthority(t)
+	deaf := serveHTTP(t, ca.server(ca.issue(t, "kme", "km2")), http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		<-r.Context().Done()
+	}))
+	refusing, declining := &site{err: problem.New(problem.Unauthorized, "no")}, &site{answer: handover.AnnounceAnswer{Standing: handover.Declined}}
+	good := &site{answer: handover.AnnounceAnswer{Standing: handover.Ahead}}
+	c := newClientOf(t, ca.client(ca.issue(t, "kme", "km1")), deaf, declining.node(t, ca), good.node(t, ca))
+	_, err := c.Announce(within(t, 200*time.Millisecond), anAnnounce(1))
+	wantFate(t, err, unknown)
+	if declining.count(1)+good.count(1) != 0 {
+		t.Error("a batch in doubt went on to the next node")
+	}
+	_, err = c.Announce(within(t, 5*time.Second), anAnnounce(1))
+	wantFate(t, err, answered)
+	if declining.count(1) != 1 || good.count(1) != 0 {
+		t.Errorf("the next node was asked %d times, the one after it %d", declining.count(1), good.count(1))
+	}
+	_, err = c.Announce(within(t, 5*time.Second), anAnnounce(1))
+	wantFate(t, err, answered)
+	if good.count(1) != 1 {
+		t.Error("after a node declined, another was not asked")
+	}
+
+	c = newClientOf(t, ca.client(ca.issue(t, "kme", "km1")), refusing.node(t, ca), good.node(t, ca))
+	for range 2 {
+		_, err = c.Announce(within(t, 5*time.Second), anAnnounce(2))
+		wantFate(t, err, refused)
+	}
+}
+
+// TestClassicalNextNode: the channel is opened to a node that answers.
+func TestClassicalNextNode(t *testing.T) {
+	ca := newAuthority(t)
+	addr, _, _ := classical(t, ca.server(ca.issue(t, "kme", "km2")), echo)
+	s, err := DialClassical(within(t, 5*time.Second), []string{nobody(t), addr}, ca.client(ca.issue(t, "kme", "km1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := DialClassical(within(t, 5*time.Second), []string{nobody(t), nobody(t)}, ca.client(ca.issue(t, "kme", "km1"))); err == nil {
+		t.Error("a channel to nobody")
+	}
+}
