@@ -14,6 +14,7 @@ import (
 
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/kme"
 )
 
 // Config is the daemon's one file. Unknown and repeated members are refused.
@@ -48,6 +49,8 @@ type Config struct {
 	// PoolLimit is how many 256-bit keys a link stores, those of both owners
 	// together, before it rests. Default 50000.
 	PoolLimit int `yaml:"pool_limit"`
+	// Limits bound what one SAE may have of what all share.
+	Limits LimitsConfig `yaml:"limits"`
 	// Production refuses keys of a simulated link. Default false, which kmed says
 	// loudly at start.
 	Production bool `yaml:"production"`
@@ -71,6 +74,18 @@ type CertificatesConfig struct {
 	Issuers         map[string]string `yaml:"issuers"`          // role (sae, kme, operator) -> file with the issuing CA
 }
 
+// LimitsConfig bounds each SAE. What is beyond is answered 503 with a Retry-After.
+type LimitsConfig struct {
+	// AtomsPerSecond is how many 256-bit keys a second an SAE may ask for and take,
+	// in the long run; larger keys count as several. Default 100000.
+	AtomsPerSecond int `yaml:"atoms_per_second"`
+	// Burst is how many it may after a pause. Default 200000, at least 2048, which is
+	// the largest request.
+	Burst int `yaml:"burst"`
+	// Untaken is how many keys of one master may wait here for one slave. Default 100000.
+	Untaken int `yaml:"untaken"`
+}
+
 // LinkConfig is the local side of a link that network.yaml names.
 type LinkConfig struct {
 	ID string `yaml:"id"`
@@ -91,6 +106,7 @@ type LinkConfig struct {
 func LoadConfig(path string) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
+		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000},
 	}
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -179,6 +195,9 @@ func (c *Config) check(doc document) error {
 	k.must(c.MaxTTL >= c.TTL && c.MaxTTL <= handover.MaxTTL, "max_ttl", "is %v: at least ttl (%v), at most %v", c.MaxTTL, c.TTL, handover.MaxTTL)
 	k.must(c.PoolTTL >= c.Epoch, "pool_ttl", "is %v: at least epoch (%v)", c.PoolTTL, c.Epoch)
 	k.must(c.PoolLimit >= 1, "pool_limit", "is %d: at least 1", c.PoolLimit)
+	k.must(c.Limits.AtomsPerSecond >= 1, "limits.atoms_per_second", "is %d: at least 1", c.Limits.AtomsPerSecond)
+	k.must(c.Limits.Burst >= kme.MinBurst, "limits.burst", "is %d: at least %d, the largest request", c.Limits.Burst, kme.MinBurst)
+	k.must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
 	c.checkLinks(k)
 	return errors.Join(k.errs...)
 }

@@ -214,6 +214,7 @@ func (n *node) core() (*kme.KME, error) {
 		DataDir:     n.cfg.Data,
 		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production,
+		Quota: kme.Quota{Rate: float64(n.cfg.Limits.AtomsPerSecond), Burst: n.cfg.Limits.Burst, Untaken: n.cfg.Limits.Untaken},
 	}
 	for _, lc := range n.cfg.Links {
 		link, err := n.link(lc)

@@ -184,6 +184,9 @@ func (a AnnounceAnswer) Check() error {
 		if r.Accepted && len(r.Lacking) > 0 {
 			return fmt.Errorf("answer to announce: request %.40q is accepted and lacks atoms", r.ID)
 		}
+		if r.Accepted && r.Full {
+			return fmt.Errorf("answer to announce: request %.40q is accepted and refused", r.ID)
+		}
 		lacking += len(r.Lacking)
 	}
 	if lacking > MaxAtoms {

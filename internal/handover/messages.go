@@ -231,6 +231,7 @@ type Result struct {
 	ID       string   `json:"request_id"`
 	Accepted bool     `json:"accepted"`
 	Why      string   `json:"why,omitempty"`
+	Full     bool     `json:"full,omitempty"`    // refused, and no disagreement: the slaves have too much to take
 	Lacking  []key.ID `json:"lacking,omitempty"` // atoms that the receiver does not have in its pool
 }
 

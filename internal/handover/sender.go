@@ -26,6 +26,7 @@ type Settlement struct {
 	Verb    Verb
 	Burn    []key.ID // with Return: atoms that the peer does not have
 	Why     string   // with Return: the peer's reason
+	Full    bool     // with Return: the reason is that the slaves have too much to take
 	Parked  bool     // the batch was in doubt: its keys were parked, and are to be unparked
 
 	node string
@@ -168,7 +169,7 @@ func (f *flight) settle(r Request, res Result) Settlement {
 	case res.Accepted:
 		s.Verb = Reclaim
 	default:
-		s.Verb, s.Burn, s.Why = Return, own(r, res.Lacking), res.Why
+		s.Verb, s.Burn, s.Why, s.Full = Return, own(r, res.Lacking), res.Why, res.Full
 	}
 	return s
 }

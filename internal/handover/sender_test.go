@@ -181,3 +181,14 @@ func TestOrphans(t *testing.T) {
 		t.Errorf("with an empty pool: %v", got)
 	}
 }
+
+// TestFullIsPassedOn: a refusal that is no disagreement comes out as one, and its
+// atoms go back.
+func TestFullIsPassedOn(t *testing.T) {
+	s := NewSender("a1", 5, 1)
+	s.Next([]Request{request("r", atoms(1))})
+	got, err := s.Answered(1, AnnounceAnswer{Standing: Fresh, Results: []Result{{ID: "r", Why: "too many", Full: true}}})
+	if err != nil || len(got) != 1 || got[0].Verb != Return || !got[0].Full || len(got[0].Burn) != 0 {
+		t.Errorf("settled as %+v, %v", got, err)
+	}
+}

@@ -279,7 +279,12 @@ func (l *link) returned(ctx context.Context, a *ask, d handover.Settlement) {
 	if len(burn) > 0 {
 		l.burn(ctx, a.request.ID, burn, "the peer does not have them")
 	}
-	a.settle(fate{err: problem.Because(problem.Unavailable, fmt.Errorf("%s refused the announce: %s", l.Peer, d.Why))})
+	why := fmt.Errorf("%s refused the announce: %s", l.Peer, d.Why)
+	if d.Full {
+		a.settle(fate{err: full(why)})
+		return
+	}
+	a.settle(fate{err: problem.Because(problem.Unavailable, why)})
 }
 
 // burn deletes atoms that must never be used, which were not assigned to anybody.

@@ -32,7 +32,7 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 		return k.decline(a, err), nil
 	}
 	defer done()
-	p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), unusable: make(map[string][]key.ID)}
+	p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), full: make(map[string]bool), unusable: make(map[string][]key.ID)}
 	if err := d.prepare(ctx, from, a, p); err != nil {
 		return k.decline(a, err), nil
 	}
@@ -49,8 +49,9 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 		if bad := p.unusable[res.ID]; !res.Accepted && len(bad) > 0 {
 			answer.Results[i].Lacking = bad // the peer burns them; else it would offer them for ever
 		}
+		answer.Results[i].Full = p.full[res.ID] && !res.Accepted
 	}
-	if slices.ContainsFunc(answer.Results, func(r handover.Result) bool { return !r.Accepted }) {
+	if slices.ContainsFunc(answer.Results, func(r handover.Result) bool { return !r.Accepted && !r.Full }) {
 		k.raise(ctx, "refused-"+from.String(), fmt.Sprintf("requests of %s's batch %d were refused: see the audit", from, a.Batch))
 	}
 	return answer, nil
@@ -78,6 +79,7 @@ type prepared struct {
 	mu       sync.Mutex
 	due      map[string][]store.Due // by request, sealed for their takers
 	refused  map[string]string      // by request: why, "" if it is not
+	full     map[string]bool        // by request: it is refused because its slaves take too little
 	unusable map[string][]key.ID    // by request: atoms that are in the pool here and of no use
 }
 
@@ -94,13 +96,15 @@ func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Ann
 	if known.Judge(a.Run, a.Batch) != handover.Fresh {
 		return nil // the store answers it from the rows
 	}
-	admitted := make(map[*link][]handover.Request)
+	admitted, given := make(map[*link][]handover.Request), make(rooms)
 	for _, r := range a.Requests {
 		l, err := d.link(r.Link, from)
 		if err != nil {
 			p.refused[r.ID] = err.Error()
 		} else if why := l.admit(r); why != "" {
 			p.refused[r.ID] = why
+		} else if err := given.give(d.k, r); err != nil {
+			p.refused[r.ID], p.full[r.ID] = err.Error(), true
 		} else {
 			admitted[l] = append(admitted[l], r)
 		}

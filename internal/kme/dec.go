@@ -53,6 +53,9 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	if !k.Policies().Homed(c.sae, k.Self) {
 		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, k.Self))
 	}
+	if err := k.spend(c.sae, len(ids)); err != nil {
+		return nil, err
+	}
 	if err := k.able(); err != nil {
 		return nil, err
 	}
@@ -170,6 +173,9 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 	defer cancel()
 	call := k.begin(c, rid, audit.Status, slave)
 	if err := call.judge(slave, 0, 0); err != nil {
+		return etsi014.Status{}, call.refuse(ctx, err)
+	}
+	if err := k.spend(call.sae, 1); err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}
 	l, err := k.route(slave)

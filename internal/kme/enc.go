@@ -43,6 +43,9 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 		return issue{}, c.refuse(ctx, err)
 	}
 	c.ev.Master, c.ev.Slaves, c.ev.Bits = c.sae.String(), []string{o.slave.String()}, o.bits
+	if err := k.spend(c.sae, o.number*((o.bits+key.AtomBits-1)/key.AtomBits)); err != nil {
+		return issue{}, c.refuse(ctx, err)
+	}
 	if err := k.able(); err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
@@ -186,6 +189,9 @@ func (l *link) request(rid string, master identity.SAE, o order, lends []lent, p
 // the HSM at request time, sealed for the slave and committed in one transaction.
 func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error) {
 	got := issue{provenance: key.LocalRNG, expires: k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
+	if err := k.room(o.slave, c.sae, o.number); err != nil {
+		return got, full(err)
+	}
 	epoch := key.EpochAt(k.Now(), k.EpochLength)
 	var dues []store.Due
 	for range o.number {

@@ -49,6 +49,7 @@ type Config struct {
 	PoolTTL     time.Duration // how long an unassigned atom stays useful
 	PoolLimit   int           // atoms per link, both owners together, above which no light is sent
 	Production  bool          // refuses simulated keys
+	Quota       Quota         // of each SAE
 }
 
 // KME is one node of a Key Management Entity.
@@ -63,6 +64,7 @@ type KME struct {
 	alarms  alarms
 	outage  *outage
 	debts   debts
+	buckets buckets
 	turns   sync.Map // peer/node -> chan struct{}: one copy of a batch at a time is worked on
 
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
@@ -77,6 +79,9 @@ func New(c Config) (*KME, error) {
 	}
 	if c.EpochLength <= 0 || c.DefaultTTL <= 0 || c.MaxTTL < c.DefaultTTL || c.PoolTTL <= 0 || c.PoolLimit <= 0 {
 		return nil, errors.New("configuring the KME: epoch length, lifetimes and pool limit must be positive, and the longest lifetime at least the default")
+	}
+	if c.Quota.Rate <= 0 || c.Quota.Burst < MinBurst || c.Quota.Untaken <= 0 {
+		return nil, fmt.Errorf("configuring the KME: the quota must be positive, and its burst at least %d", MinBurst)
 	}
 	k := &KME{
 		Config:    c,
@@ -199,6 +204,9 @@ func (k *KME) beat(ctx context.Context) {
 	} else {
 		k.clear(ctx, "database")
 		k.summarise(ctx)
+		if err := k.Store.LookAtUntaken(ctx); err != nil {
+			k.Log.Warn("looking at what waits to be taken", "err", err) // what was read before still counts
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()

@@ -85,6 +85,7 @@ type evidence struct {
 	keys   map[key.ID]pooled
 	due    []dueRow
 	parked int
+	counts map[string]int // of table untaken: live rows of due less what is counted, by pair
 	dues   int64 // rows of due that went with dropped partitions
 }
 
@@ -233,7 +234,25 @@ func (e *evidence) readTables(ctx context.Context, tx pgx.Tx) error {
 	if err := tx.QueryRow(ctx, "SELECT count(*) FROM parked").Scan(&e.parked); err != nil {
 		return err
 	}
+	if err := e.readCounts(ctx, tx); err != nil {
+		return err
+	}
 	return tx.QueryRow(ctx, "SELECT coalesce(sum(dropped_due), 0) FROM epoch").Scan(&e.dues)
+}
+
+// readCounts reads for which pairs the nodes' counts of untaken keys do not add up.
+func (e *evidence) readCounts(ctx context.Context, tx pgx.Tx) error {
+	rows, err := tx.Query(ctx, `SELECT slave || ' of ' || master, sum(n)::int FROM (
+		SELECT sae AS slave, master, count(*) AS n FROM due WHERE ct IS NOT NULL GROUP BY sae, master
+		UNION ALL SELECT slave, master, -n FROM untaken) AS rows_and_counts GROUP BY slave, master HAVING sum(n) <> 0`)
+	if err != nil {
+		return err
+	}
+	e.counts = make(map[string]int)
+	var who string
+	var n int
+	_, err = pgx.ForEachRow(rows, []any{&who, &n}, func() error { e.counts[who] = n; return nil })
+	return err
 }
 
 // querier is a connection or a transaction.
@@ -345,6 +364,9 @@ func (e *evidence) checkArithmetic(r *Report) {
 		if b.inPool+left[ref] != b.atoms {
 			r.fail("I6", e.site.Name, "block %s (%s) of %d atoms: %d in the pool and %d left it", ref, b.state, b.atoms, b.inPool, left[ref])
 		}
+	}
+	for who, n := range e.counts {
+		r.fail("I6", e.site.Name, "%d more keys wait for %s than are counted in untaken", n, who)
 	}
 	if rows := int64(len(e.due)) + e.dues; rows != assigned {
 		r.fail("I6", e.site.Name, "%d keys were assigned, and there are %d rows for them", assigned, rows)

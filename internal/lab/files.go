@@ -95,7 +95,8 @@ links:
     secret_file: ../../qlink/{{.End}}.secret
     interval: {{.Interval}}{{if .Filler}}
     filler: {{.Filler}}{{end}}
-pool_limit: {{.PoolLimit}}
+pool_limit: {{.PoolLimit}}{{with .Limits}}{{if .Burst}}
+limits: {atoms_per_second: {{.AtomsPerSecond}}, burst: {{.Burst}}, untaken: {{.Untaken}}}{{end}}{{end}}
 `))
 
 // writeConfig writes the node's kmed.yaml and, if it has no certificate that still
@@ -112,7 +113,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
 		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
-		"Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler,
+		"Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Limits": s.lab.Limits,
 	}); err != nil {
 		return err
 	}

@@ -44,12 +44,19 @@ type Config struct {
 	Eve       float64       // fraction of photons intercepted at the start
 	Filler    int           // if not 0: no light, but blocks of so many paired random atoms (provenance simulated), for load tests
 
+	// Limits are those of each SAE. The zero Limits are the daemon's defaults, or, with
+	// Filler, so high that a load test does not meet them.
+	Limits Limits
+
 	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
 
 	// Step, if not nil, is told what the lab is doing.
 	Step func(what string)
 }
+
+// Limits bound what one SAE may have: limits in the daemon's configuration.
+type Limits struct{ AtomsPerSecond, Burst, Untaken int }
 
 // Lab is a running lab.
 type Lab struct {
@@ -95,6 +102,9 @@ func (l *Lab) up(ctx context.Context) error {
 	}
 	if l.PoolLimit == 0 {
 		l.PoolLimit = 20_000
+	}
+	if l.Limits == (Limits{}) && l.Filler != 0 {
+		l.Limits = Limits{AtomsPerSecond: 10_000_000, Burst: 10_000_000, Untaken: 100_000_000}
 	}
 	if err := os.MkdirAll(l.Dir, 0o755); err != nil {
 		return fmt.Errorf("making the lab's folder: %w", err)

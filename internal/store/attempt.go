@@ -41,6 +41,7 @@ type attempt struct {
 	// What the second one writes.
 	removed map[int64]int // atoms by chunk
 	due     map[key.Epoch][]dueRow
+	untaken map[pair]int64 // rows of due that came, less those that went
 	writes  pgx.Batch
 	events  []audit.Event
 }
@@ -62,7 +63,7 @@ func (c *committer) newAttempt() *attempt {
 		c: c, conn: c.conn, now: c.db.now(), mark: c.nextMark(), head: c.head,
 		delete: make(map[key.Epoch][]key.ID), deleted: make(map[key.ID]int64),
 		empty: make(map[key.Epoch][]emptying), emptied: make(map[dueKey]bool),
-		removed: make(map[int64]int), due: make(map[key.Epoch][]dueRow),
+		removed: make(map[int64]int), due: make(map[key.Epoch][]dueRow), untaken: make(map[pair]int64),
 	}
 }
 
@@ -182,7 +183,7 @@ const (
 	deleteAtoms = "DELETE FROM %s WHERE id = ANY($1::uuid[]) RETURNING id, chunk"
 	emptyDue    = `UPDATE %s AS d SET ct = NULL, iv = NULL, gone_at = $1, gone_how = w.how
 		FROM unnest($2::uuid[], $3::text[], $4::text[]) AS w (key_id, sae, how)
-		WHERE d.key_id = w.key_id AND d.sae = w.sae AND d.ct IS NOT NULL RETURNING d.key_id, d.sae`
+		WHERE d.key_id = w.key_id AND d.sae = w.sae AND d.ct IS NOT NULL RETURNING d.key_id, d.sae, d.master`
 )
 
 func (a *attempt) readDeleted(rows pgx.Rows) error {
@@ -197,10 +198,11 @@ func (a *attempt) readDeleted(rows pgx.Rows) error {
 
 func (a *attempt) readEmptied(rows pgx.Rows) error {
 	var id [16]byte
-	var name string
-	_, err := pgx.ForEachRow(rows, []any{&id, &name}, func() error {
-		sae, err := identity.ParseSAE(name)
-		a.emptied[dueKey{id, sae}] = true
+	var slave, master string
+	_, err := pgx.ForEachRow(rows, []any{&id, &slave, &master}, func() error {
+		p, err := pairOf(slave, master)
+		a.emptied[dueKey{id, p.slave}] = true
+		a.untaken[p]--
 		return err
 	})
 	return err
@@ -214,6 +216,7 @@ func (a *attempt) second(ctx context.Context) error {
 		b.Queue("BEGIN")
 	}
 	a.queueDue(&b)
+	a.queueUntaken(&b)
 	a.queueRemoved(&b)
 	b.QueuedQueries = append(b.QueuedQueries, a.writes.QueuedQueries...)
 	a.queueEvents(&b)
@@ -245,6 +248,9 @@ func (a *attempt) second(ctx context.Context) error {
 func (a *attempt) queueDue(b *pgx.Batch) {
 	for _, e := range slices.Sorted(maps.Keys(a.due)) {
 		queueDueRows(b, e, a.due[e])
+		for _, d := range a.due[e] {
+			a.untaken[pair{d.SAE, d.Master}]++
+		}
 	}
 }
 

@@ -112,6 +112,7 @@ func (c *committer) refuse(jobs []*job, refused map[*job]error) []*job {
 // advance makes a's commit the last one.
 func (c *committer) advance(a *attempt) {
 	c.mark, c.head = a.mark, a.head
+	c.db.untaken.add(a.untaken)
 	for e := range a.due {
 		c.db.epochs.refill(e)
 	}

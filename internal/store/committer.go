@@ -19,6 +19,10 @@ const (
 	maxBatchJobs  = 256
 	maxBatchAtoms = 4096
 	maxQueue      = 4096 // jobs; beyond it ErrUnavailable at once
+	// Events alone wait in a queue of their own, and a batch takes fewer of them: a
+	// caller whose requests are refused as fast as they come delays nobody's keys.
+	maxBatchRecords = 64
+	maxRecords      = 1024
 )
 
 // act is what a job does within the transaction of its batch. Its methods are
@@ -87,6 +91,7 @@ const (
 type committer struct {
 	db     *DB
 	queue  chan *job
+	events chan *job     // those of record
 	fenced chan struct{} // closed: ErrFenced
 	down   atomic.Pointer[downReason]
 	stop   context.Context // ends with Close; what is under way with the database goes on
@@ -112,7 +117,8 @@ type downReason struct{ err error }
 func newCommitter(db *DB, config *pgx.ConnConfig) *committer {
 	config.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
 	c := &committer{
-		db: db, config: config, queue: make(chan *job, maxQueue), fenced: make(chan struct{}), days: make(map[string]bool),
+		db: db, config: config, queue: make(chan *job, maxQueue), events: make(chan *job, maxRecords),
+		fenced: make(chan struct{}), days: make(map[string]bool),
 	}
 	c.stop, c.cancel = context.WithCancel(context.Background())
 	c.down.Store(&downReason{fmt.Errorf("%w: no run has begun", ErrUnavailable)})
@@ -151,10 +157,14 @@ func (db *DB) do(ctx context.Context, a act, late func(bool)) error {
 		return err
 	}
 	j := &job{act: a, late: late, done: make(chan struct{})}
+	queue := c.queue
+	if _, ok := a.(record); ok {
+		queue = c.events
+	}
 	select {
-	case c.queue <- j:
+	case queue <- j:
 	default:
-		return fmt.Errorf("%w: %d jobs wait", ErrUnavailable, maxQueue)
+		return fmt.Errorf("%w: %d jobs wait", ErrUnavailable, cap(queue))
 	}
 	select {
 	case <-j.done:
@@ -209,9 +219,12 @@ func (c *committer) loop() {
 				continue
 			case j := <-c.queue:
 				waiting = append(waiting, j)
+			case j := <-c.events:
+				waiting = append(waiting, j)
 			}
 		}
-		waiting = c.gather(waiting)
+		waiting = gather(waiting, c.events, maxBatchRecords)
+		waiting = gather(waiting, c.queue, maxBatchJobs-len(waiting))
 		var batch []*job
 		batch, waiting = pick(waiting)
 		began := time.Now()
@@ -228,11 +241,11 @@ func (c *committer) loop() {
 	_ = c.conn.Close(ctx) // nothing is under way on it
 }
 
-// gather adds what is in the queue, up to what one batch may hold.
-func (c *committer) gather(waiting []*job) []*job {
-	for len(waiting) < maxBatchJobs {
+// gather adds what is in a queue, up to a limit.
+func gather(waiting []*job, queue chan *job, limit int) []*job {
+	for range limit {
 		select {
-		case j := <-c.queue:
+		case j := <-queue:
 			waiting = append(waiting, j)
 		default:
 			return waiting
@@ -283,6 +296,8 @@ func (c *committer) abandon(waiting []*job, err error) {
 		}
 		select {
 		case j := <-c.queue:
+			waiting = []*job{j}
+		case j := <-c.events:
 			waiting = []*job{j}
 		default:
 			return

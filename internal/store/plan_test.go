@@ -36,7 +36,8 @@ func TestHotStatementsReadFewRows(t *testing.T) {
 				return err
 			}
 		}
-		return nil
+		_, err := conn.Exec(t.Context(), "INSERT INTO untaken (slave, master, node, n) VALUES ('bob', 'alice', 'n0', 150000)")
+		return err
 	})
 	before := s.rowsRead()
 

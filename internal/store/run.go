@@ -59,6 +59,9 @@ func (c *committer) load(ctx context.Context) error {
 	}
 	c.marks = c.mark
 	copy(c.head.Hash[:], head)
+	if c.db.untaken.own, err = readUntaken(ctx, c.conn, "node = $1", c.db.cfg.Node); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
 	return nil
 }
 
@@ -165,15 +168,14 @@ func assigned(ctx context.Context, conn *pgx.Conn, peer identity.KME, r handover
 func (db *DB) Void(ctx context.Context, from identity.KME, v handover.Void, event func(voided []key.ID) audit.Event) error {
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		rows, _ := a.conn.Query(ctx, `UPDATE due SET ct = NULL, iv = NULL, gone_at = $6, gone_how = 'void'
-			WHERE key_id = ANY($1::uuid[]) AND peer = $2 AND node = $3 AND run = $4 AND batch = $5 AND ct IS NOT NULL RETURNING key_id`,
+			WHERE key_id = ANY($1::uuid[]) AND peer = $2 AND node = $3 AND run = $4 AND batch = $5 AND ct IS NOT NULL RETURNING key_id, sae, master`,
 			uuids(v.Keys), from.String(), v.Node, v.Run, v.Batch, a.now)
-		ended, err := pgx.CollectRows(rows, pgx.RowTo[[16]byte])
-		if err != nil {
+		if err := a.readEmptied(rows); err != nil {
 			return err
 		}
 		voided := make(map[key.ID]bool)
-		for _, id := range ended {
-			voided[id] = true
+		for row := range a.emptied {
+			voided[row.id] = true
 		}
 		var ids []key.ID // in the void's order, each once
 		for _, id := range v.Keys {

@@ -77,6 +77,7 @@ type DB struct {
 	epochs    epochSet
 	committer *committer
 	finder    *finder
+	untaken   untaken
 	late      sync.WaitGroup // calls of Late under way
 
 	mu        sync.Mutex

@@ -289,7 +289,7 @@ type recorded struct {
 }
 
 // check is the invariants: the audit chains verify up to the heads, every chunk
-// counts its rows, every block's atoms are in the pool or in one event that says
+// counts its rows, every pair its untaken ones, every block's atoms are in the pool or in one event that says
 // how they left, and every assigned row is live or gone by such an event. It
 // returns the events in each node's order.
 func (s *site) check() []recorded {
@@ -331,8 +331,16 @@ func (s *site) check() []recorded {
 		})
 		return err
 	})
+	if n := ask[int](s, wrongCounts); n != 0 {
+		s.t.Errorf("untaken counts wrong for %d pairs", n)
+	}
 	return events
 }
+
+// wrongCounts counts the pairs whose rows of untaken do not add up to their live rows.
+const wrongCounts = `SELECT count(*) FROM (SELECT slave, master, sum(n) AS n FROM untaken GROUP BY 1, 2) u
+	FULL JOIN (SELECT sae AS slave, master, count(*) AS n FROM due WHERE ct IS NOT NULL GROUP BY 1, 2) d USING (slave, master)
+	WHERE COALESCE(u.n, 0) <> COALESCE(d.n, 0)`
 
 func (s *site) checkChains() (events []recorded) {
 	s.t.Helper()

@@ -1,0 +1,82 @@
+package kme
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/problem"
+)
+
+// Quota bounds what one SAE may have of what all share.
+type Quota struct {
+	Rate    float64 // atoms a second that an SAE may ask for or take
+	Burst   int     // atoms at once, after a pause; at least MinBurst
+	Untaken int     // keys of one master that may wait here for one slave
+}
+
+// MinBurst is the least burst of a Quota: the largest request.
+const MinBurst = askAtoms
+
+// fullRetry is when a master may ask again whose slave has too much to take.
+const fullRetry = 10 * time.Second
+
+// buckets hold the atoms that each SAE may still ask for. Only SAEs that are homed
+// here come to have one.
+type buckets struct{ sync.Map } // identity.SAE -> *rate.Limiter
+
+// spend takes the atoms of a request out of its SAE's bucket, whatever becomes of
+// the request. What the bucket does not hold is refused, and takes nothing.
+func (k *KME) spend(sae identity.SAE, atoms int) *problem.Error {
+	b, ok := k.buckets.Load(sae)
+	if !ok {
+		b, _ = k.buckets.LoadOrStore(sae, rate.NewLimiter(rate.Limit(k.Quota.Rate), k.Quota.Burst))
+	}
+	now := k.Now()
+	r := b.(*rate.Limiter).ReserveN(now, atoms)
+	if !r.OK() {
+		return problem.New(problem.Invalid, "no request may be for more than %d keys of 256 bits", k.Quota.Burst)
+	}
+	wait := r.DelayFrom(now)
+	if wait == 0 {
+		return nil
+	}
+	r.CancelAt(now)
+	return unavailable(wait.Truncate(time.Second)+time.Second, "too many keys were asked for in a short time",
+		fmt.Errorf("%s has spent its %g atoms a second: %d more are there in %v", sae, k.Quota.Rate, atoms, wait.Round(time.Millisecond)))
+}
+
+// room is nil if keys more of master's may wait here for slave, and else says why not.
+func (k *KME) room(slave, master identity.SAE, keys int) error {
+	if n := k.Store.Untaken(slave, master); n+keys > k.Quota.Untaken {
+		return fmt.Errorf("%d keys of %s wait for %s, %d more are asked for, and %d may wait", n, master, slave, keys, k.Quota.Untaken)
+	}
+	return nil
+}
+
+// full is what a master gets whose slave does not take its keys.
+func full(cause error) *problem.Error {
+	return unavailable(fullRetry, "too many keys wait to be taken by the slave SAE", cause)
+}
+
+// rooms is the room that requests of one announce have been given, each beside
+// those before it. Announces that are judged at the same moment do not see each
+// other: the cap may be passed by what is in flight.
+type rooms map[[2]identity.SAE]int
+
+// give reserves room for a request, or says why there is none.
+func (given rooms) give(k *KME, r handover.Request) error {
+	for _, slave := range r.Slaves {
+		if err := k.room(slave, r.Master, given[[2]identity.SAE{slave, r.Master}]+len(r.Keys)); err != nil {
+			return err
+		}
+	}
+	for _, slave := range r.Slaves {
+		given[[2]identity.SAE{slave, r.Master}] += len(r.Keys)
+	}
+	return nil
+}

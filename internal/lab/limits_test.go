@@ -1,0 +1,73 @@
+package lab
+
+import (
+	"errors"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/etsi014"
+)
+
+// TestLimits: a master whose slave takes nothing is refused at the slave's cap, and
+// an SAE that has spent its bucket until it has filled again. Nothing is consumed by
+// either, nobody else is held up, and neither is a disagreement of the sites.
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) {
+		c.Filler, c.PoolLimit = 4096, 8192
+		c.Limits = Limits{AtomsPerSecond: 1, Burst: 2048, Untaken: 300}
+	})
+	keysStored(t, l, 2000)
+	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
+	var waiting keySet
+	refused := func(detail string, retry time.Duration) {
+		t.Helper()
+		before := stored(t, alice, bob)
+		_, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{Number: 128})
+		var answer *etsi014.APIError
+		if !errors.As(err, &answer) || answer.Status != http.StatusServiceUnavailable || !strings.Contains(err.Error(), detail) || answer.RetryAfter < retry {
+			t.Errorf("answered %v, want 503, %q and to come again after %v or more", err, detail, retry)
+		}
+		if n := stored(t, alice, bob); n != before {
+			t.Errorf("%d keys are stored, and %d were: a refusal has consumed some", n, before)
+		}
+	}
+	first := get(t, alice, bob, 128)
+	waiting = get(t, alice, bob, 128)
+	for range 3 { // at the cap of 300
+		refused("too many keys wait", 10*time.Second)
+	}
+	take(t, bob, alice, first)
+	get(t, alice, bob, 128) // there is room again
+	refused("too many keys wait", 10*time.Second)
+	mails := get(t, sae(t, l, "alice@qutemail.example"), sae(t, l, "bob@qutemail.example"), 128) // another pair
+	if len(mails) != 128 {
+		t.Errorf("another pair got %d keys", len(mails))
+	}
+	if n := recorded(t, l.KM2, `e->>'action' = 'assign' AND e->>'outcome' = 'refused'`); n != 4 {
+		t.Errorf("the slave's KME has recorded %d refusals, want 4", n)
+	}
+
+	spent := errors.New("no answer yet")
+	for tries := 0; tries < 20 && !strings.Contains(spent.Error(), "in a short time"); tries++ {
+		_, spent = alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{Number: 128})
+		if spent == nil {
+			t.Fatal("keys beyond the cap")
+		}
+	}
+	if answer := away(spent); answer == nil || !strings.Contains(spent.Error(), "in a short time") {
+		t.Errorf("after a bucketful: %v, want 503, and to come again when it has filled", spent)
+	}
+	take(t, bob, alice, waiting) // his bucket is his own
+	alarms, err := operator(t, l.KM2).Alarms(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range alarms {
+		if strings.HasPrefix(a.Name, "refused-") {
+			t.Errorf("a limit has raised an alarm: %s", a.Text)
+		}
+	}
+}
