@@ -46,6 +46,9 @@ func (nodeCommand) Run(ctx context.Context, s *session) error {
 	fmt.Fprintf(&b, "%s node %s, version %s, run %d, up %v\n", n.KME, n.Node, n.Version, n.Run, seconds(n.Uptime).Round(time.Second))
 	fmt.Fprintf(&b, "  HSM       %s\n", health(n.HSM))
 	fmt.Fprintf(&b, "  database  %s\n", health(n.Database))
+	if n.Suspended != "" {
+		fmt.Fprintf(&b, "  SUSPENDED %s\n", printable(n.Suspended))
+	}
 	for _, peer := range n.Peers {
 		fmt.Fprintf(&b, "  peer %-4s %s, its clock %+.3f s from ours\n", peer.KME, health(peer.Health), peer.ClockOffset)
 	}

@@ -25,7 +25,8 @@ type Config struct {
 	KME string `yaml:"kme"`
 	// Node is this process's name within the site. No two processes share one.
 	Node string `yaml:"node"`
-	// Data is the folder of the node's small files: run number, counts of an outage.
+	// Data is the folder of the node's small files: run number, witness of the audit
+	// chain, counts of an outage.
 	Data string `yaml:"data"`
 	// Policies is the folder with network.yaml, principals.yaml, the Cedar policies
 	// and their schema.

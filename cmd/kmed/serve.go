@@ -49,6 +49,7 @@ type node struct {
 	issuers    map[string]*x509.CertPool
 	roots      *x509.CertPool
 	token      *hsm.Token
+	witness    *store.Witness
 	db         *store.DB
 	lock       *os.File // of the data folder; the kernel lets it go when the process ends
 }
@@ -65,6 +66,7 @@ func serve(ctx context.Context, path string, log *slog.Logger) error {
 	}
 	defer n.lock.Close()
 	defer n.token.Close()
+	defer n.witness.Close()
 	defer n.db.Close()
 	core, err := n.core()
 	if err != nil {
@@ -153,9 +155,14 @@ func (n *node) open(ctx context.Context) (err error) {
 	if !n.cfg.Production {
 		n.log.Warn("production is not set: keys of the simulated link are handed out")
 	}
-	n.db, err = store.Open(ctx, store.Config{DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: time.Now, Log: n.log})
+	if n.witness, err = store.OpenWitness(filepath.Join(n.cfg.Data, "witness"), n.cfg.Node); err != nil {
+		return errors.Join(err, n.token.Close())
+	}
+	n.db, err = store.Open(ctx, store.Config{
+		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: time.Now, Witness: n.witness, Log: n.log,
+	})
 	if err != nil {
-		_ = n.token.Close()
+		_, _ = n.token.Close(), n.witness.Close()
 		if errors.Is(err, store.ErrOldSchema) {
 			err = fmt.Errorf("%w: kmed migrate does it, as the schema's owner", err)
 		}

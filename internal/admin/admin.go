@@ -25,8 +25,9 @@ type Node struct {
 	Run        int64     `json:"run"`
 	Started    time.Time `json:"started"`
 	Uptime     float64   `json:"uptime_s"`
-	Production bool      `json:"production"`      // refuses simulated keys
-	Policies   string    `json:"policies_digest"` // SHA-256 of the policies in force, hex
+	Production bool      `json:"production"`         // refuses simulated keys
+	Policies   string    `json:"policies_digest"`    // SHA-256 of the policies in force, hex
+	Suspended  string    `json:"suspended,omitzero"` // why nothing is served at this site until it is recovered
 	HSM        Health    `json:"hsm"`
 	Database   Health    `json:"database"`
 	Peers      []Peer    `json:"peers"`
@@ -39,7 +40,7 @@ func (n Node) OK() bool {
 			return false
 		}
 	}
-	return n.HSM.OK && n.Database.OK
+	return n.HSM.OK && n.Database.OK && n.Suspended == ""
 }
 
 // Health is how one part stands.

@@ -141,6 +141,9 @@ func unavailable(retry time.Duration, detail string, cause error) *problem.Error
 
 // able is nil when this node can hand out keys at all.
 func (k *KME) able() *problem.Error {
+	if err := k.serving(); err != nil {
+		return err
+	}
 	if err := k.hsmWell(); err != nil {
 		return unavailable(time.Second, "the key store is not available", fmt.Errorf("HSM: %w", err))
 	}

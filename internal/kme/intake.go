@@ -25,6 +25,9 @@ func (l *link) intake(ctx context.Context, b qlink.Block) error {
 	defer clear(b.Bits)
 	failpoint.Hit(failpoint.IntakeDistilled)
 	k := l.k
+	if err := k.serving(); err != nil {
+		return err
+	}
 	if k.Production && b.Provenance == key.Simulated {
 		return fmt.Errorf("block %d is simulated: this node is set to production", b.Block)
 	}
@@ -85,6 +88,9 @@ func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
 // tellPeers repeats, until it is answered, what the peers must hear: which blocks
 // we hold, and which assigned keys they must void.
 func (k *KME) tellPeers(ctx context.Context) {
+	if k.suspended() != "" {
+		return
+	}
 	for id, l := range k.links {
 		blocks, err := k.Store.HeldBlocks(ctx, id)
 		if err != nil {
@@ -151,7 +157,7 @@ func (k *KME) oldest() key.Epoch {
 func (k *KME) expire(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if k.Store.Healthy() != nil {
+	if k.Store.Healthy() != nil || k.suspended() != "" {
 		return
 	}
 	for {

@@ -67,6 +67,8 @@ type KME struct {
 	buckets buckets
 	turns   sync.Map // peer/node -> chan struct{}: one copy of a batch at a time is worked on
 
+	past past
+
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
 	news      chan struct{} // there is something to tell a peer
 }
@@ -82,6 +84,9 @@ func New(c Config) (*KME, error) {
 	}
 	if c.Quota.Rate <= 0 || c.Quota.Burst < MinBurst || c.Quota.Untaken <= 0 {
 		return nil, fmt.Errorf("configuring the KME: the quota must be positive, and its burst at least %d", MinBurst)
+	}
+	if c.Store.Witness() == nil {
+		return nil, errors.New("configuring the KME: the store keeps no witness file")
 	}
 	k := &KME{
 		Config:    c,
@@ -118,13 +123,16 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	if err := k.beginRun(ctx); err != nil {
 		return err
 	}
-	if err := k.keks.prepare(ctx); err != nil {
-		return err
+	if k.suspended() == "" {
+		if err := k.keks.prepare(ctx); err != nil {
+			return err
+		}
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return k.watchFence(ctx) })
 	g.Go(func() error { return k.takeOver(ctx) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
+	g.Go(func() error { return k.every(ctx, time.Second, nil, k.keepWitness) })
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
 	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
@@ -142,12 +150,17 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	return err
 }
 
-// watchFence ends the node when another process has bumped its run.
+// watchFence ends the node when another process has bumped its run, or when the
+// database was set back: the next process serves its doors, and nothing behind them.
 func (k *KME) watchFence(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-k.Store.Fenced():
+		if back := k.Store.SetBack(); back != "" {
+			why := "the database was set back while it was in use: " + back
+			return errors.Join(fmt.Errorf("node %s: %s", k.Node, why), k.suspend(ctx, why))
+		}
 		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more", k.Node, k.run.Load())
 	}
 }
@@ -203,6 +216,7 @@ func (k *KME) beat(ctx context.Context) {
 		k.raise(ctx, "database", "the database does not answer: "+err.Error())
 	} else {
 		k.clear(ctx, "database")
+		k.watchPast(ctx)
 		k.summarise(ctx)
 		if err := k.Store.LookAtUntaken(ctx); err != nil {
 			k.Log.Warn("looking at what waits to be taken", "err", err) // what was read before still counts

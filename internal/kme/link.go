@@ -138,6 +138,9 @@ func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
 // alice leads one session: she dials, opens a session with a number higher than
 // either end has ever opened, and distils block after block.
 func (l *link) alice(ctx context.Context) error {
+	if err := l.k.serving(); err != nil {
+		return err
+	}
 	mine, err := l.k.Store.Session(ctx, l.ID)
 	if err != nil {
 		return fmt.Errorf("reading the session: %w", err)
@@ -192,6 +195,9 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 
 // bob follows one session.
 func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) error {
+	if err := l.k.serving(); err != nil {
+		return err
+	}
 	l.replace(s)
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
@@ -354,6 +360,8 @@ func (l *link) room(ctx context.Context) error {
 		state, why := "open", ""
 		here, there, err := l.k.Store.Pool(ctx, l.ID)
 		switch {
+		case l.k.suspended() != "":
+			state, why = "paused", "the site is suspended"
 		case err != nil:
 			state, why = "paused", "the database is away"
 		case l.k.hsmWell() != nil:

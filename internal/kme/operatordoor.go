@@ -27,7 +27,8 @@ func (k *KME) OperatorDoor() OperatorDoor { return OperatorDoor{k} }
 func (d OperatorDoor) Node(context.Context, identity.Caller, string) (admin.Node, error) {
 	k := d.k
 	n := admin.Node{
-		KME: k.Self.String(), Node: k.Config.Node, Version: version(), Run: k.run.Load(), Started: k.started,
+		Suspended: k.suspended(),
+		KME:       k.Self.String(), Node: k.Config.Node, Version: version(), Run: k.run.Load(), Started: k.started,
 		Uptime: k.Now().Sub(k.started).Seconds(), Production: k.Production, Policies: k.Policies().Digest,
 		HSM: health(k.hsmWell()), Database: health(k.Store.Healthy()),
 	}

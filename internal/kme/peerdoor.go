@@ -37,6 +37,9 @@ func (d PeerDoor) Held(ctx context.Context, from identity.KME, h handover.Held) 
 	if _, err := d.link(h.Link, from); err != nil {
 		return "", d.refuse(ctx, from, err)
 	}
+	if err := d.k.serving(); err != nil {
+		return "", err
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	answer, err := d.k.Store.HeardHeld(ctx, h, from, d.k.blockEvents(h.BlockRef, h.Atoms))
@@ -73,6 +76,9 @@ func (d PeerDoor) link(id string, from identity.KME) (*link, error) {
 
 // Void takes assigned keys back. It is answered alike however often it comes.
 func (d PeerDoor) Void(ctx context.Context, from identity.KME, v handover.Void) error {
+	if err := d.k.serving(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	return d.k.Store.Void(ctx, from, v, func(voided []key.ID) audit.Event {
@@ -86,6 +92,9 @@ func (d PeerDoor) Void(ctx context.Context, from identity.KME, v handover.Void) 
 // Run hears of a node's new run and lists what lower runs were assigned here.
 func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
 	if err := d.known(ctx, from, r.Node); err != nil {
+		return nil, err
+	}
+	if err := d.k.serving(); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)

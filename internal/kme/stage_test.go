@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -95,16 +96,32 @@ func (s *site) exec(database, sql string) {
 	}
 }
 
-// open connects the node's store, in a new run.
-func (s *site) open() *store.DB {
+// connect opens the node's store. No run has begun.
+func (s *site) connect() *store.DB {
 	s.t.Helper()
+	w, err := store.OpenWitness(filepath.Join(s.data, "witness"), "a")
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	db, err := store.Open(s.t.Context(), store.Config{
-		DSN: cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: "a", EpochLength: time.Hour, Now: s.now,
+		DSN: cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: "a", EpochLength: time.Hour, Now: s.now, Witness: w,
 	})
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.t.Cleanup(db.Close)
+	s.t.Cleanup(func() {
+		db.Close()
+		if err := w.Close(); err != nil {
+			s.t.Error(err)
+		}
+	})
+	return db
+}
+
+// open connects the node's store, in a new run.
+func (s *site) open() *store.DB {
+	s.t.Helper()
+	db := s.connect()
 	run, err := db.BumpRun(s.t.Context(), "a", 0)
 	if err == nil {
 		err = db.Begin(s.t.Context(), run)

@@ -2,6 +2,7 @@ package kme
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,9 +20,11 @@ import (
 )
 
 // beginRun gives this process a run number that none has used before, even if the
-// database was set back: the token and a file beside it witness the last one.
+// database was set back: the token and a file beside it witness the last one, and
+// a database that is behind them has the site suspended before its row is touched.
 //
-// If the process dies between the steps, a number is skipped, which harms nothing.
+// If the process dies between the steps, a number is skipped, which harms nothing:
+// the token and the file come after the database, so they are never ahead of it.
 func (k *KME) beginRun(ctx context.Context) error {
 	counter := "kme-run-" + k.Node
 	inToken, err := k.Token.Counter(ctx, counter)
@@ -32,6 +35,15 @@ func (k *KME) beginRun(ctx context.Context) error {
 	inFile, err := readNumber(path)
 	if err != nil {
 		return err
+	}
+	now, err := k.Store.Standing(ctx)
+	if err != nil {
+		return fmt.Errorf("beginning a run: %w", err)
+	}
+	if why := cmp.Or(now.Suspended, k.restored(now, inToken, inFile)); why == "" {
+		k.Store.Witness().Start(now.Origin)
+	} else if err := k.suspend(ctx, why); err != nil {
+		return fmt.Errorf("beginning a run: %w: %s", err, why)
 	}
 	run, err := k.Store.BumpRun(ctx, k.Node, max(inToken, inFile))
 	if err != nil {
@@ -77,6 +89,10 @@ func readNumber(path string) (int64, error) {
 // what was assigned for them, burns and voids what was never served, and frees the
 // chunks that they had leased. Until then nothing is leased or announced.
 func (k *KME) takeOver(ctx context.Context) error {
+	if k.suspended() != "" {
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	for id := range k.Peers {
 		for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
 			err := k.reclaimAt(ctx, id)

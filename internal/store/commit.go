@@ -113,14 +113,20 @@ func (c *committer) refuse(jobs []*job, refused map[*job]error) []*job {
 func (c *committer) advance(a *attempt) {
 	c.mark, c.head = a.mark, a.head
 	c.db.untaken.add(a.untaken)
+	c.db.cfg.Witness.note(c.run, c.head)
 	for e := range a.due {
 		c.db.epochs.refill(e)
 	}
 }
 
-// fence ends everything: the run is another's.
+// fence ends everything: the run is another's, or the database is in the past.
 func (c *committer) fence() {
-	c.db.cfg.Log.Error("this node's run has been taken over", "node", c.db.cfg.Node, "run", c.run)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	if c.back == "" {
+		_ = c.checkPast(ctx) // who cannot be asked is not known to be in the past
+	}
+	c.db.cfg.Log.Error("this node's run is not its own any more", "node", c.db.cfg.Node, "run", c.run, "set back", c.back)
 	c.down.Store(&downReason{ErrFenced})
 	close(c.fenced)
 	c.cancel()
@@ -238,7 +244,10 @@ func (c *committer) connect() error {
 	_, err = conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 		WHERE pid = $1 AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()
 		AND wait_event IS DISTINCT FROM 'SyncRep'`, old.PgConn().PID())
-	return err
+	if err != nil {
+		return err
+	}
+	return c.checkPast(ctx)
 }
 
 // reconnect connects, however long it takes, and refuses whatever comes meanwhile.
@@ -249,6 +258,10 @@ func (c *committer) reconnect() bool {
 		if err == nil {
 			c.setUp()
 			return true
+		}
+		if errors.Is(err, errSetBack) {
+			c.fence()
+			return false
 		}
 		c.setDown(err)
 		c.abandon(nil, c.health())

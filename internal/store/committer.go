@@ -107,6 +107,7 @@ type committer struct {
 	mark   int64      // of this run's last commit, as it stands in node_run
 	marks  int64      // the highest mark given out
 	head   audit.Head // after that commit
+	back   string     // how the database is behind mark; to be read by others after fenced
 	days   map[string]bool
 
 	warning string // the server's last, if it may be about a commit

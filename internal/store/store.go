@@ -43,8 +43,8 @@ var (
 	ErrDoubt = errors.New("the outcome of the commit is not known yet")
 	// ErrUnavailable: the database does not answer, or the queue is full.
 	ErrUnavailable = errors.New("the database is not available")
-	// ErrFenced: the node's run has been taken over. The DB is dead, and the
-	// process must end. Only for this error a commit in flight may have happened
+	// ErrFenced: the node's run has been taken over, or the database was set back to
+	// the past (SetBack). The DB is dead, and the process must end. Only for this error a commit in flight may have happened
 	// unseen; the takeover deals with its keys.
 	ErrFenced = errors.New("the node's run has been taken over")
 	// ErrShort: a key was not there any more.
@@ -59,13 +59,14 @@ var (
 	ErrOvertaken = errors.New("a later takeover of the node has begun")
 )
 
-// Config is what a DB needs. All fields must be set, Log excepted.
+// Config is what a DB needs. All fields must be set, Witness and Log excepted.
 type Config struct {
 	DSN         string           // of the role kme_app; of several hosts the primary is found, connect_timeout (2 s) is for each
 	Site        identity.KME     // whose database it is: a database of another KME is refused
 	Node        string           // this node's name, unique at the site
 	EpochLength time.Duration    // must be what the database was made with
 	Now         func() time.Time // the daemon's clock
+	Witness     *Witness         // is told of each commit; nil: nobody is
 	Log         *slog.Logger     // nil discards
 }
 

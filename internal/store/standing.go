@@ -1,0 +1,97 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/handover"
+)
+
+// Standing is how the site's database stands as a whole.
+type Standing struct {
+	handover.Figures
+	Suspended string // why nothing may be served; "" while it may
+}
+
+// Run is the run of a node: 0 if the database does not know it.
+func (s Standing) Run(node string) int64 {
+	for _, n := range s.Nodes {
+		if n.Node == node {
+			return n.Run
+		}
+	}
+	return 0
+}
+
+// Standing reads it, in one snapshot, and returns when what it has read cannot be
+// taken back by a failover any more: the transaction writes something, if nothing
+// of meaning, and its commit waits for that and for all before it.
+func (db *DB) Standing(ctx context.Context) (s Standing, err error) {
+	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		s, err = readStanding(ctx, tx)
+		if err == nil {
+			_, err = tx.Exec(ctx, "SELECT pg_logical_emit_message(true, 'kme', '')")
+		}
+		return err
+	})
+	if err != nil {
+		return Standing{}, away("reading how the database stands", err)
+	}
+	return s, nil
+}
+
+func readStanding(ctx context.Context, tx pgx.Tx) (s Standing, err error) {
+	rows, _ := tx.Query(ctx, `SELECT origin, coalesce(suspended, ''), coalesce(node, ''), coalesce(run, 0), coalesce(seq, 0), coalesce(head, '')
+		FROM settings LEFT JOIN node_run ON true ORDER BY node`)
+	var n handover.NodeFigures
+	var head []byte
+	_, err = pgx.ForEachRow(rows, []any{&s.Origin, &s.Suspended, &n.Node, &n.Run, &n.Seq, &head}, func() error {
+		if n.Node != "" {
+			copy(n.Head[:], head)
+			s.Nodes = append(s.Nodes, n)
+		}
+		return nil
+	})
+	return s, err
+}
+
+// Suspend says for all nodes of the site that nothing may be served any more, and
+// why. The first reason stays.
+func (db *DB) Suspend(ctx context.Context, why string) error {
+	if _, err := db.pool.Exec(ctx, "UPDATE settings SET suspended = $1 WHERE suspended IS NULL", why); err != nil {
+		return away("suspending the site", err)
+	}
+	return nil
+}
+
+// errSetBack: the database has less than this committer has committed.
+var errSetBack = errors.New("the database was set back to the past")
+
+// SetBack says, once Fenced is closed, how the database falls short of what this
+// node had committed; "" if the run was only taken over.
+func (db *DB) SetBack() string { return db.committer.back }
+
+// Witness is what Config named.
+func (db *DB) Witness() *Witness { return db.cfg.Witness }
+
+// checkPast says, after a new connection was made or the node was fenced, whether
+// the node's row has fallen below this process's last commit.
+func (c *committer) checkPast(ctx context.Context) error {
+	var run, mark int64
+	err := c.conn.QueryRow(ctx, "SELECT run, mark FROM node_run WHERE node = $1", c.db.cfg.Node).Scan(&run, &mark)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		c.back = fmt.Sprintf("it does not know node %s, which was in run %d", c.db.cfg.Node, c.run)
+	case err != nil:
+		return err
+	case run < c.run || mark < c.mark:
+		c.back = fmt.Sprintf("node %s stands at run %d and commit %d, and was at run %d and commit %d", c.db.cfg.Node, run, mark, c.run, c.mark)
+	}
+	if c.back != "" {
+		return fmt.Errorf("%w: %s", errSetBack, c.back)
+	}
+	return nil
+}
