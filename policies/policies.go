@@ -104,19 +104,6 @@ func (s *Set) Homed(sae identity.SAE, kme identity.KME) bool {
 	return slices.Contains(s.SAEs[sae].Homes, kme)
 }
 
-// Home is where a key is kept for sae when its master asks at the KME notAt: the
-// first of sae's homes that is not notAt, or notAt if that is its only home. It is
-// false for an SAE that nobody knows.
-func (s *Set) Home(sae identity.SAE, notAt identity.KME) (identity.KME, bool) {
-	homes := s.SAEs[sae].Homes
-	for _, home := range homes {
-		if home != notAt {
-			return home, true
-		}
-	}
-	return notAt, len(homes) > 0
-}
-
 // LinkBetween is the link that joins two KMEs, whichever of them is Alice's.
 func (s *Set) LinkBetween(a, b identity.KME) (Link, bool) {
 	for _, l := range s.Links {

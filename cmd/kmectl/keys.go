@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/go-json-experiment/json/jsontext"
 
@@ -31,9 +32,10 @@ func (p party) unshared(other string) string {
 }
 
 type getCommand struct {
-	Slave  string `required:"" placeholder:"SAE" help:"The SAE to share the keys with."`
-	Number int    `default:"1" help:"How many keys (${default})."`
-	Size   int    `placeholder:"BITS" help:"Size of each key; the KME's default if left out."`
+	Slave  string   `required:"" placeholder:"SAE" help:"The SAE to share the keys with."`
+	Also   []string `placeholder:"SAE" help:"Further SAEs to share the same keys with, separated by commas."`
+	Number int      `default:"1" help:"How many keys (${default})."`
+	Size   int      `placeholder:"BITS" help:"Size of each key; the KME's default if left out."`
 }
 
 // Run gets keys and prints them.
@@ -42,7 +44,15 @@ func (c getCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	keys, err := client.EncKeys(ctx, slave, etsi014.KeyRequest{Number: c.Number, Bits: c.Size})
+	r := etsi014.KeyRequest{Number: c.Number, Bits: c.Size}
+	for _, also := range c.Also {
+		id, err := identity.ParseSAE(also)
+		if err != nil {
+			return err
+		}
+		r.AdditionalSlaves = append(r.AdditionalSlaves, id)
+	}
+	keys, err := client.EncKeys(ctx, slave, r)
 	if err != nil {
 		return p.explain(err, p.unshared(c.Slave))
 	}
@@ -51,7 +61,7 @@ func (c getCommand) Run(ctx context.Context, s *session) error {
 		return err
 	}
 	fmt.Fprintf(s.stderr, "%s for %s and %s. %s takes the same with\n  kmectl --as %s take --master %s",
-		count(keys), p.name, slave, slave, slave, p.name)
+		count(keys), p.name, strings.Join(append([]string{c.Slave}, c.Also...), ", "), slave, slave, p.name)
 	for _, k := range keys.Keys {
 		fmt.Fprintf(s.stderr, " %s", k.ID)
 	}

@@ -35,7 +35,7 @@ func TestClientRoundTrip(t *testing.T) {
 	}
 	want := etsi014.Status{
 		SourceKME: "km1", TargetKME: "km2", Master: "alice", Slave: "bob", KeySize: 256, Stored: d.pool,
-		Max: 1_000_000, MaxPerRequest: 128, MaxSize: 4096, MinSize: 64,
+		Max: 1_000_000, MaxPerRequest: 128, MaxSize: 4096, MinSize: 64, MaxSAEs: 32,
 	}
 	if diff := cmp.Diff(want, status); diff != "" {
 		t.Errorf("Status (-want +got):\n%s", diff)

@@ -1,9 +1,11 @@
 package etsi014_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
+	"slices"
 	"sync"
 
 	"github.com/qutemail/kme/internal/etsi014"
@@ -25,9 +27,15 @@ type double struct {
 }
 
 type held struct {
-	master, slave identity.SAE
-	secret        []byte
-	taken         bool
+	master identity.SAE
+	secret []byte
+	due    map[place]bool // where it waits for whom; false once it is taken
+}
+
+// place is where an SAE takes a key.
+type place struct {
+	kme string
+	sae identity.SAE
 }
 
 // at is the double as one of its KMEs.
@@ -36,10 +44,26 @@ type at struct {
 	kme string
 }
 
-// homes are the SAEs that the double knows, in the order of their homes.
-var homes = map[string][]string{
-	"alice": {"km1"}, "bob": {"km2"}, "carol": {"km2"},
-	"alice@qutemail.example": {"km1", "km2"}, "bob@qutemail.example": {"km1", "km2"},
+// homes are the SAEs that the double knows, and friends those of whom each two may
+// share keys: as in the policies that the lab runs the vectors with.
+var (
+	homes = map[string][]string{
+		"alice": {"km1"}, "dave": {"km1"}, "bob": {"km2"}, "erin": {"km2"}, "carol": {"km2"},
+		"alice@qutemail.example": {"km1", "km2"}, "bob@qutemail.example": {"km1", "km2"},
+	}
+	friends = [][]string{
+		{"alice", "bob", "dave", "erin"}, {"alice", "carol"}, {"bob", "carol"}, {"alice@qutemail.example", "bob@qutemail.example"},
+	}
+)
+
+// home is where d's keys for an SAE wait.
+func (d at) home(sae identity.SAE) string {
+	for _, home := range homes[sae.String()] {
+		if home != d.kme {
+			return home
+		}
+	}
+	return d.kme
 }
 
 func newDouble() *double {
@@ -48,34 +72,35 @@ func newDouble() *double {
 
 var errForbidden = problem.Because(problem.Unauthorized, errors.New("the double knows no such pair"))
 
-// begin counts the outcome event that the core would record, and judges the pair.
-func (d at) begin(rid string, other identity.SAE) error {
+// begin counts the outcome event that the core would record, and judges the caller
+// and whom it shares keys with.
+func (d at) begin(rid string, c identity.Caller, others ...identity.SAE) error {
 	d.events[rid]++
 	if d.fault != nil {
 		return d.fault
 	}
-	if homes[other.String()] == nil {
+	if !slices.Contains(homes[c.ID()], d.kme) {
 		return errForbidden
+	}
+	for _, other := range others {
+		if !slices.ContainsFunc(friends, func(all []string) bool { return slices.Contains(all, c.ID()) && slices.Contains(all, other.String()) }) {
+			return errForbidden
+		}
 	}
 	return nil
 }
 
 func (d at) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128}
+	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128, MaxSAEs: 32}
 }
 
 func (d at) Status(_ context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.begin(rid, slave); err != nil {
+	if err := d.begin(rid, c, slave); err != nil {
 		return etsi014.Status{}, err
 	}
-	target := homes[slave.String()][0]
-	for _, home := range homes[slave.String()] {
-		if home != d.kme {
-			target = home
-		}
-	}
+	target := d.home(slave)
 	l := d.Limits()
 	return etsi014.Status{
 		SourceKME: d.kme, TargetKME: target, Master: c.ID(), Slave: slave.String(), Stored: d.pool, Max: 1_000_000,
@@ -86,10 +111,14 @@ func (d at) Status(_ context.Context, c identity.Caller, rid string, slave ident
 func (d at) EncKeys(_ context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.begin(rid, slave); err != nil {
+	slaves := append([]identity.SAE{slave}, r.AdditionalSlaves...)
+	if err := d.begin(rid, c, slaves...); err != nil {
 		return etsi014.Container{}, err
 	}
-	atoms := r.Number * ((r.Bits + 255) / 256)
+	provenance, atoms := key.LocalRNG, 0
+	if slices.ContainsFunc(slaves, func(s identity.SAE) bool { return d.home(s) != d.kme }) {
+		provenance, atoms = key.Simulated, r.Number*((r.Bits+255)/256)
+	}
 	if d.pool < atoms {
 		return etsi014.Container{}, problem.New(problem.Unavailable, "not enough keys")
 	}
@@ -101,8 +130,11 @@ func (d at) EncKeys(_ context.Context, c identity.Caller, rid string, slave iden
 		secret := make([]byte, r.Bits/8)
 		_, _ = rand.Read(id[:])
 		_, _ = rand.Read(secret)
-		d.keys[id] = &held{master: master, slave: slave, secret: secret}
-		got.Keys = append(got.Keys, etsi014.Key{ID: id, Material: key.NewMaterial(append([]byte{}, secret...)), Provenance: key.Simulated})
+		d.keys[id] = &held{master: master, secret: secret, due: make(map[place]bool)}
+		for _, s := range slaves {
+			d.keys[id].due[place{d.home(s), s}] = true
+		}
+		got.Keys = append(got.Keys, etsi014.Key{ID: id, Material: key.NewMaterial(bytes.Clone(secret)), Provenance: provenance})
 	}
 	return got, nil
 }
@@ -110,29 +142,32 @@ func (d at) EncKeys(_ context.Context, c identity.Caller, rid string, slave iden
 func (d at) DecKeys(_ context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (etsi014.Container, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	self, _ := c.SAE()
-	if err := d.begin(rid, self); err != nil { // a master that is unknown has no keys
+	if err := d.begin(rid, c); err != nil { // a master that is unknown has no keys
 		return etsi014.Container{}, err
 	}
+	self, _ := c.SAE()
 	missing := false
 	for _, id := range ids {
-		k := d.keys[id]
-		switch {
-		case k == nil:
-			missing = true
-		case k.slave != self:
-			return etsi014.Container{}, problem.Because(problem.Unauthorized, errors.New("the key is for somebody else"))
-		case k.master != master, k.taken:
-			missing = true
+		var waits, named, here bool
+		if k := d.keys[id]; k != nil {
+			waits, named = k.due[place{d.kme, self}]
+			waits = waits && k.master == master
+			for p := range k.due {
+				here = here || p.kme == d.kme
+			}
 		}
+		if here && !named {
+			return etsi014.Container{}, problem.Because(problem.Unauthorized, errors.New("the key is for somebody else"))
+		}
+		missing = missing || !waits
 	}
 	if missing {
 		return etsi014.Container{}, problem.New(problem.NotFound, "")
 	}
 	var got etsi014.Container
 	for _, id := range ids {
-		d.keys[id].taken = true
-		got.Keys = append(got.Keys, etsi014.Key{ID: id, Material: key.NewMaterial(append([]byte{}, d.keys[id].secret...))})
+		d.keys[id].due[place{d.kme, self}] = false
+		got.Keys = append(got.Keys, etsi014.Key{ID: id, Material: key.NewMaterial(bytes.Clone(d.keys[id].secret))})
 	}
 	return got, nil
 }

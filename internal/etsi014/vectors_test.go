@@ -18,7 +18,7 @@ import (
 // request IDs of all answers of a route.
 func stage(t *testing.T, http2 bool) (*vector.Stage, *double, *seen) {
 	t.Helper()
-	s, err := vector.NewStage("alice", "bob", "carol", "alice@qutemail.example", "bob@qutemail.example")
+	s, err := vector.NewStage("alice", "bob", "carol", "dave", "erin", "alice@qutemail.example", "bob@qutemail.example")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -116,7 +116,7 @@ func (l *link) gather(ctx context.Context) ([]*ask, error) {
 		}
 		if l.begins(a) {
 			asks = append(asks, a)
-			atoms += len(a.lends)
+			atoms += len(a.lends) + len(a.request.Keys)*max(0, len(a.request.Slaves)-1) // each further slave's copy is sealed, too
 		}
 	}
 	return asks, nil

@@ -243,10 +243,7 @@ func (l *link) claims(want handover.Key, i int, p store.PooledAtom) string {
 func assignEvent(from identity.KME, a handover.Announce, r handover.Request, res handover.Result) audit.Event {
 	ev := audit.Event{
 		Action: audit.Assign, Outcome: audit.Done, Request: r.ID, Actor: audit.Actor{Role: string(identity.RoleKME), ID: from.String()},
-		Link: r.Link, Master: r.Master.String(), Bits: r.Bits, PeerNode: a.Node, PeerRun: a.Run, Batch: a.Batch,
-	}
-	for _, s := range r.Slaves {
-		ev.Slaves = append(ev.Slaves, s.String())
+		Link: r.Link, Master: r.Master.String(), Slaves: names(r.Slaves), Bits: r.Bits, PeerNode: a.Node, PeerRun: a.Run, Batch: a.Batch,
 	}
 	for _, want := range r.Keys {
 		ev.Keys = append(ev.Keys, want.ID())

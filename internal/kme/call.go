@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
-	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/policies"
@@ -39,28 +39,42 @@ func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identit
 	}}
 }
 
-// judge decides whether the caller may do this with the other SAE, here. An
-// unknown SAE and a forbidden one look alike.
-func (c *call) judge(other identity.SAE, number, bits int) *problem.Error {
+// judge decides whether the caller may do this with each of the others, here, and
+// finds the way to them. An unknown SAE and a forbidden one look alike; only who
+// may ask is told that there is no way.
+func (c *call) judge(others []identity.SAE, number, bits int) (way, error) {
 	if c.sae == (identity.SAE{}) {
-		return problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
+		return way{}, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
 	}
 	set := c.k.Policies()
 	if !set.Homed(c.sae, c.k.Self) {
-		return problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, c.k.Self))
+		return way{}, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, c.k.Self))
 	}
-	q := policies.Question{Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits, Provenance: key.LocalRNG}
-	if l, err := c.k.route(other); err == nil && l != nil {
-		q.Provenance = l.Provenance
-	} else {
-		q.SameKME = err == nil
+	w, none := c.k.route(others...)
+	for _, other := range others {
+		if none != nil { // then each is judged as if it were alone
+			w, _ = c.k.route(other)
+		}
+		d := set.Decide(policies.Question{
+			Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits,
+			Provenance: w.provenance(), SameKME: slices.Contains(w.here, other),
+		})
+		c.ev.Policy = union(c.ev.Policy, d.Policies)
+		if !d.Allow {
+			return way{}, problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
+		}
 	}
-	d := set.Decide(q)
-	c.ev.Policy = d.Policies
-	if !d.Allow {
-		return problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
+	return w, none
+}
+
+// union is the policies of two decisions, sorted, each once.
+func union(a, b []string) []string {
+	if len(a) == 0 {
+		return b
 	}
-	return nil
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // refuse records that the request ended badly and returns what the door answers.

@@ -172,14 +172,11 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 	call := k.begin(c, rid, audit.Status, slave)
-	if err := call.judge(slave, 0, 0); err != nil {
+	w, err := call.judge([]identity.SAE{slave}, 0, 0)
+	if err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}
 	if err := k.spend(call.sae, 1); err != nil {
-		return etsi014.Status{}, call.refuse(ctx, err)
-	}
-	l, err := k.route(slave)
-	if err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}
 	limits := k.Limits()
@@ -188,7 +185,7 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 		KeySize: limits.KeySize, MaxPerRequest: limits.MaxPerRequest, MaxSize: limits.MaxSize, MinSize: limits.MinSize, MaxSAEs: limits.MaxSAEs,
 		Max: k.PoolLimit,
 	}
-	if l != nil {
+	if l := w.link; l != nil {
 		s.TargetKME = l.Peer.String()
 		if s.Stored, err = k.Store.Stored(ctx, l.ID); err != nil {
 			return etsi014.Status{}, call.refuse(ctx, fmt.Errorf("counting the pool: %w", err))
@@ -207,7 +204,7 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 
 // Limits are what this KME serves. The largest request is askAtoms in an announce.
 func (k *KME) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: key.AtomBits, MinSize: handover.MinBits, MaxSize: handover.MaxBits, MaxPerRequest: 128}
+	return etsi014.Limits{KeySize: key.AtomBits, MinSize: handover.MinBits, MaxSize: handover.MaxBits, MaxPerRequest: 128, MaxSAEs: 32}
 }
 
 // Refused records what a door itself turned away after TLS, and returns what to answer.

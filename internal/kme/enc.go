@@ -12,13 +12,12 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
 )
 
 // order is what a master asks for, with every default filled in.
 type order struct {
-	slave  identity.SAE
+	slaves []identity.SAE // at least one, no two alike
 	number int
 	bits   int // size of each key
 	ttl    time.Duration
@@ -31,26 +30,24 @@ type issue struct {
 	expires    time.Time
 }
 
-// EncKeys is Get key of 014, 5.3: new keys for the caller (master) and slave.
+// EncKeys is Get key of 014, 5.3: new keys for the caller (master) and its slaves.
 func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
-	got, err := k.initiate(ctx, k.begin(c, rid, audit.EncKeys, slave), order{slave: slave, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL})
+	slaves := append([]identity.SAE{slave}, r.AdditionalSlaves...)
+	got, err := k.initiate(ctx, k.begin(c, rid, audit.EncKeys, slave), order{slaves: slaves, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL})
 	return etsi014.Container{Keys: got.keys}, err
 }
 
 // initiate judges an order and fills it. On an error nothing was handed out.
 func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
-	if err := c.judge(o.slave, o.number, o.bits); err != nil {
+	c.ev.Master, c.ev.Slaves, c.ev.Bits = c.sae.String(), names(o.slaves), o.bits
+	w, err := c.judge(o.slaves, o.number, o.bits)
+	if err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
-	c.ev.Master, c.ev.Slaves, c.ev.Bits = c.sae.String(), []string{o.slave.String()}, o.bits
 	if err := k.spend(c.sae, o.number*((o.bits+key.AtomBits-1)/key.AtomBits)); err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
 	if err := k.able(); err != nil {
-		return issue{}, c.refuse(ctx, err)
-	}
-	l, err := k.route(o.slave)
-	if err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
 	// From here on the request lives by its own clock: a client that goes away
@@ -59,10 +56,10 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	var got issue
-	if l == nil {
+	if w.link == nil {
 		got, err = k.initiateHere(ctx, c, o)
 	} else {
-		got, err = l.initiate(ctx, client, c, o)
+		got, err = w.link.initiate(ctx, client, c, o, w)
 	}
 	if err != nil {
 		wipe(got.keys)
@@ -72,24 +69,9 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	return got, nil
 }
 
-// route finds the way to a slave: a link to its home, or, with neither link nor
-// error, this KME itself. For a key, the slave's home is one that is not the
-// master's, if there is one.
-func (k *KME) route(slave identity.SAE) (*link, error) {
-	home, ok := k.Policies().Home(slave, k.Self)
-	if ok && home == k.Self {
-		return nil, nil
-	}
-	for _, l := range k.links {
-		if ok && l.Peer == home {
-			return l, nil
-		}
-	}
-	return nil, problem.New(problem.Invalid, "no link leads to the KME of the slave SAE")
-}
-
-// initiate hands out keys of the link's pool: unwrap, announce, commit.
-func (l *link) initiate(ctx, client context.Context, c *call, o order) (got issue, err error) {
+// initiate hands out keys of the link's pool: unwrap, announce, commit. What slaves
+// who are at home here are to get is sealed before the peer is told anything.
+func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (got issue, err error) {
 	k := l.k
 	c.ev.Link = l.ID
 	if k.Production && l.Provenance == key.Simulated {
@@ -116,26 +98,30 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order) (got issu
 		l.pool.give(lends)
 		return got, err
 	}
+	here, err := k.sealFor(ctx, c.sae, w.here, o, got)
+	if err != nil {
+		l.pool.give(lends)
+		return got, err
+	}
 	failpoint.Hit(failpoint.EncUnwrapped)
 
 	c.ev.Provenance, c.ev.Keys, c.ev.Atoms = got.provenance, keyIDs(got.keys), ranges(lends)
-	request := l.request(c.ev.Request, c.sae, o, lends, atoms)
+	request := l.request(c.ev.Request, c.sae, w.there, o, lends, atoms)
 	fate := l.ask(ctx, client, request, lends)
 	if fate.err != nil {
 		return got, fate.err // whoever settled it has dealt with the atoms
 	}
 	failpoint.Hit(failpoint.EncAnnounceAnswered)
-	return got, l.commit(ctx, c, lends, fate.batch)
+	return got, l.commit(ctx, c, lends, here, fate.batch)
 }
 
-// commit deletes what the peer has assigned and records it; then the keys may be
-// answered. A commit that fails, or whose outcome is not known in time, leaves
+// commit deletes what the peer has assigned, adds what is due here and records it;
+// then the keys may be answered. A commit that fails, or whose outcome is not known in time, leaves
 // keys that nobody may get: they are burned here and voided at the peer.
-func (l *link) commit(ctx context.Context, c *call, lends []lent, batch int64) error {
-	served := c.ev
-	served.Outcome, served.Batch = audit.Done, batch
+func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.Due, batch int64) error {
+	c.ev.Batch = batch
 	owed := debt{link: l, lends: lends, request: c.ev.Request, batch: batch, void: c.ev.Keys}
-	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Events: []audit.Event{served}, Late: func(committed bool) {
+	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Due: here, Events: c.served(here), Late: func(committed bool) {
 		c.late(committed)
 		if !committed {
 			l.k.owe(owed)
@@ -172,8 +158,8 @@ func (l *link) open(ctx context.Context, lends []lent, o order) (issue, lent, er
 }
 
 // request is what the peer is asked to assign.
-func (l *link) request(rid string, master identity.SAE, o order, lends []lent, per int) handover.Request {
-	r := handover.Request{ID: rid, Link: l.ID, Master: master, Slaves: []identity.SAE{o.slave}, Bits: o.bits, TTL: o.ttl.Milliseconds()}
+func (l *link) request(rid string, master identity.SAE, slaves []identity.SAE, o order, lends []lent, per int) handover.Request {
+	r := handover.Request{ID: rid, Link: l.ID, Master: master, Slaves: slaves, Bits: o.bits, TTL: o.ttl.Milliseconds()}
 	for i := 0; i < len(lends); i += per {
 		first := lends[i]
 		k := handover.Key{Session: first.from.Session, Block: first.from.Block, First: first.Index}
@@ -185,15 +171,11 @@ func (l *link) request(rid string, master identity.SAE, o order, lends []lent, p
 	return r
 }
 
-// initiateHere serves a pair of SAEs that are both homed here: the key is made in
-// the HSM at request time, sealed for the slave and committed in one transaction.
+// initiateHere serves SAEs that are all at home here: the keys are made in the HSM
+// at request time, sealed for the slaves and committed in one transaction.
 func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error) {
 	got := issue{provenance: key.LocalRNG, expires: k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
-	if err := k.room(o.slave, c.sae, o.number); err != nil {
-		return got, full(err)
-	}
 	epoch := key.EpochAt(k.Now(), k.EpochLength)
-	var dues []store.Due
 	for range o.number {
 		secret := make([]byte, o.bits/8)
 		if err := k.Token.Random(ctx, secret); err != nil {
@@ -201,18 +183,63 @@ func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error)
 		}
 		id := key.NewLocalID(epoch.Start(k.EpochLength))
 		got.keys = append(got.keys, etsi014.Key{ID: id, Material: key.NewMaterial(secret), Provenance: key.LocalRNG})
-		due := store.Due{Key: id, SAE: o.slave, Master: c.sae, Bits: o.bits, Provenance: key.LocalRNG, ExpiresAt: got.expires, Node: k.Node, Run: k.run.Load()}
-		if err := k.sealDue(ctx, &due, secret); err != nil {
-			return got, fmt.Errorf("sealing a key: %w", err)
-		}
-		dues = append(dues, due)
+	}
+	here, err := k.sealFor(ctx, c.sae, o.slaves, o, got)
+	if err != nil {
+		return got, err
 	}
 	c.ev.Provenance, c.ev.Keys = key.LocalRNG, keyIDs(got.keys)
-	served := c.ev
-	served.Outcome = audit.Done
-	err := k.Store.Serve(ctx, store.ServeJob{Due: dues, Events: []audit.Event{served}, Late: c.late})
+	err = k.Store.Serve(ctx, store.ServeJob{Due: here, Events: c.served(here), Late: c.late})
 	c.pending = errors.Is(err, store.ErrDoubt)
 	return got, err
+}
+
+// sealFor seals every key of an issue for each of the slaves that are served here.
+func (k *KME) sealFor(ctx context.Context, master identity.SAE, slaves []identity.SAE, o order, got issue) ([]store.Due, error) {
+	for _, slave := range slaves {
+		if err := k.room(slave, master, o.number); err != nil {
+			return nil, full(err)
+		}
+	}
+	var due []store.Due
+	for _, served := range got.keys {
+		for _, slave := range slaves {
+			d := store.Due{Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires}
+			if err := k.sealDue(ctx, &d, served.Material.Reveal()); err != nil {
+				return nil, fmt.Errorf("sealing key %s: %w", d.Key, err)
+			}
+			due = append(due, d)
+		}
+	}
+	return due, nil
+}
+
+// served are the events of a request that is answered with keys: its outcome and,
+// if some of its slaves are served here, what was assigned to them.
+func (c *call) served(here []store.Due) []audit.Event {
+	done := c.ev
+	done.Outcome = audit.Done
+	if len(here) == 0 {
+		return []audit.Event{done}
+	}
+	assigned := c.k.own(audit.Assign)
+	assigned.Request, assigned.Link, assigned.Master, assigned.Bits = done.Request, done.Link, done.Master, done.Bits
+	assigned.Keys, assigned.Provenance, assigned.Batch = done.Keys, done.Provenance, done.Batch
+	for _, d := range here { // key by key
+		if d.Key != here[0].Key {
+			break
+		}
+		assigned.Slaves = append(assigned.Slaves, d.SAE.String())
+	}
+	return []audit.Event{done, assigned}
+}
+
+func names(saes []identity.SAE) []string {
+	list := make([]string, len(saes))
+	for i, sae := range saes {
+		list[i] = sae.String()
+	}
+	return list
 }
 
 func keyIDs(keys []etsi014.Key) []key.ID {

@@ -15,6 +15,7 @@ import (
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
@@ -29,6 +30,7 @@ kmes:
   - {id: km1, nodes: [{name: km1-a, sae: "localhost:11", assign: "localhost:12", classical: "localhost:13", operator: "localhost:14"}]}
   - {id: km2, nodes: [{name: km2-a, sae: "localhost:21", assign: "localhost:22", classical: "localhost:23", operator: "localhost:24"}]}
   - {id: km3, nodes: [{name: km3-a, sae: "localhost:31", assign: "localhost:32", classical: "localhost:33", operator: "localhost:34"}]}
+  - {id: km4, nodes: [{name: km4-a, sae: "localhost:41", assign: "localhost:42", classical: "localhost:43", operator: "localhost:44"}]}
 links:
   - {id: fibre, alice: km1, bob: km2}
 saes:
@@ -38,6 +40,8 @@ saes:
   - {id: both, homes: [km1, km2], groups: [all]}
   - {id: far, homes: [km3], groups: [all]}
   - {id: further, homes: [km3, km2], groups: [all]}
+  - {id: lost, homes: [km4, km1], groups: [all]}
+  - {id: nowhere, homes: [km4], groups: [all]}
   - {id: stranger, homes: [km2], groups: []}
 `
 
@@ -85,18 +89,44 @@ func (k *KME) callOf(t *testing.T, sae string, a audit.Action) *call {
 	return c
 }
 
-// TestRoute: a key for a slave is kept at a home of his that is not ours, if he has one.
+// TestRoute: a key for a slave is kept at a home of his that is not ours, if he has
+// one that a link leads to; and there is one way to all slaves of a request.
 func TestRoute(t *testing.T) {
 	t.Parallel()
-	k, l := core(t)
-	for slave, want := range map[string]*link{"alice": nil, "bob": l, "both": l, "stranger": l} {
-		if got, err := k.route(saeID(t, slave)); got != want || err != nil {
-			t.Errorf("route to %s: %v, %v", slave, got, err)
+	k, _ := core(t)
+	k.links["long"] = &link{LinkConfig: LinkConfig{ID: "long", Peer: kmeID(t, "km3"), Provenance: key.QKD}, k: k}
+	for _, tt := range []struct{ slaves, link, there, here string }{
+		{"alice", "", "", "alice"},
+		{"alice anna", "", "", "alice anna"},
+		{"bob", "fibre", "bob", ""},
+		{"both", "fibre", "both", ""},
+		{"bob alice", "fibre", "bob", "alice"},
+		{"alice bob", "fibre", "bob", "alice"},
+		{"anna bob both stranger alice", "fibre", "bob both stranger", "anna alice"},
+		{"far", "long", "far", ""},
+		{"further", "long", "further", ""},          // the home named first
+		{"further bob", "fibre", "further bob", ""}, // the one that serves both
+		{"both far", "long", "far", "both"},         // both is served here, since the other link does not serve far
+		{"far further both", "long", "far further", "both"},
+		{"lost", "", "", "lost"}, // no link leads to the home that is not ours
+		{"bob far", "none", "", ""},
+		{"alice nobody", "none", "", ""},
+		{"nowhere", "none", "", ""},
+	} {
+		var slaves []identity.SAE
+		for _, name := range strings.Fields(tt.slaves) {
+			slaves = append(slaves, saeID(t, name))
 		}
-	}
-	for _, slave := range []string{"far", "further", "nobody"} { // further's first home outweighs that there is a link to his second
-		if got, err := k.route(saeID(t, slave)); got != nil || problem.KindOf(err) != problem.Invalid {
-			t.Errorf("route to %s: %v, %v, want an invalid request", slave, got, err)
+		w, err := k.route(slaves...)
+		if tt.link == "none" {
+			if problem.KindOf(err) != problem.Invalid {
+				t.Errorf("route to %s: %+v, %v, want an invalid request", tt.slaves, w, err)
+			}
+			continue
+		}
+		there, here := strings.Join(names(w.there), " "), strings.Join(names(w.here), " ")
+		if err != nil || w.link != k.links[tt.link] || there != tt.there || here != tt.here {
+			t.Errorf("route to %s: over %v there %q, here %q, %v; want %+v", tt.slaves, w.link, there, here, err, tt)
 		}
 	}
 }
@@ -106,34 +136,44 @@ func TestJudge(t *testing.T) {
 	t.Parallel()
 	k, _ := core(t)
 	for _, tt := range []struct {
-		caller, other string
-		number, bits  int
-		policies      string
-		why           string // "" if it is allowed
+		caller, others string
+		number, bits   int
+		policies       string
+		kind           problem.Kind
+		why            string // "" if it is allowed
 	}{
-		{"alice", "bob", 1, 256, "group", ""},
-		{"alice", "both", 1, 256, "group", ""},
-		{"alice", "anna", 1, 256, "group", ""},
-		{"alice", "far", 1, 256, "group", ""}, // that no link leads there is told to those who may ask
-		{"alice", "bob", 101, 256, "small", "policy (forbidden) does not let alice do enc_keys with bob"},
-		{"alice", "bob", 1, 8192, "small", "policy (forbidden)"},
-		{"alice", "stranger", 1, 256, "", "policy (no-policy)"},
-		{"alice", "nobody", 1, 256, "", "policy (unknown-sae)"},
-		{"bob", "alice", 1, 256, "", "SAE bob is not homed at km1"},
-		{"nobody", "alice", 1, 256, "", "SAE nobody is not homed at km1"},
-		{"", "alice", 1, 256, "", "names no SAE"},
+		{"alice", "bob", 1, 256, "group", 0, ""},
+		{"alice", "both", 1, 256, "group", 0, ""},
+		{"alice", "anna", 1, 256, "group", 0, ""},
+		{"alice", "bob anna both", 1, 256, "group", 0, ""},
+		{"alice", "far", 1, 256, "group", problem.Invalid, "no link leads"}, // which is told to those who may ask
+		{"alice", "bob far", 1, 256, "group", problem.Invalid, "no link leads"},
+		{"alice", "bob", 101, 256, "small", problem.Unauthorized, "policy (forbidden) does not let alice do enc_keys with bob"},
+		{"alice", "bob", 1, 8192, "small", problem.Unauthorized, "policy (forbidden)"},
+		{"alice", "stranger", 1, 256, "", problem.Unauthorized, "policy (no-policy)"},
+		{"alice", "nobody", 1, 256, "", problem.Unauthorized, "policy (unknown-sae)"},
+		{"alice", "bob stranger", 1, 256, "group", problem.Unauthorized, "does not let alice do enc_keys with stranger"},
+		{"alice", "nobody far", 1, 256, "", problem.Unauthorized, "does not let alice do enc_keys with nobody"},
+		{"alice", "anna far", 1, 256, "group", problem.Invalid, "no link leads"}, // anna is here all the same
+		{"bob", "alice", 1, 256, "", problem.Unauthorized, "SAE bob is not homed at km1"},
+		{"nobody", "alice", 1, 256, "", problem.Unauthorized, "SAE nobody is not homed at km1"},
+		{"", "alice", 1, 256, "", problem.Unauthorized, "names no SAE"},
 	} {
 		c := k.callOf(t, tt.caller, audit.EncKeys)
-		err := c.judge(saeID(t, tt.other), tt.number, tt.bits)
-		if got := strings.Join(c.ev.Policy, " "); got != tt.policies {
-			t.Errorf("%s for %s: recorded the policies %q, want %q", tt.caller, tt.other, got, tt.policies)
+		var others []identity.SAE
+		for _, name := range strings.Fields(tt.others) {
+			others = append(others, saeID(t, name))
 		}
-		switch {
-		case err == nil && tt.why == "":
-		case err == nil || tt.why == "" || !strings.Contains(err.Error(), tt.why):
-			t.Errorf("%s for %s: %v, want %q", tt.caller, tt.other, err, tt.why)
-		case err.Kind != problem.Unauthorized || err.Detail != "" || err.RetryAfter != 0:
-			t.Errorf("%s for %s: the caller is told %s %q", tt.caller, tt.other, err.Kind, err.Detail)
+		_, err := c.judge(others, tt.number, tt.bits)
+		if got := strings.Join(c.ev.Policy, " "); got != tt.policies {
+			t.Errorf("%s for %s: recorded the policies %q, want %q", tt.caller, tt.others, got, tt.policies)
+		}
+		if (err == nil) != (tt.why == "") || err != nil && !strings.Contains(err.Error(), tt.why) {
+			t.Errorf("%s for %s: %v, want %q", tt.caller, tt.others, err, tt.why)
+		}
+		var p *problem.Error
+		if errors.As(err, &p) && (p.Kind != tt.kind || p.Kind == problem.Unauthorized && p.Detail != "" || p.RetryAfter != 0) {
+			t.Errorf("%s for %s: the caller is told %s %q", tt.caller, tt.others, p.Kind, p.Detail)
 		}
 	}
 }

@@ -22,7 +22,7 @@ func (k *KME) LegacyLimits() legacy.Limits {
 // RequestKey is the legacy form of Get key: one key for the caller and recipient.
 func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, recipient identity.SAE, bits int, ttl time.Duration) (legacy.Issued, error) {
 	call := k.begin(c, rid, audit.EncKeys, recipient)
-	got, err := k.initiate(ctx, call, order{slave: recipient, number: 1, bits: bits, ttl: ttl})
+	got, err := k.initiate(ctx, call, order{slaves: []identity.SAE{recipient}, number: 1, bits: bits, ttl: ttl})
 	if err != nil {
 		return legacy.Issued{}, err
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
@@ -86,7 +87,7 @@ type evidence struct {
 	due    []dueRow
 	parked int
 	counts map[string]int // of table untaken: live rows of due less what is counted, by pair
-	dues   int64 // rows of due that went with dropped partitions
+	dues   int64          // rows of due that went with dropped partitions
 }
 
 type block struct {
@@ -350,8 +351,7 @@ func (e *evidence) checkArithmetic(r *Report) {
 			}
 			continue
 		}
-		local := len(ev.Atoms) == 0 // a key of two SAEs at this KME came from no block
-		if ev.Outcome == "done" && (ev.Action == assign || ev.Action == encKeys && local) {
+		if ev.Outcome == "done" && ev.Action == assign {
 			assigned += int64(len(ev.Keys) * len(ev.Slaves))
 		}
 		if ev.Action == burn || ev.Action == expire || ev.Outcome == "done" && (ev.Action == assign || ev.Action == encKeys) {
@@ -373,45 +373,69 @@ func (e *evidence) checkArithmetic(r *Report) {
 	}
 }
 
+// naming is that an SAE may have a key, or has one.
+type naming struct {
+	id  key.ID
+	sae string
+}
+
 // checkOnce is I2: no key is handed to one SAE twice, nor to one that was not named.
+// Whoever is named by the master's request has the key assigned at one site, and can
+// take it there alone.
 func checkOnce(r *Report, sites ...*evidence) {
-	served := make(map[key.ID]int)
-	named := make(map[key.ID][]string)
-	type taking struct {
-		id  key.ID
-		sae string
-	}
-	taken := make(map[taking]int)
+	served := make(map[key.ID][]string) // the slaves, by key
 	for _, e := range sites {
+		for ev, id := range e.done(encKeys) {
+			if served[id] != nil {
+				r.fail("I2", e.site.Name, "key %s was handed to a master again", id)
+			}
+			served[id] = ev.Slaves
+		}
+	}
+	taken := make(map[naming]int)
+	for _, e := range sites {
+		assigned := make(map[naming]bool)
+		for ev, id := range e.done(assign) {
+			for _, sae := range ev.Slaves {
+				assigned[naming{id, sae}] = true
+				if named := served[id]; named != nil && !slices.Contains(named, sae) {
+					r.fail("I2", e.site.Name, "key %s is assigned to %s, whom its master did not name", id, sae)
+				}
+			}
+		}
+		for _, d := range e.due {
+			if !assigned[naming{d.id, d.sae}] {
+				r.fail("I2", e.site.Name, "there is a row of key %s for %s, who was not named", d.id, d.sae)
+			}
+		}
+		for ev, id := range e.done(decKeys) {
+			n := naming{id, ev.Actor.ID}
+			taken[n]++
+			if !assigned[n] {
+				r.fail("I2", e.site.Name, "key %s was handed to %s, who was not named", id, n.sae)
+			}
+		}
+	}
+	for n, times := range taken {
+		if times != 1 {
+			r.fail("I2", "both", "key %s was handed to %s %d times", n.id, n.sae, times)
+		}
+	}
+	r.Served, r.Taken = len(served), len(taken)
+}
+
+// done are the events of an action that was done, once for each of their keys.
+func (e *evidence) done(action string) iter.Seq2[event, key.ID] {
+	return func(yield func(event, key.ID) bool) {
 		for _, ev := range e.events {
-			if ev.Outcome != "done" {
+			if ev.Action != action || ev.Outcome != "done" {
 				continue
 			}
 			for _, id := range ev.Keys {
-				switch ev.Action {
-				case encKeys:
-					served[id]++
-					named[id] = append(named[id], ev.Slaves...)
-				case assign:
-					named[id] = append(named[id], ev.Slaves...)
-				case decKeys:
-					taken[taking{id, ev.Actor.ID}]++
+				if !yield(ev, id) {
+					return
 				}
 			}
 		}
 	}
-	for id, n := range served {
-		if n != 1 {
-			r.fail("I2", "both", "key %s was handed to a master %d times", id, n)
-		}
-	}
-	for t, n := range taken {
-		if n != 1 {
-			r.fail("I2", "both", "key %s was handed to %s %d times", t.id, t.sae, n)
-		}
-		if !slices.Contains(named[t.id], t.sae) {
-			r.fail("I2", "both", "key %s was handed to %s, who was not named", t.id, t.sae)
-		}
-	}
-	r.Served, r.Taken = len(served), len(taken)
 }

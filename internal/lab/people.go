@@ -20,7 +20,7 @@ import (
 
 // people are the SAEs that a lab begins with, and the KME that serves each.
 var people = map[string]string{
-	"alice": "km1", "bob": "km2", "carol": "km2",
+	"alice": "km1", "bob": "km2", "erin": "km2", "carol": "km2",
 	"alice@qutemail.example": "km1", "bob@qutemail.example": "km2",
 }
 

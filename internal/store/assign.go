@@ -105,7 +105,13 @@ func (w *assign) claims(claimed func(claim)) {
 	}
 }
 
-func (w *assign) weight() int { return 1 + len(w.ids) }
+func (w *assign) weight() int {
+	n := 1 + len(w.ids)
+	for _, r := range w.Announce.Requests {
+		n += len(r.Keys) * max(0, len(r.Slaves)-1) // a row for each further slave
+	}
+	return n
+}
 
 const (
 	readPeerRun = "SELECT run, last FROM peer_run WHERE peer = $1 AND node = $2"
