@@ -26,6 +26,7 @@ import (
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
@@ -159,7 +160,7 @@ func (n *node) open(ctx context.Context) (err error) {
 		return errors.Join(err, n.token.Close())
 	}
 	n.db, err = store.Open(ctx, store.Config{
-		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: time.Now, Witness: n.witness, Log: n.log,
+		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: failpoint.Now, Witness: n.witness, Log: n.log,
 	})
 	if err != nil {
 		_, _ = n.token.Close(), n.witness.Close()
@@ -215,7 +216,7 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 // core makes the KME with its peers and links.
 func (n *node) core() (*kme.KME, error) {
 	cfg := kme.Config{
-		Self: n.self, Node: n.cfg.Node, Store: n.db, Token: n.token, Log: n.log, Now: time.Now,
+		Self: n.self, Node: n.cfg.Node, Store: n.db, Token: n.token, Log: n.log, Now: failpoint.Now,
 		Policies:    func() *policies.Set { return n.set },
 		Peers:       make(map[identity.KME]*peer.Client),
 		DataDir:     n.cfg.Data,
@@ -320,7 +321,7 @@ type door struct {
 // doors makes the four doors. A certificate of one role cannot reach a route of
 // another: each has its own CA, its own pool of rules and its own mux.
 func (n *node) doors(core *kme.KME) ([]door, error) {
-	now := time.Now
+	now := failpoint.Now
 	principals := func() *identity.Map { return n.set.Principals }
 	saes := pki.Identify("sae", principals, now)
 	peers := pki.Identify("kme", principals, now)

@@ -1,11 +1,13 @@
 //go:build failpoint
 
-// Package failpoint names the places where a test kills the process to show that
-// nothing is lost or handed out twice whatever dies. It does something only in a
-// binary built with the tag failpoint; otherwise Hit is empty.
+// Package failpoint names the places where a test kills the process, or holds it up,
+// to show that nothing is lost or handed out twice whatever dies. It does something
+// only in a binary built with the tag failpoint; otherwise Hit and Fault are empty,
+// and Now is the machine's clock.
 package failpoint
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"slices"
@@ -43,8 +45,9 @@ func init() {
 }
 
 // Hit kills the process with SIGKILL if name is the failpoint that was asked for
-// and this is its turn.
+// and this is its turn. Before that it waits if the file of faults says so.
 func Hit(name string) {
+	_ = current().wait(context.Background(), name) // it never ends early
 	if target == "" || name != target || left.Add(-1) != 0 {
 		return
 	}

@@ -3,12 +3,16 @@
 package failpoint
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // asVictim is set in a process that is there to die.
@@ -87,4 +91,59 @@ func killed(err error) bool {
 	}
 	status := exit.Sys().(syscall.WaitStatus)
 	return status.Signaled() && status.Signal() == syscall.SIGKILL
+}
+
+// TestFaults: what the file says is so soon after it says it, and no longer than that.
+func TestFaults(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "faults")
+	faultsFile = file
+	t.Cleanup(func() { faultsFile = ""; lastFaults.Store(nil) })
+	say := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+		lastFaults.Store(nil) // as if its age had passed
+	}
+	began := time.Now()
+	Hit(EncLeased)
+	if err := Fault(t.Context(), HSM); err != nil || time.Since(began) > time.Second || Now().Sub(time.Now()).Abs() > time.Second {
+		t.Errorf("without a file: %v", err)
+	}
+	say("clock 40s\n" + EncLeased + " 20ms\n\nhsm 30ms\n")
+	if ahead := time.Until(Now()); ahead < 39*time.Second || ahead > 41*time.Second {
+		t.Errorf("the clock is ahead by %v, want 40s", ahead)
+	}
+	began = time.Now()
+	Hit(EncLeased)
+	if took := time.Since(began); took < 20*time.Millisecond {
+		t.Errorf("waited %v at the failpoint, want 20ms", took)
+	}
+	began = time.Now()
+	if err := Fault(t.Context(), HSM); err != nil || time.Since(began) < 30*time.Millisecond {
+		t.Errorf("the HSM answered %v after %v, want 30ms", err, time.Since(began))
+	}
+	say("hsm error\nclock -2s")
+	if err := Fault(t.Context(), HSM); err == nil || time.Until(Now()) > -time.Second {
+		t.Errorf("the HSM answered %v, and the clock is ahead by %v", err, time.Until(Now()))
+	}
+	say("hsm 1h")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := Fault(ctx, HSM); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a wait beyond its time ended with %v", err)
+	}
+}
+
+// TestMisspeltFaults end the process.
+func TestMisspeltFaults(t *testing.T) {
+	t.Parallel()
+	for _, line := range []string{"enc-leasd 1s", "clock", "clock soon", "hsm 1s 2s", "enc-leased error", "dsm error"} {
+		if err := (&faults{waits: make(map[string]time.Duration)}).add(strings.Fields(line)); err == nil {
+			t.Errorf("%q is taken", line)
+		}
+	}
 }

@@ -22,6 +22,7 @@ type Alarm struct {
 type alarms struct {
 	mu       sync.Mutex
 	standing map[string]Alarm
+	ending   map[string]time.Time // when those end that are of something that has happened
 	failing  map[string]time.Time // since when, for what is given some patience
 }
 
@@ -66,6 +67,37 @@ func (k *KME) raise(ctx context.Context, name, text string) {
 	ev := k.own(audit.Alarm)
 	ev.Outcome, ev.Reason = audit.Failed, name+": "+text
 	k.note(ctx, ev)
+}
+
+// incidentTime is how long an alarm stands of something that has happened and may be
+// over: long enough to be seen, and for what happens again to be one alarm.
+const incidentTime = 10 * time.Minute
+
+// incident raises an alarm of something that has happened. It ends by itself.
+func (k *KME) incident(ctx context.Context, name, text string) {
+	k.alarms.mu.Lock()
+	if k.alarms.ending == nil {
+		k.alarms.ending = make(map[string]time.Time)
+	}
+	k.alarms.ending[name] = k.Now().Add(incidentTime)
+	k.alarms.mu.Unlock()
+	k.raise(ctx, name, text)
+}
+
+// endIncidents clears the alarms of incidents that have not happened again for long.
+func (k *KME) endIncidents(ctx context.Context) {
+	var over []string
+	k.alarms.mu.Lock()
+	for name, end := range k.alarms.ending {
+		if !k.Now().Before(end) {
+			over = append(over, name)
+			delete(k.alarms.ending, name)
+		}
+	}
+	k.alarms.mu.Unlock()
+	for _, name := range over {
+		k.clear(ctx, name)
+	}
 }
 
 // clear ends an alarm whose cause is gone.

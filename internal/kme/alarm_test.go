@@ -48,6 +48,29 @@ func TestAlarmStands(t *testing.T) {
 	}
 }
 
+// TestIncident: an alarm of something that has happened ends when it has not happened
+// again for long, by itself.
+func TestIncident(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	ctx := t.Context()
+	k.raise(ctx, "hsm", "no answer")
+	k.incident(ctx, "refused-km2", "two requests")
+	s.step(incidentTime - time.Second)
+	k.incident(ctx, "refused-km2", "three requests")
+	s.step(incidentTime - time.Second)
+	k.endIncidents(ctx)
+	if got := k.Alarms(); len(got) != 2 {
+		t.Errorf("alarms %v, want both", got)
+	}
+	s.step(time.Second)
+	k.endIncidents(ctx)
+	if got := k.Alarms(); len(got) != 1 || got[0].Name != "hsm" {
+		t.Errorf("alarms %v, want the one whose cause is not gone", got)
+	}
+}
+
 // TestAlarmsAtOnce: many who see one cause make one alarm and one event of it.
 func TestAlarmsAtOnce(t *testing.T) {
 	t.Parallel()

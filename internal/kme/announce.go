@@ -290,7 +290,7 @@ func (l *link) returned(ctx context.Context, a *ask, d handover.Settlement) {
 // burn deletes atoms that must never be used, which were not assigned to anybody.
 func (l *link) burn(ctx context.Context, rid string, lends []lent, why string) {
 	l.k.owe(debt{link: l, lends: lends, request: rid, why: why})
-	l.k.raise(ctx, "burned-"+l.ID, fmt.Sprintf("%d atoms burned: %s", len(lends), why))
+	l.k.incident(ctx, "burned-"+l.ID, fmt.Sprintf("%d atoms burned: %s", len(lends), why))
 }
 
 // quarantine burns an atom whose blob does not open though the HSM is well:

@@ -52,7 +52,7 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 		answer.Results[i].Full = p.full[res.ID] && !res.Accepted
 	}
 	if slices.ContainsFunc(answer.Results, func(r handover.Result) bool { return !r.Accepted && !r.Full }) {
-		k.raise(ctx, "refused-"+from.String(), fmt.Sprintf("requests of %s's batch %d were refused: see the audit", from, a.Batch))
+		k.incident(ctx, "refused-"+from.String(), fmt.Sprintf("requests of %s's batch %d were refused: see the audit", from, a.Batch))
 	}
 	return answer, nil
 }
@@ -162,7 +162,7 @@ func (l *link) seal(ctx context.Context, a handover.Announce, r handover.Request
 			}
 			plain, err := l.k.unsealAtom(ctx, atom.Atom, *lentOf(atom).from)
 			if spoilt(err) {
-				l.k.raise(ctx, "tampered-"+l.ID, fmt.Sprintf("the blob of atom %s does not open: %v", id, err))
+				l.k.incident(ctx, "tampered-"+l.ID, fmt.Sprintf("the blob of atom %s does not open: %v", id, err))
 				return nil, []key.ID{id}, "the blob does not open", nil
 			}
 			if err != nil {

@@ -84,7 +84,7 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 			return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{d.Key, "expired: " + err.Error()}}
 		}
 		if errors.Is(err, hsm.ErrTampered) {
-			k.raise(ctx, "tampered-due", fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", d.Key, d.SAE))
+			k.incident(ctx, "tampered-due", fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", d.Key, d.SAE))
 		}
 		if err != nil {
 			return keys, fmt.Errorf("unwrapping key %s: %w", d.Key, err)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -175,6 +176,29 @@ func (r *keyring) close() {
 // or its KEK is gone.
 func spoilt(err error) bool { return errors.Is(err, hsm.ErrTampered) || errors.Is(err, hsm.ErrNoKEK) }
 
+// wrap and unwrap are the only uses of KEKs.
+func wrap(ctx context.Context, kek *hsm.KEK, plain, aad []byte) (iv [12]byte, ct []byte, err error) {
+	if err := hsmFault(ctx); err != nil {
+		return iv, nil, err
+	}
+	return kek.Wrap(ctx, plain, aad)
+}
+
+func unwrap(ctx context.Context, kek *hsm.KEK, iv [12]byte, ct, aad []byte) ([]byte, error) {
+	if err := hsmFault(ctx); err != nil {
+		return nil, err
+	}
+	return kek.Unwrap(ctx, iv, ct, aad)
+}
+
+// hsmFault is what a test says is wrong with the token.
+func hsmFault(ctx context.Context) error {
+	if err := failpoint.Fault(ctx, failpoint.HSM); err != nil {
+		return fmt.Errorf("%w: %w", hsm.ErrUnavailable, err)
+	}
+	return nil
+}
+
 // unsealAtom opens a pool atom. The caller wipes what it gets.
 func (k *KME) unsealAtom(ctx context.Context, a store.Atom, l store.Lease) ([]byte, error) {
 	kek, err := k.keks.byID(ctx, a.KEK)
@@ -182,7 +206,7 @@ func (k *KME) unsealAtom(ctx context.Context, a store.Atom, l store.Lease) ([]by
 		return nil, err
 	}
 	var buf [256]byte
-	return kek.Unwrap(ctx, a.IV, a.CT, AtomAAD(buf[:0], k.Self, a.KEK, l.BlockRef, a.Index, a.ID, l.Provenance))
+	return unwrap(ctx, kek, a.IV, a.CT, AtomAAD(buf[:0], k.Self, a.KEK, l.BlockRef, a.Index, a.ID, l.Provenance))
 }
 
 // unsealDue opens a key that waits for one SAE. The caller wipes what it gets.
@@ -192,7 +216,7 @@ func (k *KME) unsealDue(ctx context.Context, d store.Due) ([]byte, error) {
 		return nil, err
 	}
 	var buf [512]byte
-	return kek.Unwrap(ctx, d.IV, d.CT, DueAAD(buf[:0], k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread))
+	return unwrap(ctx, kek, d.IV, d.CT, DueAAD(buf[:0], k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread))
 }
 
 // sealDue seals plain for d.SAE under the KEK of the epoch in which d expires,
@@ -205,7 +229,7 @@ func (k *KME) sealDue(ctx context.Context, d *store.Due, plain []byte) error {
 	}
 	d.KEK = o.id
 	var buf [512]byte
-	d.IV, d.CT, err = o.kek.Wrap(ctx, plain, DueAAD(buf[:0], k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread))
+	d.IV, d.CT, err = wrap(ctx, o.kek, plain, DueAAD(buf[:0], k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread))
 	return err
 }
 

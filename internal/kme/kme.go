@@ -212,6 +212,7 @@ func (k *KME) stopped() {
 // beat asks the database and the HSM whether they are well. While the HSM is not,
 // nothing is wrapped or unwrapped.
 func (k *KME) beat(ctx context.Context) {
+	k.endIncidents(ctx)
 	if err := k.Store.Healthy(); err != nil {
 		k.raise(ctx, "database", "the database does not answer: "+err.Error())
 	} else {
@@ -222,16 +223,35 @@ func (k *KME) beat(ctx context.Context) {
 			k.Log.Warn("looking at what waits to be taken", "err", err) // what was read before still counts
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	err := k.Token.Heartbeat(ctx)
-	if err == nil {
-		k.hsmDown.Store("")
-		k.clear(ctx, "hsm")
+	took, err := k.heartbeat(ctx)
+	if err != nil {
+		k.hsmDown.Store(err.Error())
+		k.raise(ctx, "hsm", "HSM token does not answer: "+err.Error())
 		return
 	}
-	k.hsmDown.Store(err.Error())
-	k.raise(ctx, "hsm", "HSM token does not answer: "+err.Error())
+	k.hsmDown.Store("")
+	k.clear(ctx, "hsm")
+	if took > hsmSlow {
+		k.suspect(ctx, "hsm-slow", fmt.Sprintf("the HSM token is slow: a heartbeat took %v", took.Round(time.Millisecond)))
+	} else {
+		k.clear(ctx, "hsm-slow")
+	}
+}
+
+// hsmSlow is a time for a heartbeat, which is a few operations, beyond which requests
+// for many keys do not come to their end in time.
+const hsmSlow = 250 * time.Millisecond
+
+// heartbeat asks the token whether it is well, and says how long it took to answer.
+func (k *KME) heartbeat(ctx context.Context) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	began := time.Now()
+	err := hsmFault(ctx)
+	if err == nil {
+		err = k.Token.Heartbeat(ctx)
+	}
+	return time.Since(began), err
 }
 
 // hsmWell is nil while the HSM answers its heartbeat.

@@ -185,7 +185,7 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 	}
 	l := k.links[offer.Link]
 	if l == nil || l.Peer != from || l.End != handover.Bob {
-		k.raise(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %q, of which it is not Alice's end", from, offer.Link))
+		k.incident(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %q, of which it is not Alice's end", from, offer.Link))
 		return
 	}
 	if err := l.bob(ctx, s, offer); ctx.Err() == nil {

@@ -2,6 +2,7 @@ package kme
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/qutemail/kme/internal/audit"
@@ -44,7 +45,7 @@ func (d PeerDoor) Held(ctx context.Context, from identity.KME, h handover.Held) 
 	defer cancel()
 	answer, err := d.k.Store.HeardHeld(ctx, h, from, d.k.blockEvents(h.BlockRef, h.Atoms))
 	if err == nil && answer == handover.Different {
-		d.k.raise(ctx, "block-"+h.Link, fmt.Sprintf("block %s is another one at %s: both copies are dropped", h.BlockRef, from))
+		d.k.incident(ctx, "block-"+h.Link, fmt.Sprintf("block %s is another one at %s: both copies are dropped", h.BlockRef, from))
 	}
 	return answer, err
 }
@@ -111,6 +112,9 @@ func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStar
 
 // Refused records what the peer door turned away after TLS.
 func (d PeerDoor) Refused(ctx context.Context, c identity.Caller, r peer.Refusal) {
+	if errors.Is(r.Err, peer.ErrTooMany) {
+		d.k.incident(ctx, "flood-"+c.ID(), c.ID()+" says more at a time than is listened to")
+	}
 	_ = d.k.Refused(ctx, c, "", r.Route, r.Err) // the door answers the caller
 }
 

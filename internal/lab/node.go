@@ -7,7 +7,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
+
+	"github.com/qutemail/kme/internal/failpoint"
 )
 
 // Node is a kmed of a site, with a folder of its own: configuration, data,
@@ -46,7 +49,7 @@ func (n *Node) Start(ctx context.Context) error {
 	if err := n.writeConfig(ctx); err != nil {
 		return err
 	}
-	env := append([]string{"SOFTHSM2_CONF=" + n.site.path("hsm", "softhsm2.conf")}, n.env...)
+	env := append([]string{"SOFTHSM2_CONF=" + n.site.path("hsm", "softhsm2.conf"), failpoint.FaultsFile + "=" + n.path("faults")}, n.env...)
 	var err error
 	n.kmed, err = l.nursery.start("kmed "+n.Name, l.path("qlink"), n.LogFile(), env, filepath.Join(l.Bin, "kmed"), "serve", "--config", n.path("kmed.yaml"))
 	return err
@@ -79,6 +82,16 @@ func (n *Node) Kill() { n.kmed.kill() }
 
 // Signal sends the node a signal.
 func (n *Node) Signal(s os.Signal) error { return n.kmed.signal(s) }
+
+// Faults says what is wrong with the node from now on (package failpoint): "hsm 300ms",
+// "clock -40s". None: nothing is. Only a kmed with the build tag failpoint listens.
+func (n *Node) Faults(lines ...string) error {
+	file := n.path("faults")
+	if err := os.WriteFile(file+".new", []byte(strings.Join(lines, "\n")), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
+}
 
 // Running says whether the node runs.
 func (n *Node) Running() bool { return n.kmed.running() }

@@ -109,7 +109,7 @@ func (a *authority) client(cert tls.Certificate) *tls.Config {
 func judge(t testing.TB) func(tls.ConnectionState) (identity.Caller, error) {
 	t.Helper()
 	principals := make(map[string]identity.Principal)
-	for _, id := range []string{"km1", "km2"} {
+	for _, id := range []string{"km1", "km2", "km3"} {
 		principals[identity.PrincipalKey(identity.RoleKME, id)] = identity.Principal{Enabled: true}
 	}
 	m, err := identity.NewMap([]identity.Rule{

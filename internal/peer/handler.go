@@ -9,6 +9,7 @@ import (
 	"mime"
 	"net/http"
 	"strconv"
+	"sync"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
@@ -25,6 +26,27 @@ type door struct {
 	backend  Backend
 	identify func(*http.Request) (identity.Caller, error)
 	log      *slog.Logger
+	places   sync.Map // identity.KME -> chan struct{}: one for each message that is worked on
+}
+
+// maxAtOnce is how many messages of one peer are worked on at a time, of all its
+// nodes. An honest peer waits for answers and says fewer; what is beyond is turned
+// away before it is read, so that a peer that does not is no burden on anybody else.
+const maxAtOnce = 64
+
+// enter finds a place for a message, or says that there is none.
+func (d *door) enter(from identity.KME) (leave func(), ok bool) {
+	v, ok := d.places.Load(from)
+	if !ok {
+		v, _ = d.places.LoadOrStore(from, make(chan struct{}, maxAtOnce))
+	}
+	places := v.(chan struct{})
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, true
+	default:
+		return nil, false
+	}
 }
 
 // Handler serves the messages of peers. identify makes the caller from the
@@ -69,6 +91,12 @@ func serve[Q, A message](d *door, path string, act func(context.Context, identit
 			d.refuse(w, r, caller, route, err)
 			return
 		}
+		leave, ok := d.enter(from)
+		if !ok {
+			d.turnAway(w, r, caller, route, http.StatusTooManyRequests, problem.Because(problem.Unavailable, ErrTooMany))
+			return
+		}
+		defer leave()
 		body, err := read(w, r)
 		if err != nil {
 			d.refuse(w, r, caller, route, err)
@@ -140,9 +168,14 @@ func (d *door) lost(status int, err *problem.Error) http.HandlerFunc {
 			d.refuse(w, r, caller, "unknown", whoErr)
 			return
 		}
-		d.backend.Refused(r.Context(), caller, Refusal{Route: "unknown", Err: err})
-		d.write(w, status, failureText(err))
+		d.turnAway(w, r, caller, "unknown", status, err)
 	}
+}
+
+// turnAway ends a message with a status that its kind of problem does not have.
+func (d *door) turnAway(w http.ResponseWriter, r *http.Request, c identity.Caller, route string, status int, err *problem.Error) {
+	d.backend.Refused(r.Context(), c, Refusal{Route: route, Err: err})
+	d.write(w, status, failureText(err))
 }
 
 // fail answers with the status and body of err's kind. The cause stays here.

@@ -1,0 +1,71 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+)
+
+// holding is a Backend that keeps announces until it is let go.
+type holding struct {
+	*site
+	came, let chan struct{}
+}
+
+func (h holding) Announce(ctx context.Context, from identity.KME, a handover.Announce) (handover.AnnounceAnswer, error) {
+	h.came <- struct{}{}
+	<-h.let
+	return h.site.Announce(ctx, from, a)
+}
+
+// TestFlood: what a peer says beyond its places is turned away, which tells it that
+// nothing was done, and is recorded; another peer has places of its own; and all is
+// well as soon as there is a place.
+func TestFlood(t *testing.T) {
+	ca := newAuthority(t)
+	h := holding{&site{answer: handover.AnnounceAnswer{Standing: handover.Declined}}, make(chan struct{}, maxAtOnce), make(chan struct{})}
+	addr := serveHTTP(t, ca.server(ca.issue(t, "kme", "km2")), Handler(h, identifyHTTP(t), quiet()))
+	c := newClient(t, addr, ca.client(ca.issue(t, "kme", "km1")))
+	var all sync.WaitGroup
+	for i := range maxAtOnce {
+		all.Go(func() {
+			if _, err := c.Announce(within(t, 30*time.Second), anAnnounce(int64(i+1))); err != nil {
+				t.Errorf("batch %d, which had a place: %v", i+1, err)
+			}
+		})
+	}
+	for range maxAtOnce {
+		<-h.came
+	}
+	const beyond = 3
+	for range beyond {
+		err := c.Void(within(t, 5*time.Second), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms})
+		wantFate(t, err, refused)
+		if r, _ := errors.AsType[*Refused](err); r == nil || r.Status != http.StatusTooManyRequests {
+			t.Errorf("beyond the places: %v, want 429", err)
+		}
+	}
+	asked, turnedAway := h.saw()
+	if asked != 0 || len(turnedAway) != beyond {
+		t.Errorf("asked %d times and turned away %d, want 0 and %d", asked, len(turnedAway), beyond)
+	}
+	for _, r := range turnedAway {
+		if !errors.Is(r.Err, ErrTooMany) {
+			t.Errorf("turned away for %v", r.Err)
+		}
+	}
+	if err := newClient(t, addr, ca.client(ca.issue(t, "kme", "km3"))).Void(within(t, 5*time.Second), handover.Void{Node: "c1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
+		t.Errorf("another peer: %v", err)
+	}
+	close(h.let)
+	all.Wait()
+	if err := c.Void(within(t, 5*time.Second), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
+		t.Errorf("when there are places again: %v", err)
+	}
+}
