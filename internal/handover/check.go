@@ -21,6 +21,8 @@ const (
 	MinBits       = 64
 	MaxBlockAtoms = 1 << 20 // atoms in a block: 2^28 bits
 	MaxLinks      = 1024    // links in a Hello
+	MaxGranted    = 128     // chunks in a Grant
+	MaxGrants     = 1 << 30 // times that a chunk changes hands
 	MaxNameBytes  = 64      // node names and link IDs, in bytes
 	MaxRequestID  = 128     // in bytes
 	MaxTTL        = 366 * 24 * time.Hour

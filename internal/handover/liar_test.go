@@ -34,7 +34,7 @@ func (w *world) lie() {
 		return
 	}
 	p := choose(w, s.procs)
-	switch w.pick(8) {
+	switch w.pick(9) {
 	case 0, 1:
 		a := w.madeUpAnnounce()
 		if a.Check() == nil { // the door lets nothing else in
@@ -66,6 +66,9 @@ func (w *world) lie() {
 			rows = append(rows, Assigned{Run: int64(w.pick(5)), Batch: int64(w.pick(6)), Key: atoms[0], Atoms: atoms})
 		}
 		p.heard(p.tasks[0], rows, w.pick(4) > 0)
+	case 8:
+		g := Granted{ChunkRef{w.madeUpHeld().BlockRef, key.ChunkAtoms * w.pick(2)}, 1 + w.pick(5)}
+		p.commit("HearGrant", job{act: func() { s.hearGrant(g) }})
 	}
 }
 

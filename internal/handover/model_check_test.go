@@ -17,6 +17,9 @@ func (w *world) checkStep() {
 		s.checkBlocks()
 		s.checkLeases()
 	}
+	if !w.lying {
+		w.checkOwners(false)
+	}
 }
 
 // checkArithmetic is I6: what a block brought is in the pool, or an event says where
@@ -216,6 +219,10 @@ func (w *world) nudge(round int) bool {
 				p.tellVoid(v)
 			}
 		}
+		for _, g := range s.pendingGrants() {
+			quiet = false
+			p.tellGrant(g)
+		}
 		for _, b := range s.blocks {
 			if b.state == BlockHeld {
 				quiet = false
@@ -246,6 +253,9 @@ func (w *world) leftOver() string {
 				return "a void of " + v.Node + " is not acknowledged"
 			}
 		}
+		for _, g := range s.pendingGrants() {
+			return g.String() + " is not acknowledged"
+		}
 		if n := s.unfinished(); len(n) > 0 {
 			return "a chunk is leased by a dead run of " + n[0]
 		}
@@ -273,6 +283,7 @@ func (w *world) checkSettled() {
 		s.checkPools()
 		s.checkAllHeldBySomebody()
 	}
+	w.checkOwners(true)
 }
 
 // checkPairs: a key has a master if and only if it has its slaves.

@@ -25,6 +25,7 @@ type site struct {
 	dues    []*dueRow            // in the order in which they came
 	parked  map[key.ID]parkedRow // by atom
 	voids   []*voidRow           // void_out
+	grants  []*grantRow          // grant_out
 	node    map[string]*nodeRow  // node_run
 	peer    map[string]PeerRun   // peer_run
 	served  map[key.ID]bool      // by key: what the audit says
@@ -41,10 +42,11 @@ type blockRow struct {
 }
 
 type chunkRow struct {
-	ids   []key.ID
-	owner End
-	node  string
-	run   int64
+	Chunk
+	ref  ChunkRef
+	ids  []key.ID
+	node string
+	run  int64
 }
 
 type dueRow struct {
@@ -61,6 +63,11 @@ type parkedRow struct {
 
 type voidRow struct {
 	Void
+	acked bool
+}
+
+type grantRow struct {
+	Granted
 	acked bool
 }
 
@@ -144,7 +151,9 @@ func (s *site) hold(h Held, ids []key.ID) bool {
 	}
 	b := &blockRow{Held: h, state: BlockHeld, ids: ids, out: make(map[string]int)}
 	for i := 0; i < len(ids); i += key.ChunkAtoms {
-		b.chunks = append(b.chunks, &chunkRow{ids: ids[i:min(i+key.ChunkAtoms, len(ids))], owner: h.Owners.Of(i)})
+		b.chunks = append(b.chunks, &chunkRow{
+			Chunk: Chunk{Mine: h.Owners.Of(i) == s.end}, ref: ChunkRef{h.BlockRef, i}, ids: ids[i:min(i+key.ChunkAtoms, len(ids))],
+		})
 	}
 	s.block[h.BlockRef], s.blocks = b, append(s.blocks, b)
 	for _, id := range ids {
@@ -188,7 +197,7 @@ func (s *site) lease(node string, run int64) []key.ID {
 			continue
 		}
 		for _, c := range b.chunks {
-			if c.node == "" && (c.owner == s.end || s.w.broken.leaseAnyOwner) && s.left(c) > 0 {
+			if c.node == "" && (c.Mine || s.w.broken.leaseAnyOwner) && s.left(c) > 0 {
 				c.node, c.run = node, run
 				return s.pooled(c)
 			}
@@ -325,7 +334,7 @@ func (s *site) admit(r Request) string {
 			if at.BlockRef != (BlockRef{r.Link, k.Session, k.Block}) || at.index != k.First+i {
 				return "atoms that lie elsewhere"
 			}
-			if s.chunkOf(id).owner == s.end && !s.w.broken.leaseAnyOwner {
+			if s.chunkOf(id).Mine && !s.w.broken.leaseAnyOwner {
 				return "a chunk that is owned here"
 			}
 		}

@@ -28,6 +28,7 @@ var steps = []struct {
 	{"take", 10, false, (*world).take},
 	{"tell run", 4, false, (*world).tellRun},
 	{"tell void", 4, false, (*world).tellVoid},
+	{"tell grant", 4, false, (*world).tellGrant},
 	{"start", 4, false, (*world).start},
 	{"finish takeover", 2, false, (*world).finishTakeover},
 	{"resolve", 6, false, func(w *world) bool { return w.with(func(p *process) bool { return p.hung != nil }, (*process).resolve) }},
@@ -43,6 +44,7 @@ var steps = []struct {
 	{"end hung", 3, true, (*world).endHung},
 	{"open session", 1, true, (*world).openSession},
 	{"expire", 1, true, (*world).expire},
+	{"give", 9, true, (*world).give}, // no fault, but rare or frequent like one
 }
 
 // step does one thing that can be done.

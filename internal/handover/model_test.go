@@ -53,6 +53,8 @@ type broken struct {
 
 	staleAccepted, noFence, unknownIsFailed, freeUnanswered, voidInDoubt, reclaimUnvoided,
 	runLowered, leaseHeld, leaseAnyOwner, neverTooEarly, takenBackTwice bool
+
+	grantUncounted, grantLeased, grantUncommitted, grantUsedEarly, grantAckUnnamed, grantToldOnce bool
 }
 
 type placed struct {

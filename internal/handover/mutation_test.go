@@ -35,6 +35,12 @@ func TestBrokenRulesAreNoticed(t *testing.T) {
 		{"only owned chunks are leased", broken{leaseAnyOwner: true}},
 		{"never is said only of a closed session", broken{neverTooEarly: true}},
 		{"a batch is taken back only if no other copy was sent", broken{takenBackTwice: true}},
+		{"a grant counts only if it is the highest so far", broken{grantUncounted: true}},
+		{"only unleased chunks are granted", broken{grantLeased: true}},
+		{"a grant is committed before it is told", broken{grantUncommitted: true}},
+		{"a granted chunk is used only once the grant is committed", broken{grantUsedEarly: true}},
+		{"the acknowledgement of a grant names its counter", broken{grantAckUnnamed: true}},
+		{"a grant is told until it is acknowledged", broken{grantToldOnce: true}},
 	} {
 		t.Run(tc.rule, func(t *testing.T) {
 			start := time.Now()
