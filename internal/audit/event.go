@@ -35,6 +35,9 @@ const (
 	Expire   Action = "expire"   // lifetime over
 	Takeover Action = "takeover" // a run was bumped or a takeover ended
 
+	GiveChunks Action = "chunks-given" // by this end of a link to the other: it assigns their atoms from now on
+	TakeChunks Action = "chunks-taken" // from the other end
+
 	Start   Action = "start"
 	Stop    Action = "stop"
 	KEKMade Action = "kek-created"
