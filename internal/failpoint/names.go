@@ -23,6 +23,9 @@ const (
 	PeerAnnounceReceived  = "peer-announce-received"
 	PeerAnnounceCommitted = "peer-announce-committed"
 	PeerVoidReceived      = "peer-void-received"
+
+	GrantCommitted     = "grant-committed"      // chunks given, nothing told
+	PeerGrantCommitted = "peer-grant-committed" // chunks taken, not acknowledged
 )
 
 // Names is every failpoint there is.
@@ -31,4 +34,5 @@ var Names = []string{
 	DecUnwrapped, DecUpdated, DecCommitted,
 	IntakeDistilled, IntakeWrapped, IntakeHeldCommitted, IntakeHeldSent, IntakeReady,
 	PeerAnnounceReceived, PeerAnnounceCommitted, PeerVoidReceived,
+	GrantCommitted, PeerGrantCommitted,
 }

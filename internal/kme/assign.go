@@ -45,6 +45,9 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	if err != nil {
 		return answer, err
 	}
+	if answer.Standing == handover.Fresh {
+		k.used(a.Requests, answer.Results)
+	}
 	for i, res := range answer.Results {
 		if bad := p.unusable[res.ID]; !res.Accepted && len(bad) > 0 {
 			answer.Results[i].Lacking = bad // the peer burns them; else it would offer them for ever

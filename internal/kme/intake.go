@@ -86,7 +86,7 @@ func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
 }
 
 // tellPeers repeats, until it is answered, what the peers must hear: which blocks
-// we hold, and which assigned keys they must void.
+// we hold, which assigned keys they must void, and which chunks they are given.
 func (k *KME) tellPeers(ctx context.Context) {
 	if k.suspended() != "" {
 		return
@@ -124,6 +124,11 @@ func (k *KME) tellPeers(ctx context.Context) {
 			silent[v.Peer] = true // the others' turn
 		}
 	}
+	for id := range k.Peers {
+		if err := k.tellGrants(ctx, id); err != nil {
+			k.Log.Debug("telling of granted chunks", "peer", id.String(), "err", err)
+		}
+	}
 }
 
 // tellHeld says HELD for one block and acts on the answer.
@@ -150,6 +155,12 @@ func (l *link) tellHeld(ctx context.Context, h handover.Held) error {
 // oldest is the first epoch whose atoms are still used.
 func (k *KME) oldest() key.Epoch {
 	return key.EpochAt(k.Now().Add(-k.PoolTTL), k.EpochLength)
+}
+
+// usable is the first epoch whose atoms may be announced: a little before the peer
+// expires them, so that none is announced in vain.
+func (k *KME) usable() key.Epoch {
+	return key.EpochAt(k.Now().Add(epochSlack+requestTime-k.PoolTTL), k.EpochLength)
 }
 
 // expire ends what has outlived its time, counts the HSM's work and makes the next

@@ -71,6 +71,7 @@ type KME struct {
 
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
 	news      chan struct{} // there is something to tell a peer
+	uneven    chan struct{} // a peer may be in want of chunks
 }
 
 // New checks the configuration and prepares a node. It touches neither the
@@ -95,6 +96,7 @@ func New(c Config) (*KME, error) {
 		debts:     debts{more: make(chan struct{}, 1)},
 		takenOver: make(chan struct{}),
 		news:      make(chan struct{}, 1),
+		uneven:    make(chan struct{}, 1),
 	}
 	k.hsmDown.Store("")
 	k.keks = newKeyring(k)
@@ -134,6 +136,7 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.keepWitness) })
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
+	g.Go(func() error { return k.every(ctx, balanceEvery, k.uneven, k.balance) })
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
 	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
 	g.Go(func() error { return k.payDebts(ctx) })

@@ -51,6 +51,8 @@ type link struct {
 	stream *peer.Stream // of the session under way; a new one closes it
 	state  LinkState
 	dry    drain
+
+	balance balance
 }
 
 // askQueue is how many requests may wait for an announce: what the request
@@ -63,10 +65,7 @@ func newLink(k *KME, c LinkConfig) *link {
 	l.pool = pool{
 		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
 		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
-		// A little before the peer expires them, so that none is announced in vain.
-		fresh: func(e key.Epoch) bool {
-			return e >= key.EpochAt(k.Now().Add(epochSlack+requestTime-k.PoolTTL), k.EpochLength)
-		},
+		fresh:  func(e key.Epoch) bool { return e >= k.usable() },
 	}
 	return l
 }

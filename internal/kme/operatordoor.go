@@ -129,6 +129,8 @@ func (d OperatorDoor) Refused(ctx context.Context, c identity.Caller, rid, route
 var (
 	storedDesc = prometheus.NewDesc("kme_pool_keys", "256-bit keys in the pool of a link, by the end that may assign them.", []string{"link", "owner"}, nil)
 	blockDesc  = prometheus.NewDesc("kme_link_blocks_total", "Blocks of a link since the node started, by how they ended.", []string{"link", "outcome"}, nil)
+	givenDesc  = prometheus.NewDesc("kme_chunks_given_total", "Chunks of a link's pool given to the other end since the node started.", []string{"link"}, nil)
+	takenDesc  = prometheus.NewDesc("kme_chunks_taken_total", "Chunks of a link's pool that the other end gave since the node started.", []string{"link"}, nil)
 	qberDesc   = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1.", []string{"link"}, nil)
 	fDesc      = prometheus.NewDesc("kme_link_efficiency", "Reconciliation efficiency f of the last block.", []string{"link"}, nil)
 	hsmDesc    = prometheus.NewDesc("kme_hsm_up", "1 while the HSM answers its heartbeat.", nil, nil)
@@ -138,7 +140,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (k *KME) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{storedDesc, blockDesc, qberDesc, fDesc, hsmDesc, dbDesc, alarmDesc} {
+	for _, d := range []*prometheus.Desc{storedDesc, blockDesc, givenDesc, takenDesc, qberDesc, fDesc, hsmDesc, dbDesc, alarmDesc} {
 		ch <- d
 	}
 }
@@ -164,6 +166,9 @@ func (k *KME) Collect(ch chan<- prometheus.Metric) {
 	for _, s := range k.LinkStates() {
 		ch <- prometheus.MustNewConstMetric(blockDesc, prometheus.CounterValue, float64(s.Blocks), s.ID, string(audit.Done))
 		ch <- prometheus.MustNewConstMetric(blockDesc, prometheus.CounterValue, float64(s.Aborts), s.ID, "aborted")
+		b := &k.links[s.ID].balance
+		ch <- prometheus.MustNewConstMetric(givenDesc, prometheus.CounterValue, float64(b.given.Load()), s.ID)
+		ch <- prometheus.MustNewConstMetric(takenDesc, prometheus.CounterValue, float64(b.taken.Load()), s.ID)
 		gauge(qberDesc, s.Last.QBER, s.ID)
 		gauge(fDesc, s.Last.Efficiency, s.ID)
 		if here, there, err := k.Store.Pool(ctx, s.ID); err == nil {

@@ -115,6 +115,20 @@ func (p *pool) add(h *held) int {
 	return at
 }
 
+// untouched gives up up to most chunks that no request has had an atom of, the
+// youngest first, and names them.
+func (p *pool) untouched(most int) (chunks []int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := len(p.leases) - 1; i >= 0 && len(chunks) < most; i-- {
+		if h := p.leases[i]; len(h.left) == len(h.Atoms) {
+			chunks = append(chunks, h.Chunk)
+			p.leases = slices.Delete(p.leases, i, i+1)
+		}
+	}
+	return chunks
+}
+
 // give takes atoms back that were lent and not used.
 func (p *pool) give(atoms []lent) {
 	p.mu.Lock()

@@ -113,6 +113,11 @@ func (c *Client) Void(ctx context.Context, v handover.Void) error {
 	return err
 }
 
+// Grant gives chunks to the peer. It may be said any number of times.
+func (c *Client) Grant(ctx context.Context, g handover.Grant) (handover.GrantAnswer, error) {
+	return call[handover.GrantAnswer](ctx, c, pathGrant, g, maxBody)
+}
+
 // Run says that a node has a new run and returns the next keys that the peer has
 // assigned for its lower ones (handover.Assigned). It may be said any number of times.
 func (c *Client) Run(ctx context.Context, r handover.RunStarted) ([]handover.Assigned, error) {

@@ -66,6 +66,10 @@ func (s *site) Void(_ context.Context, from identity.KME, v handover.Void) error
 	return s.note(from, v)
 }
 
+func (s *site) Grant(_ context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
+	return handover.GrantAnswer(g), s.note(from, g)
+}
+
 func (s *site) Run(_ context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
 	return s.assigned, s.note(from, r)
 }
@@ -145,11 +149,15 @@ func TestEveryMessageArrives(t *testing.T) {
 	if err := c.Void(ctx, void); err != nil {
 		t.Errorf("Void: %v", err)
 	}
+	grant := handover.Grant{Chunks: []handover.Granted{{ChunkRef: handover.ChunkRef{BlockRef: aHeld().BlockRef, First: 64}, Grants: 1}}}
+	if got, err := c.Grant(ctx, grant); err != nil || !cmp.Equal(got, handover.GrantAnswer(grant)) {
+		t.Errorf("Grant: %+v, %v", got, err)
+	}
 	run := handover.RunStarted{Node: "a1", Run: 4}
 	if got, err := c.Run(ctx, run); err != nil || !cmp.Equal(got, s.assigned, unexported) {
 		t.Errorf("Run: %+v, %v", got, err)
 	}
-	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, run}, s.asked, unexported); diff != "" {
+	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run}, s.asked, unexported); diff != "" {
 		t.Errorf("what the Backend was asked (-want +got):\n%s", diff)
 	}
 	if s.from != mustKME(t, "km1") {
@@ -228,7 +236,7 @@ func TestWhatTheDoorRefuses(t *testing.T) {
 		status                          int
 	}{
 		{"good", "POST", pathRun, "application/json; charset=utf-8", good, 200},
-		{"no such route", "POST", "/peer/v1/grant", "application/json", good, 404},
+		{"no such route", "POST", "/peer/v1/nowhere", "application/json", good, 404},
 		{"GET", "GET", pathRun, "application/json", "", 405},
 		{"no media type", "POST", pathRun, "", good, 400},
 		{"form", "POST", pathRun, "application/x-www-form-urlencoded", good, 400},

@@ -76,6 +76,11 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 		rows, err := b.Run(ctx, from, run)
 		return runAnswer{rows}, err
 	}))
+	r.Post(pathGrant, serve(d, pathGrant, func(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
+		answer, err := b.Grant(ctx, from, g)
+		failpoint.Hit(failpoint.PeerGrantCommitted)
+		return answer, err
+	}))
 	r.NotFound(d.lost(http.StatusNotFound, problem.New(problem.NotFound, "no such route")))
 	r.MethodNotAllowed(d.lost(http.StatusMethodNotAllowed, problem.New(problem.Invalid, "messages are POSTed")))
 	return r

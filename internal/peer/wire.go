@@ -20,6 +20,7 @@ const (
 	pathAnnounce = "/peer/v1/announce"
 	pathVoid     = "/peer/v1/void"
 	pathRun      = "/peer/v1/run"
+	pathGrant    = "/peer/v1/grant"
 )
 
 // heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.

@@ -23,10 +23,10 @@ type GiveJob struct {
 	Event  func(chunks []audit.Atoms) audit.Event // of what was given; not called for nothing
 }
 
-// Balance is what the ends of a link have left after a GiveChunks.
+// Balance is what the ends of a link have left, after a GiveChunks or at any time.
 type Balance struct {
 	Here, There int // atoms
-	Given       int // chunks
+	Given       int // chunks, by that call
 }
 
 // GiveChunks makes chunks that Decide finds superfluous the other end's, and leaves
@@ -44,6 +44,14 @@ func (db *DB) GiveChunks(ctx context.Context, j GiveJob) (Balance, error) {
 	}), nil)
 	if err != nil {
 		return Balance{}, fmt.Errorf("giving chunks of link %s: %w", j.Link, err)
+	}
+	return b, nil
+}
+
+// Balance is what the ends of a link have left, of an epoch and later ones.
+func (db *DB) Balance(ctx context.Context, link string, from key.Epoch) (b Balance, err error) {
+	if err := db.pool.QueryRow(ctx, sumPool+" AND epoch >= $2", link, from).Scan(&b.Here, &b.There); err != nil {
+		return Balance{}, away("weighing the ends of link "+link, err)
 	}
 	return b, nil
 }
@@ -85,13 +93,13 @@ func giveChunks(ctx context.Context, a *attempt, j GiveJob) (b Balance, err erro
 // TakeGrant hears what a peer grants (handover.Chunk.OnGrant), and acknowledges all
 // of it. event makes the event of the chunks that have become this end's by it; it
 // is not called for none.
-func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant, event func(taken []handover.Granted) audit.Event) (handover.GrantAnswer, error) {
+func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant, event func(taken []audit.Atoms) audit.Event) (handover.GrantAnswer, error) {
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		chunks, err := lockGranted(ctx, a, from, g)
 		if err != nil {
 			return err
 		}
-		var taken []handover.Granted
+		var taken []audit.Atoms
 		for _, granted := range g.Chunks {
 			c := chunks[granted.ChunkRef]
 			if c == nil {
@@ -99,7 +107,7 @@ func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant
 			}
 			if after := c.OnGrant(granted.Grants); after != c.Chunk {
 				c.Chunk = after
-				taken = append(taken, granted)
+				taken = append(taken, audit.Atoms{Link: granted.Link, Session: granted.Session, Block: granted.Block, First: granted.First, Count: c.atoms})
 				a.writes.Queue("UPDATE chunk SET owner = 'here', grants = $2 WHERE id = $1", c.id, after.Grants)
 			}
 		}
@@ -117,13 +125,14 @@ func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant
 // ownedChunk is a chunk's row, as far as grants are concerned.
 type ownedChunk struct {
 	handover.Chunk
-	id int64
+	id    int64
+	atoms int
 }
 
 // lockGranted reads those of the chunks that lie here, on links to the KME that grants them.
 func lockGranted(ctx context.Context, a *attempt, from identity.KME, g handover.Grant) (map[handover.ChunkRef]*ownedChunk, error) {
 	links, sessions, blocks, firsts, _ := columns(g.Chunks)
-	rows, _ := a.conn.Query(ctx, `SELECT c.id, c.link, c.session, c.block, c.first, c.owner = 'here', c.grants
+	rows, _ := a.conn.Query(ctx, `SELECT c.id, c.link, c.session, c.block, c.first, c.atoms, c.owner = 'here', c.grants
 		FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::int[]) AS w (link, session, block, first)
 		JOIN link l ON l.id = w.link AND l.peer_kme = $5
 		JOIN chunk c ON c.link = w.link AND c.session = w.session AND c.block = w.block AND c.first = w.first
@@ -131,7 +140,7 @@ func lockGranted(ctx context.Context, a *attempt, from identity.KME, g handover.
 	chunks := make(map[handover.ChunkRef]*ownedChunk)
 	var ref handover.ChunkRef
 	var c ownedChunk
-	_, err := pgx.ForEachRow(rows, []any{&c.id, &ref.Link, &ref.Session, &ref.Block, &ref.First, &c.Mine, &c.Grants}, func() error {
+	_, err := pgx.ForEachRow(rows, []any{&c.id, &ref.Link, &ref.Session, &ref.Block, &ref.First, &c.atoms, &c.Mine, &c.Grants}, func() error {
 		row := c
 		chunks[ref] = &row
 		return nil
