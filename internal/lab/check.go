@@ -62,11 +62,12 @@ func (l *Lab) Check(ctx context.Context) (Report, error) {
 	// site relies on was committed at the other before.
 	for i, s := range []*Site{l.KM1, l.KM2} {
 		other := evidence[1-i]
-		blocks, err := s.blocksNow(ctx)
+		blocks, chunks, err := s.blocksNow(ctx)
 		if err != nil {
 			return r, err
 		}
 		other.checkServedBlocks(&r, blocks, s.Name)
+		other.checkOwners(&r, chunks, s.Name)
 	}
 	for _, e := range evidence {
 		e.checkOutcomes(&r)
@@ -83,6 +84,7 @@ type evidence struct {
 	site   *Site
 	events []event
 	blocks map[handover.BlockRef]block
+	chunks map[handover.ChunkRef]handover.Chunk
 	keys   map[key.ID]pooled
 	due    []dueRow
 	parked int
@@ -203,6 +205,9 @@ func (e *evidence) readTables(ctx context.Context, tx pgx.Tx) error {
 		return err
 	}
 	e.blocks = blocks
+	if e.chunks, err = readChunks(ctx, tx); err != nil {
+		return err
+	}
 	rows, err := tx.Query(ctx, "SELECT k.id, c.link, c.session, c.block, k.index, k.kek, k.iv, k.ct FROM key k JOIN chunk c ON c.id = k.chunk")
 	if err != nil {
 		return err
@@ -278,13 +283,33 @@ func readBlocks(ctx context.Context, q querier) (map[handover.BlockRef]block, er
 	return blocks, err
 }
 
-func (s *Site) blocksNow(ctx context.Context) (map[handover.BlockRef]block, error) {
-	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+func readChunks(ctx context.Context, q querier) (map[handover.ChunkRef]handover.Chunk, error) {
+	rows, err := q.Query(ctx, "SELECT link, session, block, first, owner = 'here', grants FROM kme.chunk")
 	if err != nil {
 		return nil, err
 	}
+	chunks := make(map[handover.ChunkRef]handover.Chunk)
+	var ref handover.ChunkRef
+	var c handover.Chunk
+	_, err = pgx.ForEachRow(rows, []any{&ref.Link, &ref.Session, &ref.Block, &ref.First, &c.Mine, &c.Grants}, func() error {
+		chunks[ref] = c
+		return nil
+	})
+	return chunks, err
+}
+
+func (s *Site) blocksNow(ctx context.Context) (map[handover.BlockRef]block, map[handover.ChunkRef]handover.Chunk, error) {
+	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	if err != nil {
+		return nil, nil, err
+	}
 	defer conn.Close(ctx)
-	return readBlocks(ctx, conn)
+	blocks, err := readBlocks(ctx, conn)
+	if err != nil {
+		return nil, nil, err
+	}
+	chunks, err := readChunks(ctx, conn)
+	return blocks, chunks, err
 }
 
 // The actions of the audit that Check knows by name.
@@ -335,6 +360,18 @@ func (e *evidence) checkServedBlocks(r *Report, there map[handover.BlockRef]bloc
 			case !bytes.Equal(b.digest, e.blocks[ref].digest):
 				r.fail("I7", e.site.Name, "keys of block %s are used, and %s holds another under this name", ref, other)
 			}
+		}
+	}
+}
+
+// checkOwners is why I2 holds: a chunk, whose atoms its owner alone assigns, never
+// has two. When an end read as its owner has been given it for the n-th time, the
+// other, read later, knows of that grant, and if it is the owner by then, of one more.
+func (e *evidence) checkOwners(r *Report, later map[handover.ChunkRef]handover.Chunk, other string) {
+	for ref, c := range e.chunks {
+		l, ok := later[ref]
+		if c.Mine && ok && (l.Grants < c.Grants || l.Mine && l.Grants == c.Grants) {
+			r.fail("I2", e.site.Name, "chunk %s is owned here after %d grants, and %s knows of %d: owner there %v", ref, c.Grants, other, l.Grants, l.Mine)
 		}
 	}
 }
