@@ -23,6 +23,7 @@ const (
 	MaxLinks      = 1024    // links in a Hello
 	MaxGranted    = 128     // chunks in a Grant
 	MaxGrants     = 1 << 30 // times that a chunk changes hands
+	MaxNodes      = 1024    // nodes of a site
 	MaxNameBytes  = 64      // node names and link IDs, in bytes
 	MaxRequestID  = 128     // in bytes
 	MaxTTL        = 366 * 24 * time.Hour
@@ -51,6 +52,34 @@ func (h Hello) Check() error {
 		if l.Session < 0 || l.TTL < 0 || l.Pool < 0 {
 			return fmt.Errorf("hello: a figure of link %s is negative", l.Link)
 		}
+	}
+	if len(h.Acked) > MaxNodes {
+		return fmt.Errorf("hello acknowledges batches of %d nodes, more than %d", len(h.Acked), MaxNodes)
+	}
+	for _, a := range h.Acked {
+		if err := checkRun(a.Node, a.Run); err != nil {
+			return fmt.Errorf("hello: %w", err)
+		}
+		if a.Batch < 0 {
+			return fmt.Errorf("hello: batch %d", a.Batch)
+		}
+	}
+	return errors.Join(h.Site.check(), h.Yours.check())
+}
+
+func (f Figures) check() error {
+	if f.Origin < 0 || len(f.Nodes) > MaxNodes {
+		return fmt.Errorf("figures of %d nodes, origin %d", len(f.Nodes), f.Origin)
+	}
+	seen := make(map[string]bool, len(f.Nodes))
+	for _, n := range f.Nodes {
+		if err := checkRun(n.Node, n.Run); err != nil {
+			return fmt.Errorf("figures: %w", err)
+		}
+		if seen[n.Node] || n.Seq < 0 {
+			return fmt.Errorf("figures: node %s is there twice, or at event %d", n.Node, n.Seq)
+		}
+		seen[n.Node] = true
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 
@@ -74,6 +75,15 @@ func (p PeerRun) Judge(run, batch int64) Standing {
 		return Repeat
 	}
 	return Fresh
+}
+
+// Behind says how p falls short of what was answered for this node; "" if it does
+// not. As with Figures, the answer must be older than the reading of p.
+func (p PeerRun) Behind(a Acked) string {
+	if p.Run < a.Run || p.Run == a.Run && p.Last < a.Batch {
+		return fmt.Sprintf("batch %d of run %d of node %s was answered here, and batch %d of run %d is the last that is known", a.Batch, a.Run, a.Node, p.Last, p.Run)
+	}
+	return ""
 }
 
 // Hear returns p after a RunStarted, and whether it may be answered with the

@@ -36,3 +36,20 @@ func TestBehind(t *testing.T) {
 		t.Errorf("behind nothing: %s", why)
 	}
 }
+
+// A receiver that was told of a run, or has answered a batch of it, and knows less
+// has forgotten it; a higher run, given by a takeover, outweighs all batches.
+func TestPeerRunBehind(t *testing.T) {
+	t.Parallel()
+	known := PeerRun{Run: 4, Last: 10}
+	for _, a := range []Acked{{"a", 4, 10}, {"a", 4, 0}, {"a", 3, 99}} {
+		if why := known.Behind(a); why != "" {
+			t.Errorf("%+v answered: %s", a, why)
+		}
+	}
+	for _, a := range []Acked{{"a", 4, 11}, {"a", 5, 0}} {
+		if known.Behind(a) == "" {
+			t.Errorf("%+v answered: not behind", a)
+		}
+	}
+}

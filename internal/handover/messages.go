@@ -117,6 +117,19 @@ type Hello struct {
 	Run   int64        `json:"run"`
 	Clock int64        `json:"clock_ms"` // Unix milliseconds
 	Links []HelloLink  `json:"links"`
+
+	Site      Figures `json:"site,omitzero"` // how far the whole site of the side that says Hello has come, durably
+	Suspended bool    `json:"suspended,omitzero"`
+	Yours     Figures `json:"yours,omitzero"` // the highest figures that it was told of the other side
+	Acked     []Acked `json:"acked,omitzero"` // what the other side, in the origin of Yours, has answered
+}
+
+// Acked is the last batch of a run that a receiver has answered: 0 if it has only
+// been told of the run. A receiver that knows less has forgotten it.
+type Acked struct {
+	Node  string `json:"node"`
+	Run   int64  `json:"run"`
+	Batch int64  `json:"batch"`
 }
 
 // HelloLink is the state of one link at the end that says Hello.

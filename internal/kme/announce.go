@@ -168,7 +168,12 @@ func (l *link) tell(ctx context.Context, a handover.Announce) (handover.Announce
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		WroteRequest: func(httptrace.WroteRequestInfo) { failpoint.Hit(failpoint.EncAnnounceSent) },
 	})
-	return l.client.Announce(ctx, a)
+	origin := l.k.past.originOf(l.Peer)
+	answer, err := l.client.Announce(ctx, a)
+	if err == nil && len(answer.Results) > 0 {
+		l.k.past.answered(l.Peer, origin, a.Run, a.Batch)
+	}
+	return answer, err
 }
 
 // resolve repeats a batch whose outcome is unknown, unchanged, until it is

@@ -92,6 +92,9 @@ func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Ann
 	if err := d.k.able(); err != nil {
 		return err
 	}
+	if err := d.k.servingPeer(from); err != nil {
+		return err
+	}
 	known, err := d.k.Store.PeerRun(ctx, from, a.Node)
 	if err != nil {
 		return fmt.Errorf("reading the peer's run: %w", err)

@@ -77,6 +77,9 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 	if k.Production && l.Provenance == key.Simulated {
 		return got, unavailable(0, "", errors.New("the link is simulated, and this node is set to production"))
 	}
+	if err := k.servingPeer(l.Peer); err != nil {
+		return got, err
+	}
 	if !k.isReady() {
 		return got, unavailable(time.Second, "the key store is starting", errors.New("the takeover of this node's earlier run is not finished"))
 	}

@@ -138,6 +138,7 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
 	g.Go(func() error { return k.every(ctx, balanceEvery, k.uneven, k.balance) })
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
+	k.greet(ctx) // before anything is served: a peer may know that we are in the past
 	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
 	g.Go(func() error { return k.payDebts(ctx) })
 	for _, l := range k.links {
@@ -265,12 +266,14 @@ func (k *KME) hsmWell() error {
 	return nil
 }
 
-// greet says hello to every peer: it notices a clock that is off and a peer that is gone.
+// greet says hello to every peer: it notices a clock that is off, a peer that is gone
+// and a site that was restored to the past, theirs or ours.
 func (k *KME) greet(ctx context.Context) {
 	for id, client := range k.Peers {
-		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		known, mine := k.figures(ctx, id), k.hello(ctx, id, k.standing(ctx))
 		before := k.Now()
-		h, err := client.Hello(ctx, k.hello(ctx))
+		asking, cancel := context.WithTimeout(ctx, 2*time.Second)
+		h, err := client.Hello(asking, mine)
 		cancel()
 		name := peerAlarm(id)
 		if err != nil {
@@ -279,6 +282,9 @@ func (k *KME) greet(ctx context.Context) {
 		}
 		k.clear(ctx, name)
 		k.judgeClock(ctx, id, h, before)
+		k.judgePeer(ctx, id, h, known)
+		k.judgeSelf(ctx, id, h, k.standing(ctx))
+		k.tellRunAgain(ctx, id)
 	}
 }
 
@@ -308,8 +314,12 @@ func (k *KME) judgeClock(ctx context.Context, id identity.KME, h handover.Hello,
 	}
 }
 
-func (k *KME) hello(ctx context.Context) handover.Hello {
-	h := handover.Hello{KME: k.Self, Node: k.Node, Run: k.run.Load(), Clock: k.Now().UnixMilli()}
+// hello is what this node says to a peer; s is how this site stands.
+func (k *KME) hello(ctx context.Context, to identity.KME, s store.Standing) handover.Hello {
+	h := handover.Hello{KME: k.Self, Node: k.Node, Run: k.run.Load(), Site: s.Figures, Suspended: k.suspended() != ""}
+	if h.Yours = k.figures(ctx, to); h.Yours.Origin > 0 {
+		h.Acked = k.past.answeredBy(to, k.Node, h.Yours.Origin)
+	}
 	for id, l := range k.links {
 		session, err := k.Store.Session(ctx, id)
 		if err != nil {
@@ -317,5 +327,6 @@ func (k *KME) hello(ctx context.Context) handover.Hello {
 		}
 		h.Links = append(h.Links, handover.HelloLink{Link: l.ID, Session: session, TTL: k.DefaultTTL.Milliseconds(), Pool: k.PoolLimit})
 	}
+	h.Clock = k.Now().UnixMilli()
 	return h
 }

@@ -137,7 +137,7 @@ func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
 // alice leads one session: she dials, opens a session with a number higher than
 // either end has ever opened, and distils block after block.
 func (l *link) alice(ctx context.Context) error {
-	if err := l.k.serving(); err != nil {
+	if err := l.k.servingPeer(l.Peer); err != nil {
 		return err
 	}
 	mine, err := l.k.Store.Session(ctx, l.ID)
@@ -158,7 +158,10 @@ func (l *link) alice(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("opening a session: %w", err)
 	}
-	session := max(mine, theirs.Session) + 1
+	if theirs.Session > mine { // mine was committed before he heard of it
+		return l.k.found(ctx, l.Peer, fmt.Sprintf("session %d of link %s is open there, and %d is the last that is known here", theirs.Session, l.ID, mine))
+	}
+	session := mine + 1
 	if err := l.openHere(ctx, session); err != nil {
 		return err
 	}
@@ -194,7 +197,7 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 
 // bob follows one session.
 func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) error {
-	if err := l.k.serving(); err != nil {
+	if err := l.k.servingPeer(l.Peer); err != nil {
 		return err
 	}
 	l.replace(s)

@@ -30,7 +30,10 @@ func (d PeerDoor) Hello(ctx context.Context, from identity.KME, h handover.Hello
 	if err := d.known(ctx, from, h.Node); err != nil {
 		return handover.Hello{}, err
 	}
-	return d.k.hello(ctx), nil
+	s := d.k.standing(ctx)
+	d.k.judgeSelf(ctx, from, h, s)
+	d.k.learn(ctx, from, h)
+	return d.k.hello(ctx, from, s), nil
 }
 
 // Held answers the peer's HELD, and makes our copy READY or drops it.
@@ -38,7 +41,7 @@ func (d PeerDoor) Held(ctx context.Context, from identity.KME, h handover.Held) 
 	if _, err := d.link(h.Link, from); err != nil {
 		return "", d.refuse(ctx, from, err)
 	}
-	if err := d.k.serving(); err != nil {
+	if err := d.k.servingPeer(from); err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
@@ -77,7 +80,7 @@ func (d PeerDoor) link(id string, from identity.KME) (*link, error) {
 
 // Void takes assigned keys back. It is answered alike however often it comes.
 func (d PeerDoor) Void(ctx context.Context, from identity.KME, v handover.Void) error {
-	if err := d.k.serving(); err != nil {
+	if err := d.k.servingPeer(from); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
@@ -95,7 +98,7 @@ func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStar
 	if err := d.known(ctx, from, r.Node); err != nil {
 		return nil, err
 	}
-	if err := d.k.serving(); err != nil {
+	if err := d.k.servingPeer(from); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)

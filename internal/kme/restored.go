@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -23,10 +25,68 @@ import (
 // A peer that claims figures too high can suspend us. It is authenticated, and it
 // could deny us its service anyway; the evidence in the alarm names it.
 
-// past is what a node knows of its site's past.
+// past is what a node knows of its own site's past and its peers'.
 type past struct {
 	seen      handover.Figures // of this site, as beat last read them
 	suspended atomic.Value     // why nothing is served here, as text; none: it is
+
+	mu    sync.Mutex
+	peers map[identity.KME]*peerPast
+}
+
+// peerPast is what this process remembers of a peer.
+type peerPast struct {
+	origin int64          // the highest that it has said
+	behind string         // why it is in the past; "" if it is not
+	acked  handover.Acked // what it has answered of this node's run
+	under  int64          // its origin, as far as we knew it, when that was asked
+}
+
+// of is a peer's entry. The caller holds mu.
+func (p *past) of(id identity.KME) *peerPast {
+	if p.peers == nil {
+		p.peers = make(map[identity.KME]*peerPast)
+	}
+	if p.peers[id] == nil {
+		p.peers[id] = new(peerPast)
+	}
+	return p.peers[id]
+}
+
+func (p *past) originOf(id identity.KME) int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.of(id).origin
+}
+
+func (p *past) behind(id identity.KME) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.of(id).behind
+}
+
+// answered notes that a peer has answered a batch of ours, which was sent when
+// origin was known of it. Whatever origin it has by now, it is no lower: an answer
+// that comes late accuses nobody who has been recovered since.
+func (p *past) answered(id identity.KME, origin, run, batch int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	was := p.of(id)
+	if origin > was.under || origin == was.under && (run > was.acked.Run || run == was.acked.Run && batch > was.acked.Batch) {
+		was.under, was.acked.Run, was.acked.Batch = origin, run, batch
+	}
+}
+
+// answeredBy is what a peer has answered in its present origin.
+func (p *past) answeredBy(id identity.KME, node string, origin int64) []handover.Acked {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	was := p.of(id)
+	if was.under != origin || was.acked.Run == 0 {
+		return nil
+	}
+	was.acked.Node = node
+	return []handover.Acked{was.acked}
 }
 
 // restoredAlarm is the name of the alarm that this site is suspended.
@@ -43,6 +103,8 @@ func (k *KME) suspended() string {
 // second. The database is first, since it is what the evidence is about: one that
 // takes no writes, such as a primary that was deposed, serves nothing anyway.
 func (k *KME) suspend(ctx context.Context, why string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
 	if err := k.Store.Suspend(ctx, why); err != nil {
 		return err
 	}
@@ -78,9 +140,9 @@ func (k *KME) restored(now store.Standing, inToken, inFile int64) string {
 // watchPast looks whether the database is where it was a second ago or further,
 // and whether another node has suspended the site.
 func (k *KME) watchPast(ctx context.Context) {
-	now, err := k.Store.Standing(ctx)
-	if err != nil {
-		return // its own alarm stands
+	now := k.standing(ctx)
+	if now.Origin == 0 {
+		return
 	}
 	why := now.Suspended
 	if behind := now.Behind(k.past.seen); behind != "" {
@@ -96,6 +158,125 @@ func (k *KME) watchPast(ctx context.Context) {
 		return
 	}
 	k.raise(ctx, restoredAlarm, why+". Nothing is served until kmed recover --burn: see deploy/RECOVERY.md")
+}
+
+// found suspends the site because of what a peer knows, and returns why.
+func (k *KME) found(ctx context.Context, peer identity.KME, evidence string) error {
+	why := fmt.Sprintf("the database is behind what %s knows: %s", peer, evidence)
+	return errors.Join(errors.New(why), k.suspend(ctx, why))
+}
+
+// lookTime bounds each look at the database for a beat or a hello, which go on
+// without it while it is away.
+const lookTime = 500 * time.Millisecond
+
+// standing is how this site stands; of origin 0 while the database is away.
+func (k *KME) standing(ctx context.Context) store.Standing {
+	if k.Store.Healthy() != nil {
+		return store.Standing{}
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	s, err := k.Store.Standing(ctx)
+	if err != nil {
+		return store.Standing{} // its own alarm stands
+	}
+	return s
+}
+
+// figures are what a peer has told of itself; of origin 0 if nothing, or while the
+// database is away.
+func (k *KME) figures(ctx context.Context, peer identity.KME) handover.Figures {
+	if k.Store.Healthy() != nil {
+		return handover.Figures{}
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	f, err := k.Store.Figures(ctx, peer)
+	if err != nil {
+		return handover.Figures{}
+	}
+	return f
+}
+
+// judgeSelf compares what a peer remembers of us with how we stand: now must have
+// been read after its hello had come. Whatever the peer remembers was durable here
+// before it was told.
+func (k *KME) judgeSelf(ctx context.Context, from identity.KME, h handover.Hello, now store.Standing) {
+	why := now.Behind(h.Yours)
+	if h.Yours.Origin == now.Origin && now.Origin > 0 { // otherwise it speaks of a time before our last recovery
+		for _, a := range h.Acked {
+			if known, err := k.Store.PeerRun(ctx, from, a.Node); err == nil {
+				why = cmp.Or(why, known.Behind(a))
+			}
+		}
+	}
+	if why == "" || k.suspended() != "" {
+		return
+	}
+	k.Log.Error("restored", "err", k.found(ctx, from, why))
+}
+
+// judgePeer compares a peer's answer with what it had told before it was asked, and
+// keeps its figures if it is not in the past. Nothing is announced to a peer that
+// is, nor accepted from it, until it has been recovered.
+func (k *KME) judgePeer(ctx context.Context, id identity.KME, h handover.Hello, known handover.Figures) {
+	behind := h.Site.Behind(known)
+	if behind == "" && h.Suspended {
+		behind = "it says so itself"
+	}
+	if behind == "" && h.Site.Origin == 0 {
+		return // its database is away: nothing is proved, nor disproved
+	}
+	k.past.mu.Lock()
+	k.past.of(id).behind = behind
+	k.past.mu.Unlock()
+	name := restoredAlarm + "-" + id.String()
+	if behind != "" {
+		k.raise(ctx, name, fmt.Sprintf("%s has been restored to the past, and has to be recovered there: %s", id, behind))
+		return
+	}
+	k.clear(ctx, name)
+	k.learn(ctx, id, h)
+}
+
+// learn keeps what a peer says of itself. Of one that is suspended it is of no use:
+// its evidence against itself must not be overwritten.
+func (k *KME) learn(ctx context.Context, id identity.KME, h handover.Hello) {
+	if h.Suspended || h.Site.Origin == 0 {
+		return
+	}
+	if err := k.Store.HearFigures(ctx, id, h.Site); err != nil {
+		k.Log.Debug("keeping a peer's figures", "peer", id.String(), "err", err)
+		return
+	}
+	k.past.mu.Lock()
+	defer k.past.mu.Unlock()
+	p := k.past.of(id)
+	p.origin = max(p.origin, h.Site.Origin)
+}
+
+// tellRunAgain tells a peer of our run if it has not heard of it since it was
+// recovered: until then it takes none of our announces.
+func (k *KME) tellRunAgain(ctx context.Context, id identity.KME) {
+	if !k.isReady() || k.servingPeer(id) != nil || len(k.past.answeredBy(id, k.Node, k.past.originOf(id))) > 0 {
+		return
+	}
+	// What it lists of lower runs was dealt with when this run began.
+	if _, err := k.assignedAt(ctx, id, handover.RunStarted{Node: k.Node, Run: k.run.Load()}); err != nil {
+		k.Log.Warn("telling a peer of our run again", "peer", id.String(), "err", err)
+	}
+}
+
+// servingPeer is nil unless this site or the peer's is in the past.
+func (k *KME) servingPeer(id identity.KME) error {
+	if err := k.serving(); err != nil {
+		return err
+	}
+	if behind := k.past.behind(id); behind != "" {
+		return unavailable(10*time.Second, "the other KME is not available", fmt.Errorf("%s has been restored to the past: %s", id, behind))
+	}
+	return nil
 }
 
 // keepWitness makes the witness file durable, once a second.

@@ -4,7 +4,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/problem"
 )
 
@@ -84,5 +87,100 @@ func TestSetBackBetweenBeats(t *testing.T) {
 	k.watchPast(t.Context())
 	if why := k.suspended(); !strings.Contains(why, "node b has 19 events, and had 20") {
 		t.Errorf("suspended: %q", why)
+	}
+}
+
+// What a peer remembers of us gives us away, unless it speaks of a time before our
+// last recovery.
+func TestPeerRemembers(t *testing.T) {
+	t.Parallel()
+	peer := kmeID(t, "km2")
+	head := handover.Digest{1}
+	yours := func(origin, run, seq int64) handover.Figures {
+		return handover.Figures{Origin: origin, Nodes: []handover.NodeFigures{{Node: "a", Run: run, Seq: seq, Head: head}}}
+	}
+	for name, test := range map[string]struct {
+		hello handover.Hello
+		want  string // part of why we are suspended; "" if we are not
+	}{
+		"nothing":                   {handover.Hello{}, ""},
+		"less":                      {handover.Hello{Yours: yours(2, 3, 5)}, ""},
+		"as much":                   {handover.Hello{Yours: yours(2, 4, 5)}, ""},
+		"a higher run":              {handover.Hello{Yours: yours(2, 7, 5)}, "behind what km2 knows: node a is in run 6, and was in run 7"},
+		"more events":               {handover.Hello{Yours: yours(2, 4, 11)}, "10 events, and had 11"},
+		"a later recovery":          {handover.Hello{Yours: yours(3, 1, 1)}, "origin"},
+		"more, before our recovery": {handover.Hello{Yours: yours(1, 9, 999)}, ""},
+		"a batch that we know":      {handover.Hello{Yours: yours(2, 1, 1), Acked: []handover.Acked{{Node: "b", Run: 3, Batch: 8}}}, ""},
+		"a batch that we forgot":    {handover.Hello{Yours: yours(2, 1, 1), Acked: []handover.Acked{{Node: "b", Run: 3, Batch: 9}}}, "batch 9 of run 3 of node b was answered"},
+		"a run that we forgot":      {handover.Hello{Yours: yours(2, 1, 1), Acked: []handover.Acked{{Node: "c", Run: 1}}}, "run 1 of node c"},
+		"one before our recovery":   {handover.Hello{Yours: yours(1, 1, 1), Acked: []handover.Acked{{Node: "b", Run: 3, Batch: 9}}}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			k := s.node()
+			s.exec(s.name, `UPDATE kme.settings SET origin = 2; UPDATE kme.node_run SET run = 6, seq = 10;
+				INSERT INTO kme.peer_run (peer, node, run, last) VALUES ('km2', 'b', 3, 8)`)
+			k.judgeSelf(t.Context(), peer, test.hello, k.standing(t.Context()))
+			if why := k.suspended(); (why == "") != (test.want == "") || !strings.Contains(why, test.want) {
+				t.Errorf("suspended: %q, want %q", why, test.want)
+			}
+		})
+	}
+}
+
+// A peer whose answer falls short of what it had told is left alone until it has
+// been recovered, and its evidence against itself is kept.
+func TestPeerInThePast(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	peer := kmeID(t, "km2")
+	figures := func(origin, run, seq int64) handover.Figures {
+		return handover.Figures{Origin: origin, Nodes: []handover.NodeFigures{{Node: "b", Run: run, Seq: seq}}}
+	}
+	for i, step := range []struct {
+		answer handover.Hello
+		behind string
+		known  handover.Figures // afterwards
+	}{
+		{handover.Hello{Site: figures(1, 2, 50)}, "", figures(1, 2, 50)},
+		{handover.Hello{Site: figures(1, 2, 60)}, "", figures(1, 2, 60)},
+		{handover.Hello{Site: figures(1, 3, 40)}, "40 events, and had 60", figures(1, 2, 60)},
+		{handover.Hello{}, "40 events, and had 60", figures(1, 2, 60)}, // its database is away: nothing is disproved
+		{handover.Hello{Site: figures(1, 4, 70), Suspended: true}, "says so itself", figures(1, 2, 60)},
+		{handover.Hello{Site: figures(2, 5, 45)}, "", figures(2, 5, 45)},
+	} {
+		k.judgePeer(t.Context(), peer, step.answer, k.figures(t.Context(), peer))
+		if err := k.servingPeer(peer); (err == nil) != (step.behind == "") || err != nil && !strings.Contains(err.Error(), step.behind) {
+			t.Errorf("step %d: %v, want %q", i, err, step.behind)
+		}
+		if diff := cmp.Diff(step.known, k.figures(t.Context(), peer)); diff != "" {
+			t.Errorf("step %d (-want +got):\n%s", i, diff)
+		}
+	}
+	if n := len(k.Alarms()); n != 0 {
+		t.Errorf("%d alarms stand after the recovery", n)
+	}
+}
+
+// An answer that was under way while the peer was recovered does not count for what
+// it is now.
+func TestLateAnswerAccusesNobody(t *testing.T) {
+	t.Parallel()
+	var p past
+	peer := kmeID(t, "km2")
+	p.answered(peer, 1, 7, 100)
+	p.answered(peer, 1, 7, 99)
+	if got := p.answeredBy(peer, "a", 1); len(got) != 1 || got[0] != (handover.Acked{Node: "a", Run: 7, Batch: 100}) {
+		t.Errorf("in origin 1: %v", got)
+	}
+	if got := p.answeredBy(peer, "a", 2); got != nil {
+		t.Errorf("after its recovery: %v", got)
+	}
+	p.answered(peer, 2, 7, 0)
+	p.answered(peer, 1, 7, 101) // late
+	if got := p.answeredBy(peer, "a", 2); len(got) != 1 || got[0].Batch != 0 {
+		t.Errorf("in origin 2: %v", got)
 	}
 }

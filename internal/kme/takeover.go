@@ -161,7 +161,11 @@ func (k *KME) reclaimAt(ctx context.Context, id identity.KME) error {
 func (k *KME) assignedAt(ctx context.Context, id identity.KME, started handover.RunStarted) ([]handover.Assigned, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*announceTime)
 	defer cancel()
+	origin := k.past.originOf(id)
 	assigned, err := k.Peers[id].Run(ctx, started)
+	if err == nil && started.Node == k.Node {
+		k.past.answered(id, origin, started.Run, 0)
+	}
 	last := started.After
 	for _, a := range assigned {
 		if bytes.Compare(a.Key[:], last[:]) <= 0 { // without an order there might be no end

@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 )
 
 // Standing is how the site's database stands as a whole.
@@ -63,6 +64,45 @@ func readStanding(ctx context.Context, tx pgx.Tx) (s Standing, err error) {
 func (db *DB) Suspend(ctx context.Context, why string) error {
 	if _, err := db.pool.Exec(ctx, "UPDATE settings SET suspended = $1 WHERE suspended IS NULL", why); err != nil {
 		return away("suspending the site", err)
+	}
+	return nil
+}
+
+// Figures are the highest that a peer has said of itself.
+func (db *DB) Figures(ctx context.Context, peer identity.KME) (f handover.Figures, err error) {
+	rows, _ := db.pool.Query(ctx, `SELECT origin, node, run, seq, head FROM peer_node
+		WHERE peer = $1 AND origin = (SELECT max(origin) FROM peer_node WHERE peer = $1) ORDER BY node`, peer.String())
+	var n handover.NodeFigures
+	var head []byte
+	_, err = pgx.ForEachRow(rows, []any{&f.Origin, &n.Node, &n.Run, &n.Seq, &head}, func() error {
+		copy(n.Head[:], head)
+		f.Nodes = append(f.Nodes, n)
+		return nil
+	})
+	if err != nil {
+		return handover.Figures{}, away("reading a peer's figures", err)
+	}
+	return f, nil
+}
+
+// HearFigures keeps what a peer says of itself, where it is more than before.
+func (db *DB) HearFigures(ctx context.Context, peer identity.KME, f handover.Figures) error {
+	var nodes []string
+	var runs, seqs []int64
+	var heads [][]byte
+	for _, n := range f.Nodes {
+		nodes, runs, seqs, heads = append(nodes, n.Node), append(runs, n.Run), append(seqs, n.Seq), append(heads, n.Head[:])
+	}
+	_, err := db.pool.Exec(ctx, `INSERT INTO peer_node AS was (peer, node, origin, run, seq, head)
+		SELECT $1, node, $2, run, seq, head FROM unnest($3::text[], $4::bigint[], $5::bigint[], $6::bytea[]) AS f (node, run, seq, head) ORDER BY node
+		ON CONFLICT (peer, node) DO UPDATE SET origin = excluded.origin,
+			run = CASE WHEN excluded.origin > was.origin THEN excluded.run ELSE greatest(excluded.run, was.run) END,
+			seq = CASE WHEN excluded.origin > was.origin THEN excluded.seq ELSE greatest(excluded.seq, was.seq) END,
+			head = CASE WHEN excluded.origin > was.origin OR excluded.seq > was.seq THEN excluded.head ELSE was.head END
+		WHERE excluded.origin > was.origin OR excluded.origin = was.origin AND (excluded.run > was.run OR excluded.seq > was.seq)`,
+		peer.String(), f.Origin, nodes, runs, seqs, heads)
+	if err != nil {
+		return away("keeping a peer's figures", err)
 	}
 	return nil
 }

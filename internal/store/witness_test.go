@@ -157,3 +157,34 @@ func TestSetBackInUse(t *testing.T) {
 		})
 	}
 }
+
+// Of what a peer says of itself the highest is kept, field by field, and a new
+// origin begins anew.
+func TestFigures(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("a")
+	peer := kme("KM2")
+	if f, err := db.Figures(t.Context(), peer); err != nil || f.Origin != 0 {
+		t.Fatalf("before anything was said: %v, %v", f, err)
+	}
+	for i, step := range []struct{ said, want handover.Figures }{
+		{known(1, 5, 100, 1), known(1, 5, 100, 1)},
+		{known(1, 5, 90, 2), known(1, 5, 100, 1)},  // came late
+		{known(1, 6, 90, 2), known(1, 6, 100, 1)},  // restored, and started again
+		{known(1, 6, 101, 3), known(1, 6, 101, 3)}, // more
+		{known(2, 4, 50, 4), known(2, 4, 50, 4)},   // recovered
+		{known(1, 9, 999, 5), known(2, 4, 50, 4)},
+	} {
+		if err := db.HearFigures(t.Context(), peer, step.said); err != nil {
+			t.Fatal(err)
+		}
+		got, err := db.Figures(t.Context(), peer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(step.want, got); diff != "" {
+			t.Errorf("step %d (-want +got):\n%s", i, diff)
+		}
+	}
+}
