@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/cedar-policy/cedar-go"
 	"github.com/cedar-policy/cedar-go/x/exp/ast"
@@ -15,6 +16,32 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 )
+
+// decisions remembers answers.
+type decisions struct {
+	mu    sync.RWMutex
+	known map[Question]Decision
+}
+
+// maxDecided bounds the memory: a caller may think of many questions.
+const maxDecided = 4096
+
+func (m *decisions) get(q Question) (Decision, bool) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	d, ok := m.known[q]
+	return d, ok
+}
+
+// put adds an answer. When there are too many it forgets all of them.
+func (m *decisions) put(q Question, d Decision) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.known == nil || len(m.known) >= maxDecided {
+		m.known = make(map[Question]Decision)
+	}
+	m.known[q] = d
+}
 
 // The actions of a Question.
 const (
@@ -73,8 +100,19 @@ type ruleSet struct {
 }
 
 // Decide answers q. What no policy permits is refused, and one policy that forbids
-// or cannot be evaluated is enough to refuse.
+// or cannot be evaluated is enough to refuse. Nobody may change what it returns.
+//
+// A Set never changes, so neither does its answer: the last ones are remembered.
 func (s *Set) Decide(q Question) Decision {
+	if d, ok := s.decided.get(q); ok {
+		return d
+	}
+	d := s.decide(q)
+	s.decided.put(q, d)
+	return d
+}
+
+func (s *Set) decide(q Question) Decision {
 	action, ok := s.rules.actions[q.Action]
 	if !ok {
 		return Decision{Reason: NoPolicy}

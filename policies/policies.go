@@ -48,7 +48,8 @@ type Set struct {
 	Principals *identity.Map
 	Digest     string // SHA-256 over all files' names and contents, hex
 
-	rules ruleSet
+	rules   ruleSet
+	decided decisions
 }
 
 // Load reads the policies in dir.

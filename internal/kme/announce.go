@@ -5,314 +5,377 @@ import (
 	"errors"
 	"fmt"
 	"net/http/httptrace"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/peer"
-	"github.com/qutemail/kme/internal/problem"
 )
 
 const (
-	announceTime = 2 * time.Second // after which an announce is in doubt
-	askAtoms     = 2048            // the most that one request may name: 128 keys of 16 atoms
-	repeatMin    = 50 * time.Millisecond
-	repeatMax    = 2 * time.Second
+	announceTime   = 2 * time.Second // after which an announce is in doubt
+	announceWindow = 8               // batches in flight
+	askAtoms       = 2048            // the most that one request may name: 128 keys of 16 atoms
+	repeatMin      = 50 * time.Millisecond
+	repeatMax      = 2 * time.Second
 )
 
-// ask is a request that waits for its announce.
-type ask struct {
-	request handover.Request
-	lends   []lent
-	client  context.Context // the caller's: consulted once, before its batch begins
-	fate    chan fate       // buffered: the announcer never waits for an asker
-	left    atomic.Bool     // set by whoever comes first: the asker that gives up, or the announcer that settles
+// announcer has what a link's requests wait for assigned by the peer, batch after
+// batch, several in flight. One goroutine (run) owns it and its Sender; each flight
+// has a goroutine that says its batch, again if need be, and brings the answer home.
+//
+// If the process dies, the takeover of its run does for each flight what the answer
+// would have asked for.
+type announcer struct {
+	l       *link
+	sender  *handover.Sender
+	waiting []*ask
+	atoms   int // of waiting, as ask.weight counts them
+	most    int // likewise, of the next batch: see pace
+	asking  int // requests in flight
+	flying  map[*flight]bool
+	landed  chan *flight
+	flights sync.WaitGroup
+	doubts  int // flights in doubt
 }
 
-// fate is how an ask ended. With an error, whoever settled it has dealt with the atoms.
-type fate struct {
-	batch int64
-	err   error
+// flight is a batch on its way to its answer.
+type flight struct {
+	batch  handover.Announce
+	asks   []*ask
+	atoms  int // as ask.weight counts them
+	left   time.Time
+	doubt  bool          // its asks have been told 503, and its keys are parked
+	wait   time.Duration // until it is repeated
+	answer handover.AnnounceAnswer
+	err    error
 }
 
-// ask has the peer assign the request's keys and waits for the outcome.
-func (l *link) ask(ctx, client context.Context, r handover.Request, lends []lent) fate {
-	if l.doubt.Load() {
-		l.pool.give(lends)
-		return fate{err: l.unreachable(errors.New("an earlier announce is still unanswered"))}
-	}
-	a := &ask{request: r, lends: lends, client: client, fate: make(chan fate, 1)}
-	select {
-	case l.asks <- a:
-	default:
-		l.pool.give(lends)
-		return fate{err: unavailable(time.Second, "too many requests are waiting", errors.New("the announce queue is full"))}
-	}
-	select {
-	case f := <-a.fate:
-		return f
-	case <-ctx.Done():
-		if a.left.CompareAndSwap(false, true) {
-			return fate{err: l.unreachable(ctx.Err())} // the announcer deals with the atoms when it learns their fate
-		}
-		return <-a.fate
-	}
-}
-
-func (l *link) unreachable(cause error) error {
-	return unavailable(2*time.Second, "the other KME does not answer", fmt.Errorf("announcing to %s: %w", l.Peer, cause))
-}
-
-// settle tells the asker, unless it has gone.
-func (a *ask) settle(f fate) bool {
-	if !a.left.CompareAndSwap(false, true) {
-		return false
-	}
-	a.fate <- f
-	return true
-}
-
-// announce gathers what waits and has the peer assign it, batch after batch. It
-// is the only goroutine that touches the link's Sender.
+// announce runs the link's announcer until ctx ends.
 func (l *link) announce(ctx context.Context) error {
-	defer l.drain()
+	a := newAnnouncer(l)
+	defer a.drain()
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-l.k.takenOver:
 	}
-	s := handover.NewSender(l.k.Node, l.k.run.Load(), 1)
+	return a.run(ctx)
+}
+
+func newAnnouncer(l *link) *announcer {
+	return &announcer{
+		l: l, sender: handover.NewSender(l.k.Node, l.k.run.Load(), announceWindow), most: handover.MaxAtoms,
+		flying: make(map[*flight]bool), landed: make(chan *flight),
+	}
+}
+
+func (a *announcer) run(ctx context.Context) error {
+	defer a.flights.Wait()
 	for {
-		asks, err := l.gather(ctx)
-		if err != nil {
-			return err
+		asks := a.l.asks
+		if a.full() {
+			asks = nil
 		}
-		if err := l.send(ctx, s, asks); err != nil {
-			return err
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case x := <-asks:
+			a.add(x)
+		case f := <-a.landed:
+			a.land(ctx, f)
+		case <-a.l.committed:
+		}
+		a.gather()
+		if a.doubts > 0 {
+			a.refuse(a.l.unreachable(errors.New("an earlier announce is still unanswered")))
+		}
+		for a.ready() {
+			a.depart(ctx)
 		}
 	}
 }
 
-// gather waits for the first ask and takes what else waits: it never sleeps to fill a batch.
-func (l *link) gather(ctx context.Context) ([]*ask, error) {
-	var asks []*ask
-	atoms := 0
-	for len(asks) < handover.MaxRequests && atoms <= handover.MaxAtoms-askAtoms {
-		var a *ask
-		if len(asks) == 0 {
-			select {
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			case a = <-l.asks:
-			}
-		} else {
-			select {
-			case a = <-l.asks:
-			default:
-				return asks, nil
-			}
-		}
-		if l.begins(a) {
-			asks = append(asks, a)
-			atoms += len(a.lends) + len(a.request.Keys)*max(0, len(a.request.Slaves)-1) // each further slave's copy is sealed, too
+// full says that no more may wait here; the rest waits in the queue.
+func (a *announcer) full() bool {
+	return len(a.waiting) >= handover.MaxRequests || a.atoms > handover.MaxAtoms-askAtoms
+}
+
+func (a *announcer) add(x *ask) {
+	a.waiting = append(a.waiting, x)
+	a.atoms += x.weight()
+}
+
+// gather takes what else is in the queue: it never sleeps to fill a batch.
+func (a *announcer) gather() {
+	for !a.full() {
+		select {
+		case x := <-a.l.asks:
+			a.add(x)
+		default:
+			return
 		}
 	}
-	return asks, nil
+}
+
+// ready says whether what waits leaves now: at once when nothing is under way, to the
+// peer or into our own database, and otherwise when it is as much as what is. So
+// batches are few and large while the peer is near, which spares both ends
+// transactions, and several are under way when it is far.
+func (a *announcer) ready() bool {
+	if len(a.waiting) == 0 || !a.sender.Free() {
+		return false
+	}
+	busy := a.asking + int(a.l.committing.Load())
+	return busy <= len(a.waiting) || a.full()
+}
+
+// depart sends the next batch on its way.
+func (a *announcer) depart(ctx context.Context) {
+	f := &flight{asks: a.next(), left: time.Now(), wait: repeatMin}
+	if len(f.asks) == 0 {
+		return
+	}
+	requests := make([]handover.Request, len(f.asks))
+	for i, x := range f.asks {
+		requests[i] = x.request
+		f.atoms += x.weight()
+	}
+	f.batch = a.sender.Next(requests)
+	a.flying[f] = true
+	a.asking += len(f.asks)
+	a.flights.Go(func() {
+		f.answer, f.err = a.l.tell(ctx, f.batch)
+		a.bringHome(ctx, f)
+	})
+}
+
+// next takes from what waits as much as a batch may hold now, without those whose
+// client or asker has left.
+func (a *announcer) next() (asks []*ask) {
+	atoms, taken := 0, 0
+	for _, x := range a.waiting {
+		if len(asks) > 0 && atoms+x.weight() > a.most {
+			break
+		}
+		taken++
+		a.atoms -= x.weight()
+		if a.l.begins(x) {
+			asks = append(asks, x)
+			atoms += x.weight()
+		}
+	}
+	a.waiting = append([]*ask(nil), a.waiting[taken:]...)
+	return asks
 }
 
 // begins says whether an ask goes into a batch: not when its client or its asker has left.
-func (l *link) begins(a *ask) bool {
-	if a.client.Err() == nil && !a.left.Load() {
+func (l *link) begins(x *ask) bool {
+	if x.client.Err() == nil && !x.left.Load() {
 		return true
 	}
-	l.pool.give(a.lends)
-	a.settle(fate{err: unavailable(0, "", errors.New("the client left before its request began"))})
+	l.pool.give(x.lends)
+	x.settle(fate{err: unavailable(0, "", errors.New("the client left before its request began"))})
 	return false
 }
 
-// send has one batch answered, however long that takes.
-func (l *link) send(ctx context.Context, s *handover.Sender, asks []*ask) error {
-	requests := make([]handover.Request, len(asks))
-	for i, a := range asks {
-		requests[i] = a.request
+func (a *announcer) bringHome(ctx context.Context, f *flight) {
+	select {
+	case a.landed <- f:
+	case <-ctx.Done():
 	}
-	batch := s.Next(requests)
-	answer, err := l.tell(ctx, batch)
-	if err == nil {
-		if err = l.settle(ctx, s, batch, answer, asks); err == nil {
-			return nil
-		}
-	}
-	if untold(err) && s.Unsent(batch.Batch) {
-		for _, a := range asks {
-			l.pool.give(a.lends)
-			a.settle(fate{err: l.unreachable(err)})
-		}
-		return nil
-	}
-	return l.resolve(ctx, s, batch, asks, err)
 }
 
-// untold says that the peer has certainly not acted on the one copy that was sent.
-func untold(err error) bool {
-	var refused *peer.Refused
-	return errors.Is(err, peer.ErrNotSent) || errors.As(err, &refused) || errors.Is(err, handover.ErrDeclined)
-}
-
-// tell sends a batch and waits for its answer, up to the announce deadline.
-func (l *link) tell(ctx context.Context, a handover.Announce) (handover.AnnounceAnswer, error) {
+// tell says a batch until it is judged, up to the announce deadline.
+func (l *link) tell(ctx context.Context, batch handover.Announce) (handover.AnnounceAnswer, error) {
 	ctx, cancel := context.WithTimeout(ctx, announceTime)
 	defer cancel()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		WroteRequest: func(httptrace.WroteRequestInfo) { failpoint.Hit(failpoint.EncAnnounceSent) },
 	})
-	origin := l.k.past.originOf(l.Peer)
-	answer, err := l.client.Announce(ctx, a)
-	if err == nil && len(answer.Results) > 0 {
-		l.k.past.answered(l.Peer, origin, a.Run, a.Batch)
-	}
-	return answer, err
-}
-
-// resolve repeats a batch whose outcome is unknown, unchanged, until it is
-// answered. Its callers have got their 503; its keys are parked: neither leasable
-// nor burned. If the process dies here, the takeover of its run does the rest.
-func (l *link) resolve(ctx context.Context, s *handover.Sender, batch handover.Announce, asks []*ask, cause error) error {
-	l.doubt.Store(true)
-	defer l.doubt.Store(false)
-	s.Doubt(batch.Batch)
-	var parked []key.ID
-	for _, a := range asks {
-		a.settle(fate{err: l.unreachable(fmt.Errorf("outcome unknown: %w", cause))})
-		for _, x := range a.lends {
-			parked = append(parked, x.ID)
+	for wait := time.Millisecond; ; wait *= 2 {
+		origin := l.k.past.originOf(l.Peer)
+		answer, err := l.client.Announce(ctx, batch)
+		if err == nil && len(answer.Results) > 0 {
+			l.k.past.answered(l.Peer, origin, batch.Run, batch.Batch)
 		}
-	}
-	name := "announce-" + l.ID
-	l.k.raise(ctx, name, fmt.Sprintf("batch %d to %s is unanswered, %d keys are parked: %v", batch.Batch, l.Peer, len(parked), cause))
-	if err := l.k.Store.Park(ctx, parked, batch.Batch); err != nil {
-		l.k.Log.Warn("parking keys", "link", l.ID, "err", err) // the rows are for operators: the lease keeps the keys from others, and the asks from us
-	}
-	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
-		if err := l.refuseFor(ctx, wait); err != nil {
-			return err
+		if err != nil || answer.Standing != handover.Ahead {
+			return answer, err
 		}
-		answer, err := l.tell(ctx, batch)
-		if err != nil {
-			continue
+		select { // this copy came before the batch that it follows
+		case <-ctx.Done():
+			return answer, nil
+		case <-time.After(wait):
 		}
-		if err := l.settle(ctx, s, batch, answer, asks); err != nil {
-			// Stale among others: if our run was really taken over, our own run row
-			// says so and ends the process; a peer's word alone does not.
-			l.k.Log.Warn("repeating an announce", "link", l.ID, "batch", batch.Batch, "err", err)
-			continue
-		}
-		if err := l.k.Store.Unpark(ctx, parked); err != nil {
-			l.k.Log.Warn("unparking keys", "link", l.ID, "err", err)
-		}
-		l.k.clear(ctx, name)
-		return nil
 	}
 }
 
-// refuseFor answers what comes in with 503 for a while.
-func (l *link) refuseFor(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
+// untold says that the peer has certainly not acted on any copy that was sent.
+func untold(err error) bool {
+	var refused *peer.Refused
+	return errors.Is(err, peer.ErrNotSent) || errors.As(err, &refused) || errors.Is(err, handover.ErrDeclined)
+}
+
+// land acts on what a flight has brought home.
+func (a *announcer) land(ctx context.Context, f *flight) {
+	err := f.err
+	if err == nil {
+		var settled []handover.Settlement
+		if settled, err = a.sender.Answered(f.batch.Batch, f.answer); err == nil {
+			a.pace(f)
+			a.remove(ctx, f)
+			for i, s := range settled {
+				a.l.settle(ctx, f.asks[i], s)
+			}
+			return
+		}
+	}
+	if untold(err) && a.sender.Unsent(f.batch.Batch) {
+		a.remove(ctx, f)
+		for _, x := range f.asks {
+			a.l.pool.give(x.lends)
+			x.settle(fate{err: a.l.unreachable(err)})
+		}
+		return
+	}
+	a.insist(ctx, f, err)
+}
+
+// remove forgets a flight that is settled.
+func (a *announcer) remove(ctx context.Context, f *flight) {
+	delete(a.flying, f)
+	a.asking -= len(f.asks)
+	if !f.doubt {
+		return
+	}
+	if a.doubts--; a.doubts == 0 {
+		a.l.doubt.Store(false)
+		a.flights.Go(func() {
+			if !a.l.doubt.Load() {
+				a.l.k.clear(ctx, a.l.doubtAlarm())
+			}
+		})
+	}
+}
+
+// pace keeps batches to what the peer answers well within the deadline: it seals
+// each key anew, and its HSM may be slow.
+func (a *announcer) pace(f *flight) {
+	switch took := time.Since(f.left); {
+	case f.doubt:
+	case took > announceTime/2:
+		a.most = max(key.ChunkAtoms, min(a.most, f.atoms)/2)
+	case took < announceTime/8 && f.atoms > a.most/2:
+		a.most = min(2*a.most, handover.MaxAtoms)
+	}
+}
+
+// insist repeats a batch whose outcome is unknown, unchanged, until it is answered.
+// Its callers get their 503; its keys are parked: neither leasable nor burned.
+func (a *announcer) insist(ctx context.Context, f *flight, cause error) {
+	first := !f.doubt
+	if first {
+		f.doubt = true
+		a.sender.Doubt(f.batch.Batch)
+		a.doubts++
+		a.l.doubt.Store(true)
+		for _, x := range f.asks {
+			x.settle(fate{err: a.l.unreachable(fmt.Errorf("outcome unknown: %w", cause))})
+		}
+	} else {
+		// Stale among others: if our run was really taken over, our own run row says
+		// so and ends the process; a peer's word alone does not.
+		a.l.k.Log.Warn("repeating an announce", "link", a.l.ID, "batch", f.batch.Batch, "err", cause)
+	}
+	a.flights.Go(func() {
+		if first {
+			a.l.park(ctx, f, cause)
+		}
+		if a.l.repeat(ctx, f) == nil {
+			a.bringHome(ctx, f)
+		}
+	})
+}
+
+func (l *link) doubtAlarm() string { return "announce-" + l.ID }
+
+// park writes down which keys are in doubt. The rows are for operators: the lease
+// keeps the keys from other nodes, and the flight keeps them from us.
+func (l *link) park(ctx context.Context, f *flight, cause error) {
+	l.k.raise(ctx, l.doubtAlarm(), fmt.Sprintf("batch %d to %s is unanswered, %d keys are parked: %v", f.batch.Batch, l.Peer, len(f.keys()), cause))
+	if err := l.k.Store.Park(ctx, f.keys(), f.batch.Batch); err != nil {
+		l.k.Log.Warn("parking keys", "link", l.ID, "err", err)
+	}
+}
+
+// keys are the IDs of all atoms that the batch names.
+func (f *flight) keys() []key.ID {
+	var ids []key.ID
+	for _, x := range f.asks {
+		ids = append(ids, atomIDs(x.lends)...)
+	}
+	return ids
+}
+
+// repeat says a batch again until the peer has judged it. An error is that ctx ended.
+func (l *link) repeat(ctx context.Context, f *flight) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-t.C:
-			return nil
-		case a := <-l.asks:
-			l.pool.give(a.lends)
-			a.settle(fate{err: l.unreachable(errors.New("an earlier announce is still unanswered"))})
+		case <-time.After(f.wait):
 		}
-	}
-}
-
-// settle acts on the answer to a batch.
-func (l *link) settle(ctx context.Context, s *handover.Sender, batch handover.Announce, answer handover.AnnounceAnswer, asks []*ask) error {
-	settled, err := s.Answered(batch.Batch, answer)
-	if err != nil {
-		return err
-	}
-	for i, d := range settled {
-		a := asks[i]
-		switch d.Verb {
-		case handover.Commit:
-			if !a.settle(fate{batch: d.Batch}) {
-				l.reclaim(a, d.Batch)
+		f.wait = min(2*f.wait, repeatMax)
+		if f.answer, f.err = l.tell(ctx, f.batch); f.err != nil {
+			continue
+		}
+		switch f.answer.Standing {
+		case handover.Fresh, handover.Repeat:
+			if err := l.k.Store.Unpark(ctx, f.keys()); err != nil {
+				l.k.Log.Warn("unparking keys", "link", l.ID, "err", err)
 			}
-		case handover.Reclaim:
-			l.reclaim(a, d.Batch)
-		case handover.Return:
-			l.returned(ctx, a, d)
+			return nil
+		case handover.Ahead, handover.Declined:
+		default:
+			return nil
 		}
 	}
-	return nil
 }
 
-// reclaim burns keys that the peer has assigned and nobody waits for.
-func (l *link) reclaim(a *ask, batch int64) {
-	d := debt{link: l, lends: a.lends, request: a.request.ID, batch: batch}
-	for _, k := range a.request.Keys {
-		d.void = append(d.void, k.ID())
-	}
-	l.k.owe(d)
-}
-
-// returned gives back the atoms of a request that the peer refused; those that it
-// does not have are burned: the ends disagree about them, which is an alarm.
-func (l *link) returned(ctx context.Context, a *ask, d handover.Settlement) {
-	lacking := make(map[key.ID]bool, len(d.Burn))
-	for _, id := range d.Burn {
-		lacking[id] = true
-	}
-	var back, burn []lent
-	for _, x := range a.lends {
-		if lacking[x.ID] {
-			burn = append(burn, x)
-		} else {
-			back = append(back, x)
+// settle acts on the peer's decision on one request.
+func (l *link) settle(ctx context.Context, x *ask, s handover.Settlement) {
+	switch s.Verb {
+	case handover.Commit:
+		l.committing.Add(1)
+		if !x.settle(fate{batch: s.Batch}) {
+			l.committing.Add(-1)
+			l.reclaim(x, s.Batch)
 		}
+	case handover.Reclaim:
+		l.reclaim(x, s.Batch)
+	case handover.Return:
+		l.returned(ctx, x, s)
 	}
-	l.pool.give(back)
-	if len(burn) > 0 {
-		l.burn(ctx, a.request.ID, burn, "the peer does not have them")
-	}
-	why := fmt.Errorf("%s refused the announce: %s", l.Peer, d.Why)
-	if d.Full {
-		a.settle(fate{err: full(why)})
-		return
-	}
-	a.settle(fate{err: problem.Because(problem.Unavailable, why)})
 }
 
-// burn deletes atoms that must never be used, which were not assigned to anybody.
-func (l *link) burn(ctx context.Context, rid string, lends []lent, why string) {
-	l.k.owe(debt{link: l, lends: lends, request: rid, why: why})
-	l.k.incident(ctx, "burned-"+l.ID, fmt.Sprintf("%d atoms burned: %s", len(lends), why))
-}
-
-// quarantine burns an atom whose blob does not open though the HSM is well:
-// somebody has changed the row, or its KEK is gone.
-func (l *link) quarantine(ctx context.Context, rid string, bad lent, cause error) {
-	l.burn(ctx, rid, []lent{bad}, "the blob does not open: "+cause.Error())
+// refuse answers what waits, whose atoms go back to the pool.
+func (a *announcer) refuse(err error) {
+	for _, x := range a.waiting {
+		a.l.pool.give(x.lends)
+		x.settle(fate{err: err})
+	}
+	a.waiting, a.atoms = nil, 0
 }
 
 // drain answers what still waits when the link stops.
-func (l *link) drain() {
+func (a *announcer) drain() {
 	for {
-		select {
-		case a := <-l.asks:
-			l.pool.give(a.lends)
-			a.settle(fate{err: unavailable(time.Second, "the key store is stopping", errors.New("stopping"))})
-		default:
+		a.gather()
+		if len(a.waiting) == 0 {
 			return
 		}
+		a.refuse(unavailable(time.Second, "the key store is stopping", errors.New("stopping")))
 	}
 }

@@ -130,9 +130,11 @@ func TestGather(t *testing.T) {
 		leave()
 		gone := l.asking(t, left)
 		first, second := l.asking(t, t.Context()), l.asking(t, t.Context())
-		asks, err := l.gather(t.Context())
-		if err != nil || len(asks) != 2 || l.inPool() != key.ChunkAtoms-2 {
-			t.Fatalf("gathered %d, %v; %d atoms in the pool", len(asks), err, l.inPool())
+		a := &announcer{l: l, most: handover.MaxAtoms}
+		a.gather()
+		asks := a.next()
+		if len(asks) != 2 || l.inPool() != key.ChunkAtoms-2 {
+			t.Fatalf("gathered %d; %d atoms in the pool", len(asks), l.inPool())
 		}
 		wants503(t, gone, 0)
 		for _, a := range asks {
@@ -144,15 +146,114 @@ func TestGather(t *testing.T) {
 		for range handover.MaxRequests + 1 {
 			l.asks <- &ask{client: t.Context()}
 		}
-		if asks, err = l.gather(t.Context()); err != nil || len(asks) != handover.MaxRequests {
-			t.Errorf("gathered %d requests, %v, want %d", len(asks), err, handover.MaxRequests)
+		a.gather()
+		if asks = a.next(); len(asks) != handover.MaxRequests || len(l.asks) != 1 {
+			t.Errorf("gathered %d requests, want %d; %d in the queue", len(asks), handover.MaxRequests, len(l.asks))
 		}
 		<-l.asks
 		for range 3 {
 			l.asks <- &ask{client: t.Context(), lends: make([]lent, askAtoms)}
 		}
-		if asks, err = l.gather(t.Context()); err != nil || len(asks)*askAtoms != handover.MaxAtoms {
-			t.Errorf("gathered %d requests of %d atoms, %v, want %d atoms", len(asks), askAtoms, err, handover.MaxAtoms)
+		a.gather()
+		if asks = a.next(); len(asks)*askAtoms != handover.MaxAtoms || a.atoms != 0 || len(a.waiting) != 0 {
+			t.Errorf("gathered %d requests of %d atoms, want %d atoms; %d atoms of %d requests wait", len(asks), askAtoms, handover.MaxAtoms, a.atoms, len(a.waiting))
+		}
+	})
+}
+
+// TestReady: what waits leaves at once when nothing is in flight, and otherwise when
+// it is as much as what is, or all that a batch may hold, and the window has room.
+func TestReady(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		waiting, atoms, asking, committing, flights int
+		want                                        bool
+	}{
+		{0, 0, 0, 0, 0, false},
+		{1, 1, 0, 0, 0, true},
+		{1, 1, 1, 0, 1, true},
+		{1, 1, 2, 0, 1, false},
+		{1, 1, 0, 2, 0, false},
+		{31, 31, 16, 16, 3, false},
+		{32, 32, 16, 16, 3, true},
+		{32, 32, 32, 0, announceWindow, false},
+		{2, 2 * askAtoms, 32, 0, 3, true},
+		{handover.MaxRequests, handover.MaxRequests, 9999, 0, 3, true},
+	} {
+		a := &announcer{l: &link{}, sender: handover.NewSender("a1", 1, announceWindow), waiting: make([]*ask, tt.waiting), atoms: tt.atoms, asking: tt.asking}
+		a.l.committing.Store(int64(tt.committing))
+		for range tt.flights {
+			a.sender.Next(nil)
+		}
+		if got := a.ready(); got != tt.want {
+			t.Errorf("%+v: %t", tt, got)
+		}
+	}
+}
+
+// TestPace: batches that take too long are halved, and double again.
+func TestPace(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		a := &announcer{most: handover.MaxAtoms}
+		land := func(atoms int, took time.Duration, want int) {
+			t.Helper()
+			f := &flight{atoms: atoms, left: time.Now()}
+			wait(t, took)
+			if a.pace(f); a.most != want {
+				t.Errorf("%d atoms in %v: at most %d in the next batch, want %d", atoms, took, a.most, want)
+			}
+		}
+		land(4096, announceTime/2, 4096)
+		land(1000, announceTime/2+1, 500)
+		land(500, announceTime, 250)
+		land(100, announceTime, key.ChunkAtoms)
+		land(1, announceTime, key.ChunkAtoms)
+		land(key.ChunkAtoms/2, 0, key.ChunkAtoms)
+		land(key.ChunkAtoms, 0, 2*key.ChunkAtoms)
+		a.most = 3000
+		land(2000, announceTime/9, handover.MaxAtoms)
+	})
+}
+
+// TestTurnstile: batches go through in order, copies one after the other, and nobody
+// waits for long for what has been lost.
+func TestTurnstile(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ts := newTurnstile()
+		ts.learn(handover.PeerRun{Run: 7, Last: 4})
+		var order []int64
+		pass := func(run, batch int64) {
+			if err := ts.enter(t.Context(), batch); err != nil {
+				t.Error(err)
+			}
+			defer ts.leave(batch)
+			ts.turn(t.Context(), run, batch)
+			order = append(order, batch)
+			ts.learn(handover.PeerRun{Run: run, Last: batch})
+		}
+		began := time.Now()
+		for _, batch := range []int64{7, 6, 6} {
+			go pass(7, batch)
+			synctest.Wait()
+		}
+		if len(order) != 0 {
+			t.Errorf("%v did not wait for 5", order)
+		}
+		pass(7, 5)
+		synctest.Wait()
+		if want := []int64{5, 6, 6, 7}; !slices.Equal(slices.Sorted(slices.Values(order)), want) || order[0] != 5 || time.Since(began) != 0 {
+			t.Errorf("passed in order %v after %v", order, time.Since(began))
+		}
+		pass(7, 9)
+		if took := time.Since(began); took != holdTime {
+			t.Errorf("waited %v for a batch that was lost, want %v", took, holdTime)
+		}
+		pass(8, 3) // of a run that is not known here: the store judges
+		ts.learn(handover.PeerRun{Run: 7, Last: 12})
+		if took := time.Since(began); took != holdTime || ts.knows() != (handover.PeerRun{Run: 8, Last: 3}) {
+			t.Errorf("after %v, %+v is known", took, ts.knows())
 		}
 	})
 }
@@ -162,23 +263,16 @@ func TestWhatWaitsIsAnswered(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newAskLink()
-		over := make(chan error, 1)
-		go func() { over <- l.refuseFor(t.Context(), time.Minute) }()
-		wants503(t, l.asking(t, t.Context()), 2*time.Second)
-		began := time.Now()
-		if err := <-over; err != nil || time.Since(began) != time.Minute {
-			t.Errorf("refused for %v, %v", time.Since(began), err)
-		}
+		a := &announcer{l: l}
+		waits := l.asking(t, t.Context())
+		a.gather()
+		a.refuse(l.unreachable(errors.New("in doubt")))
+		wants503(t, waits, 2*time.Second)
 		waiting := l.asking(t, t.Context())
-		l.drain()
+		a.drain()
 		wants503(t, waiting, time.Second)
 		if l.inPool() != key.ChunkAtoms {
 			t.Errorf("%d atoms in the pool", l.inPool())
-		}
-		stopped, stop := context.WithCancel(t.Context())
-		stop()
-		if err := l.refuseFor(stopped, time.Minute); !errors.Is(err, context.Canceled) {
-			t.Errorf("refusing goes on after the end: %v", err)
 		}
 	})
 }

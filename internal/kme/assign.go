@@ -27,15 +27,16 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
-	done, err := k.turn(ctx, from, a.Node)
-	if err != nil {
+	t := k.turnstile(from, a.Node)
+	if err := t.enter(ctx, a.Batch); err != nil {
 		return k.decline(a, err), nil
 	}
-	defer done()
+	defer t.leave(a.Batch)
 	p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), full: make(map[string]bool), unusable: make(map[string][]key.ID)}
-	if err := d.prepare(ctx, from, a, p); err != nil {
+	if err := d.prepare(ctx, from, a, t, p); err != nil {
 		return k.decline(a, err), nil
 	}
+	t.turn(ctx, a.Run, a.Batch)
 	answer, err := k.Store.Assign(ctx, store.AssignJob{
 		Peer: from, Announce: a, Due: p.due,
 		Admit: func(r handover.Request) string { return p.refused[r.ID] },
@@ -48,28 +49,29 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	if answer.Standing == handover.Fresh {
 		k.used(a.Requests, answer.Results)
 	}
+	if answer.Standing == handover.Fresh || answer.Standing == handover.Repeat {
+		t.learn(handover.PeerRun{Run: a.Run, Last: a.Batch})
+	}
 	for i, res := range answer.Results {
 		if bad := p.unusable[res.ID]; !res.Accepted && len(bad) > 0 {
 			answer.Results[i].Lacking = bad // the peer burns them; else it would offer them for ever
 		}
 		answer.Results[i].Full = p.full[res.ID] && !res.Accepted
 	}
-	if slices.ContainsFunc(answer.Results, func(r handover.Result) bool { return !r.Accepted && !r.Full }) {
+	refused := func(r handover.Result) bool { return !r.Accepted && !r.Full }
+	if answer.Standing == handover.Fresh && slices.ContainsFunc(answer.Results, refused) {
 		k.incident(ctx, "refused-"+from.String(), fmt.Sprintf("requests of %s's batch %d were refused: see the audit", from, a.Batch))
 	}
 	return answer, nil
 }
 
-// turn waits until no other copy of a node's batch is being worked on.
-func (k *KME) turn(ctx context.Context, from identity.KME, node string) (done func(), err error) {
-	v, _ := k.turns.LoadOrStore(from.String()+"/"+node, make(chan struct{}, 1))
-	turn := v.(chan struct{})
-	select {
-	case turn <- struct{}{}:
-		return func() { <-turn }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
+// turnstile is the one of a peer's node.
+func (k *KME) turnstile(from identity.KME, node string) *turnstile {
+	t, ok := k.turnstiles.Load(from.String() + "/" + node)
+	if !ok {
+		t, _ = k.turnstiles.LoadOrStore(from.String()+"/"+node, newTurnstile())
 	}
+	return t.(*turnstile)
 }
 
 func (k *KME) decline(a handover.Announce, why error) handover.AnnounceAnswer {
@@ -86,21 +88,25 @@ type prepared struct {
 	unusable map[string][]key.ID    // by request: atoms that are in the pool here and of no use
 }
 
-// prepare judges the requests of a batch and seals what they may have. An error is
-// the HSM's or the database's.
-func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Announce, p *prepared) error {
+// prepare judges the requests of a batch and seals what they may have, if it is one
+// to come. An error is the HSM's or the database's.
+func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Announce, t *turnstile, p *prepared) error {
 	if err := d.k.able(); err != nil {
 		return err
 	}
 	if err := d.k.servingPeer(from); err != nil {
 		return err
 	}
-	known, err := d.k.Store.PeerRun(ctx, from, a.Node)
-	if err != nil {
-		return fmt.Errorf("reading the peer's run: %w", err)
+	known := t.knows()
+	if known.Run < a.Run { // of this process's first batch of that run
+		var err error
+		if known, err = d.k.Store.PeerRun(ctx, from, a.Node); err != nil {
+			return fmt.Errorf("reading the peer's run: %w", err)
+		}
+		t.learn(known)
 	}
-	if known.Judge(a.Run, a.Batch) != handover.Fresh {
-		return nil // the store answers it from the rows
+	if a.Run != known.Run || a.Batch <= known.Last || a.Batch > known.Last+announceWindow {
+		return nil // the store answers it from the rows, or has it come again
 	}
 	admitted, given := make(map[*link][]handover.Request), make(rooms)
 	for _, r := range a.Requests {

@@ -122,6 +122,13 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 // then the keys may be answered. A commit that fails, or whose outcome is not known in time, leaves
 // keys that nobody may get: they are burned here and voided at the peer.
 func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.Due, batch int64) error {
+	defer func() {
+		l.committing.Add(-1)
+		select {
+		case l.committed <- struct{}{}:
+		default: // the announcer has yet to look at the one before
+		}
+	}()
 	c.ev.Batch = batch
 	owed := debt{link: l, lends: lends, request: c.ev.Request, batch: batch, void: c.ev.Keys}
 	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Due: here, Events: c.served(here), Late: func(committed bool) {

@@ -65,7 +65,8 @@ type KME struct {
 	outage  *outage
 	debts   debts
 	buckets buckets
-	turns   sync.Map // peer/node -> chan struct{}: one copy of a batch at a time is worked on
+
+	turnstiles sync.Map // peer/node -> *turnstile
 
 	past past
 

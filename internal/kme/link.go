@@ -44,6 +44,10 @@ type link struct {
 	pool   pool
 	asks   chan *ask
 	doubt  atomic.Bool // an announce is unanswered: new requests are refused
+
+	committing atomic.Int64  // requests that the peer has assigned and that are being committed here
+	committed  chan struct{} // one of them has ended
+
 	skewed atomic.Bool // the peer's clock is too far off to make blocks
 	rested time.Time   // when there was last no room for a block; of watch alone
 
@@ -60,7 +64,7 @@ type link struct {
 const askQueue = 512
 
 func newLink(k *KME, c LinkConfig) *link {
-	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue)}
+	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue), committed: make(chan struct{}, 1)}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
 		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },

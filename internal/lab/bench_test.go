@@ -10,8 +10,10 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -25,27 +27,105 @@ import (
 
 // BenchmarkEncKeys has clients with a connection each ask KM1 for keys as fast as
 // it answers. Everything is real: mutual TLS, two kmed, two Postgres with fsync on,
-// SoftHSM; the link's blocks are random bits, so that the pool never runs dry. The
+// SoftHSM; the link's blocks are random bits, and it rests while requests are measured. The
 // clients share the machine.
 //
 // of-null is the share of the rate at which the same clients are answered the same
 // bytes, over the same TLS, by a process that does nothing for it.
 func BenchmarkEncKeys(b *testing.B) {
-	l := start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = 16_384, 262_144, 200*time.Millisecond })
-	keysStored(b, l, 100_000)
+	l := start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond })
+	rests(b, l)
 	null := startNull(b, l)
-	for _, load := range []struct{ clients, number int }{{64, 1}} {
+	for _, load := range []struct{ clients, number int }{{1, 1}, {8, 1}, {64, 1}, {8, 64}, {64, 64}} {
 		b.Run(fmt.Sprintf("clients=%d/number=%d", load.clients, load.number), func(b *testing.B) {
-			compared := measure(b, connect(b, l, null, load.clients), load.number)
+			compared := measure(b, connect(b, l, null, load.clients), 1)
+			rests(b, l)
+			clients := connect(b, l, l.KM1.URL(), load.clients)
+			before := l.cpu(b)
 			b.ResetTimer()
-			m := measure(b, connect(b, l, l.KM1.URL(), load.clients), load.number)
+			m := measure(b, clients, load.number)
 			b.StopTimer()
+			l.cpu(b).report(b, before)
 			b.ReportMetric(m.rate, "req/s")
+			b.ReportMetric(m.rate*float64(load.number), "keys/s")
 			b.ReportMetric(m.at(0.5), "p50-ms")
 			b.ReportMetric(m.at(0.99), "p99-ms")
 			b.ReportMetric(m.rate/compared.rate, "of-null")
 		})
 	}
+}
+
+// benchBlock is how many atoms a block of the benchmarks' link has. The pool's limit
+// lies just above a multiple of it: once it rests, almost a block's keys can be asked
+// for before it makes another.
+const benchBlock = 1 << 17
+
+// rests returns when the pool of the lab is full.
+func rests(b *testing.B, l *Lab) {
+	b.Helper()
+	op := operator(b, l.KM1)
+	eventually(b, "a full pool", func(ctx context.Context) error {
+		now, err := link(ctx, op)
+		if err == nil && now.State != "full" {
+			err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)
+		}
+		return err
+	})
+}
+
+// spent is the time that processors have worked for the parts of a lab: a sturdier
+// figure than a rate, on a machine that has other things to do.
+type spent struct {
+	kmed, postgres [2]time.Duration // of KM1 and KM2
+	clients        time.Duration
+}
+
+func (s spent) report(b *testing.B, before spent) {
+	each := func(name string, now, then time.Duration) {
+		b.ReportMetric(float64((now-then).Microseconds())/float64(b.N), name)
+	}
+	for i, site := range []string{"km1", "km2"} {
+		each(site+"-us", s.kmed[i], before.kmed[i])
+		each(site+"-postgres-us", s.postgres[i], before.postgres[i])
+	}
+	each("clients-us", s.clients, before.clients)
+}
+
+// cpu reads what the kernel has counted so far.
+func (l *Lab) cpu(b *testing.B) spent {
+	b.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		b.Fatal(err)
+	}
+	var s spent
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		name, rest, _ := strings.Cut(string(text), ") ")
+		f := strings.Fields(rest) // from the third field of proc(5) on: state, ppid, ...
+		pid, _ := strconv.Atoi(name[:strings.Index(name, " ")])
+		parent, _ := strconv.Atoi(f[1])
+		user, _ := strconv.Atoi(f[11])
+		system, _ := strconv.Atoi(f[12])
+		const tick = 10 * time.Millisecond // sysconf(_SC_CLK_TCK) is 100 on every Linux
+		used := time.Duration(user+system) * tick
+		switch {
+		case pid == os.Getpid():
+			s.clients += used
+		case pid == l.KM1.Nodes[0].kmed.cmd.Process.Pid:
+			s.kmed[0] += used
+		case pid == l.KM2.Nodes[0].kmed.cmd.Process.Pid:
+			s.kmed[1] += used
+		case parent == l.KM1.pg.Pid():
+			s.postgres[0] += used
+		case parent == l.KM2.pg.Pid():
+			s.postgres[1] += used
+		}
+	}
+	return s
 }
 
 // connect returns clients of alice at a KME, each with a connection that is open.
