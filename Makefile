@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test bench lint fuzz tools prerequisites clean
+.PHONY: all run build test test-ha bench lint fuzz tools prerequisites clean
 
 all: build
 
@@ -30,6 +30,11 @@ test: prerequisites build tools
 	$(GO) test -tags $(TAGS) -timeout 20m ./...
 	$(GO) test -tags $(TAGS),failpoint ./internal/failpoint ./internal/etsi014
 
+## test-ha: failovers of a site's database under load (deploy/patroni); some minutes
+test-ha: prerequisites
+	@deploy/patroni/prerequisites.sh
+	$(GO) test -tags $(TAGS),ha -run TestFailover -timeout 20m -v ./internal/lab
+
 ## bench: the benchmarks, in Go's benchmark format
 bench: prerequisites build
 	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./...
@@ -38,6 +43,7 @@ bench: prerequisites build
 lint:
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) vet -tags $(TAGS),failpoint ./...
+	$(GO) vet -tags $(TAGS),ha ./internal/lab
 	CGO_ENABLED=0 $(GO) vet -tags $(TAGS) ./hsm ./cmd/kmectl
 	$(GO) run $(STATICCHECK) -tags $(TAGS) ./...
 	@unformatted=$$($(GO) run $(GOFUMPT) -l .); test -z "$$unformatted" || { echo "gofumpt would change:"; echo "$$unformatted"; exit 1; }

@@ -48,6 +48,10 @@ type Config struct {
 	// Filler, so high that a load test does not meet them.
 	Limits Limits
 
+	// Database, by site, is how a role reaches a database that somebody else runs and
+	// that deploy/patroni/post_init.sh has prepared. The lab migrates it as its owner.
+	Database map[string]func(role string) string
+
 	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
 

@@ -18,6 +18,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/pgdev"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // softHSM is where Debian's package puts the module.
@@ -77,6 +78,9 @@ func (s *Site) path(parts ...string) string {
 
 // DSN is how role reaches the site's database.
 func (s *Site) DSN(role string) string {
+	if dsn := s.lab.Database[s.Name]; dsn != nil {
+		return dsn(role)
+	}
 	if s.pg == nil { // another process runs it: see attach
 		return fmt.Sprintf("host=%s user=%s dbname=kme", s.path("postgres", "cluster", "run"), role)
 	}
@@ -95,14 +99,14 @@ func (s *Site) attach(ctx context.Context) error {
 
 // prepareDatabase starts the site's Postgres and brings its schema up to date.
 func (s *Site) prepareDatabase(ctx context.Context) error {
-	if err := s.StartDatabase(ctx); err != nil {
-		return err
-	}
-	if err := s.pg.EnsureDatabase(ctx, "kme"); err != nil {
+	owner := pgdev.Superuser
+	if s.lab.Database[s.Name] != nil {
+		owner = store.OwnerRole
+	} else if err := s.startOwn(ctx); err != nil {
 		return err
 	}
 	p, err := s.lab.nursery.start("kmed migrate", s.lab.Dir, s.path("log", "migrate"), nil,
-		filepath.Join(s.lab.Bin, "kmed"), "migrate", "--database", s.DSN(pgdev.Superuser))
+		filepath.Join(s.lab.Bin, "kmed"), "migrate", "--database", s.DSN(owner))
 	if err != nil {
 		return err
 	}
@@ -111,6 +115,14 @@ func (s *Site) prepareDatabase(ctx context.Context) error {
 		return fmt.Errorf("migrating %s: %w:\n%s", s.Name, p.err, p.lastWords())
 	}
 	return nil
+}
+
+// startOwn starts the site's own Postgres, with a database in it.
+func (s *Site) startOwn(ctx context.Context) error {
+	if err := s.StartDatabase(ctx); err != nil {
+		return err
+	}
+	return s.pg.EnsureDatabase(ctx, "kme")
 }
 
 // StartDatabase starts the site's Postgres.

@@ -295,6 +295,7 @@ func (c *committer) resolve(a *attempt, cause error) fate {
 		}
 		f, err := c.askFate(a)
 		if err == nil {
+			c.db.cfg.Log.Info("what became of the commit", "committed", f == fateCommitted, "fenced", f == fateFenced)
 			return f
 		}
 		c.setDown(err)
