@@ -163,6 +163,31 @@ func (f *fibre) take(t *rapid.T, number, atoms int) []lent {
 	return got
 }
 
+// release has the pool give chunks up, of which no request may have had anything.
+func (f *fibre) release(t *rapid.T, most int) {
+	whole := 0
+	for _, h := range f.pool.leases {
+		if n := len(f.free(f.chunks[slices.IndexFunc(f.chunks, func(c *chunk) bool { return c.Chunk == h.Chunk })])); f.fresh(h.Epoch) && n == len(h.Atoms) {
+			whole++
+		}
+	}
+	chunks := f.pool.untouched(most)
+	if len(chunks) > most || len(chunks) < min(most, whole) {
+		t.Fatalf("untouched(%d): %d chunks, when %d are", most, len(chunks), whole)
+	}
+	for _, c := range f.chunks {
+		if !slices.Contains(chunks, c.Chunk) {
+			continue
+		}
+		for _, a := range c.Atoms {
+			if _, held := f.lent[a.ID]; held || f.used[a.ID] {
+				t.Fatalf("untouched(%d): chunk %d, of which atom %d is lent or used", most, c.Chunk, a.Index)
+			}
+		}
+		c.leased = false
+	}
+}
+
 // check compares what the pool has with what it should have.
 func (f *fibre) check(t *rapid.T) {
 	seen := make(map[int64]bool)
@@ -190,7 +215,7 @@ func (f *fibre) check(t *rapid.T) {
 	}
 }
 
-// TestPool: whatever is asked for, given back, served, leased and grown too old, no
+// TestPool: whatever is asked for, given back, served, leased, released and grown too old, no
 // atom is lent twice and none is lost; a key is made of consecutive atoms of one
 // chunk; a request is filled whole, from the oldest epochs, or not at all, and only
 // if it cannot be.
@@ -239,8 +264,9 @@ func TestPool(t *testing.T) {
 					f.used[a.ID] = true
 				}
 			},
-			"age":   func(*rapid.T) { f.oldest++ },
-			"flaky": func(*rapid.T) { f.away = !f.away },
+			"release": func(t *rapid.T) { f.release(t, rapid.IntRange(1, 3).Draw(t, "most")) },
+			"age":     func(*rapid.T) { f.oldest++ },
+			"flaky":   func(*rapid.T) { f.away = !f.away },
 		})
 	})
 }
