@@ -21,17 +21,21 @@ func (s *site) giveable() []*chunkRow {
 	return chunks
 }
 
-// give is the giver's commit: the chunk, if it may still be given, is the other
-// end's, which is to be told so.
-func (s *site) give(c *chunkRow) {
-	if slices.Contains(s.giveable(), c) {
+// give is the giver's commit: the oldest chunk that may be given is the other end's,
+// which is to be told so.
+func (s *site) give() {
+	chunks := s.giveable()
+	if len(chunks) > 0 {
+		c := chunks[0]
 		c.Chunk = c.Give()
 		s.grants = append(s.grants, &grantRow{Granted: Granted{c.ref, c.Grants}})
 	}
+	s.did(DoGive{min(len(chunks), 1)})
 }
 
 // hearGrant is the receiver's commit.
 func (s *site) hearGrant(g Granted) {
+	s.did(DoTakeGrant{g})
 	b := s.block[g.BlockRef]
 	if b == nil {
 		return
@@ -47,6 +51,7 @@ func (s *site) hearGrant(g Granted) {
 }
 
 func (s *site) ackGrant(g Granted) {
+	s.did(DoAckGrant{g})
 	for _, row := range s.grants {
 		if row.Granted == g || s.w.broken.grantAckUnnamed && row.ChunkRef == g.ChunkRef {
 			row.acked = true
@@ -86,11 +91,10 @@ func (w *world) give() bool {
 			return
 		}
 		given = true
-		c := choose(w, chunks)
-		if w.broken.grantUncommitted {
+		if c := chunks[0]; w.broken.grantUncommitted {
 			p.sayGrant(Granted{c.ref, c.Grants + 1})
 		}
-		p.commit("Give", job{act: func() { p.site.give(c) }})
+		p.commit("Give", job{act: p.site.give})
 	}) && given
 }
 

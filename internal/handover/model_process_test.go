@@ -128,6 +128,9 @@ func (s *site) start(node string) *process {
 	s.w.note("  %v starts", p)
 	p.head = s.node[node].head
 	p.sender = NewSender(node, p.run, 3)
+	if s.tables != nil {
+		s.tables.Begin(node, p.run)
+	}
 	s.procs = append(s.procs, p)
 	return p
 }
@@ -378,7 +381,7 @@ func (p *process) tellVoid(v *voidRow) {
 		ok := false
 		r.commit("Void", job{act: func() { ok = r.site.void(v.Void) }, done: func() {
 			if ok {
-				r.reply(p, "void-answer", func() { p.commit("AckVoid", job{act: func() { v.acked = true }}) })
+				r.reply(p, "void-answer", func() { p.commit("AckVoid", job{act: func() { p.site.ackVoid(v) }}) })
 			}
 		}})
 	})

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"bytes"
 	"maps"
 	"slices"
 
@@ -9,6 +10,7 @@ import (
 
 // hearRun notes a peer node's run and lists what lower ones were assigned.
 func (s *site) hearRun(r RunStarted) (rows []Assigned, ok bool) {
+	defer func() { s.did(DoHearRun{r, s.live(rows), ok}) }()
 	before := s.peer[r.Node]
 	p, ok := before.Hear(r.Run)
 	if !ok && s.w.broken.runLowered {
@@ -35,16 +37,38 @@ func (s *site) hearRun(r RunStarted) (rows []Assigned, ok bool) {
 	return rows, true
 }
 
+// live are those of the rows, in the order of their keys, that some slave has not
+// taken and that were not voided: of the others the run's heirs need not hear.
+func (s *site) live(rows []Assigned) []Assigned {
+	rows = slices.DeleteFunc(slices.Clone(rows), func(a Assigned) bool {
+		return !slices.ContainsFunc(s.due[a.Key], func(d *dueRow) bool { return !d.taken && !d.Voided })
+	})
+	slices.SortFunc(rows, func(a, b Assigned) int { return bytes.Compare(a.Key[:], b.Key[:]) })
+	return rows
+}
+
+func (s *site) ackVoid(v *voidRow) {
+	if !v.acked {
+		v.acked = true
+		s.did(DoAckVoid{v.Void})
+	}
+}
+
 // bumpRun is a transaction of its own.
 func (s *site) bumpRun(node string) int64 {
 	s.node[node].run++
+	if s.tables != nil {
+		s.tables.Bump(node, s.node[node].run)
+	}
 	s.w.note("  run %d of %s", s.node[node].run, node)
 	return s.node[node].run
 }
 
 // endTakeover frees what lower runs had, if run still is the node's.
 func (s *site) endTakeover(node string, run int64) {
-	if s.node[node].run != run && !s.w.broken.freeAnyRun {
+	over := s.node[node].run != run
+	s.did(DoEndTakeover{node, run, !over})
+	if over && !s.w.broken.freeAnyRun {
 		return
 	}
 	for _, b := range s.blocks {

@@ -31,6 +31,8 @@ type site struct {
 	served  map[key.ID]bool      // by key: what the audit says
 	hung    []*transaction       // sent to the database, and not known to have ended
 	procs   []*process           // volatile: who is alive here
+	tables  Tables               // the real ones, nil if there are none
+	acting  *transaction         // that is being applied
 }
 
 type blockRow struct {
@@ -106,9 +108,12 @@ func (s *site) apply(tx *transaction) bool {
 		return false
 	}
 	row.head++
-	tx.applied = true
+	tx.applied, s.acting = true, tx
 	for _, j := range tx.jobs {
 		j.act()
+	}
+	if s.acting = nil; s.tables != nil {
+		s.tables.Compare(s.dump())
 	}
 	return true
 }
@@ -147,8 +152,10 @@ func (s *site) leave(why string, ids ...key.ID) []key.ID {
 // hold is HoldBlock: HELD, if session still is the link's.
 func (s *site) hold(h Held, ids []key.ID) bool {
 	if h.Session != s.session && !s.w.broken.holdInAnySession || s.block[h.BlockRef] != nil {
+		s.did(DoHold{h, ids, false})
 		return false
 	}
+	s.did(DoHold{h, ids, true})
 	b := &blockRow{Held: h, state: BlockHeld, ids: ids, out: make(map[string]int)}
 	for i := 0; i < len(ids); i += key.ChunkAtoms {
 		b.chunks = append(b.chunks, &chunkRow{
@@ -163,17 +170,22 @@ func (s *site) hold(h Held, ids []key.ID) bool {
 }
 
 // openSession closes all older sessions for ever.
-func (s *site) openSession(session int64) { s.session = max(s.session, session) }
+func (s *site) openSession(session int64) {
+	s.session = max(s.session, session)
+	s.did(DoOpenSession{session})
+}
 
 func (s *site) heardHeld(h Held) HeldAnswer {
 	b := s.block[h.BlockRef]
 	closed := h.Session < s.session || s.w.broken.neverTooEarly
 	if b == nil {
 		_, answer := OnHeld(Absent, false, closed)
+		s.did(DoHeardHeld{h, answer})
 		return answer
 	}
 	after, answer := OnHeld(b.state, b.Digest == h.Digest, closed)
 	s.move(b, after)
+	s.did(DoHeardHeld{h, answer})
 	return answer
 }
 
@@ -181,6 +193,7 @@ func (s *site) heardHeldAnswer(ref BlockRef, answer HeldAnswer) {
 	if b := s.block[ref]; b != nil {
 		s.move(b, OnHeldAnswer(b.state, answer))
 	}
+	s.did(DoHeardHeldAnswer{ref, answer})
 }
 
 func (s *site) move(b *blockRow, to BlockState) {
@@ -191,7 +204,8 @@ func (s *site) move(b *blockRow, to BlockState) {
 }
 
 // lease gives a node's run the oldest chunk that is free.
-func (s *site) lease(node string, run int64) []key.ID {
+func (s *site) lease(node string, run int64) (ids []key.ID) {
+	defer func() { s.did(DoLease{ids}) }()
 	for _, b := range s.blocks {
 		if b.state != Ready && !(b.state == BlockHeld && s.w.broken.leaseHeld) {
 			continue
@@ -231,9 +245,11 @@ func (s *site) left(c *chunkRow) int {
 func (s *site) serve(r Request) bool {
 	for id := range r.Atoms() {
 		if !s.key[id] {
+			s.did(DoServe{r, false})
 			return false
 		}
 	}
+	s.did(DoServe{r, true})
 	for _, k := range r.Keys {
 		s.usable(k, "served")
 		s.leave("served", k.Atoms...)
@@ -256,6 +272,7 @@ func (s *site) usable(k Key, how string) {
 // burn deletes for ever what is left of atoms, and leaves a void to be told.
 func (s *site) burn(ids []key.ID, void *Void) {
 	s.leave("burned", ids...)
+	s.did(DoBurn{ids, void})
 	if void != nil {
 		s.voids = append(s.voids, &voidRow{Void: *void})
 	}
@@ -265,12 +282,14 @@ func (s *site) park(ids []key.ID, node string, run int64) {
 	for _, id := range ids {
 		s.parked[id] = parkedRow{node, run}
 	}
+	s.did(DoPark{ids})
 }
 
 func (s *site) unpark(ids []key.ID) {
 	for _, id := range ids {
 		delete(s.parked, id)
 	}
+	s.did(DoUnpark{ids})
 }
 
 // assign is the receiver's commit of an announce.
@@ -300,6 +319,7 @@ func (s *site) assign(a Announce) AnnounceAnswer {
 			s.peer[a.Node] = PeerRun{Run: p.Run, Last: a.Batch}
 		}
 	}
+	s.did(DoAssign{a, answer})
 	return answer
 }
 
@@ -353,7 +373,9 @@ func (s *site) admit(r Request) string {
 func (s *site) dueRows(id key.ID) []DueRow {
 	var rows []DueRow
 	for _, d := range s.due[id] {
-		rows = append(rows, d.DueRow)
+		row := d.DueRow
+		row.Voided = row.Voided && !d.taken // the row has ended before
+		rows = append(rows, row)
 	}
 	return rows
 }
@@ -368,11 +390,13 @@ func (s *site) void(v Void) bool {
 			d.Voided = true
 		}
 	}
+	s.did(DoVoid{v})
 	return true
 }
 
 // take hands a due key to its slave, once.
 func (s *site) take(d *dueRow) {
+	s.did(DoTake{d.Key, d.SAE, !d.taken && !d.Voided})
 	if d.taken || d.Voided {
 		return
 	}

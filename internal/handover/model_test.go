@@ -80,7 +80,10 @@ type handing struct {
 	to     map[identity.SAE]int
 }
 
-func newWorld(pick func(int) int, b broken) *world {
+func newWorld(pick func(int) int, b broken) *world { return newWorldOn(pick, b, [2]Tables{}) }
+
+// newWorldOn has the tables of both sites, if they are not nil, do what the model's do.
+func newWorldOn(pick func(int) int, b broken, tables [2]Tables) *world {
 	w := &world{
 		pick: pick, broken: b, place: make(map[key.ID]placed), handed: make(map[key.ID]*handing),
 		busy: make(map[string]int), expiry: make(map[BlockRef]bool), steps: make(map[string]int),
@@ -89,7 +92,7 @@ func newWorld(pick func(int) int, b broken) *world {
 		s := &site{
 			w: w, end: []End{Alice, Bob}[i], block: make(map[BlockRef]*blockRow), key: make(map[key.ID]bool),
 			due: make(map[key.ID][]*dueRow), parked: make(map[key.ID]parkedRow), node: make(map[string]*nodeRow),
-			peer: make(map[string]PeerRun), served: make(map[key.ID]bool), session: 1,
+			peer: make(map[string]PeerRun), served: make(map[key.ID]bool), session: 1, tables: tables[i],
 		}
 		for _, sae := range [][]string{{"alice", "anna"}, {"bob", "bert"}}[i] {
 			s.saes = append(s.saes, anSAE(sae))
