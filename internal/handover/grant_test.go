@@ -117,7 +117,7 @@ func TestGrantCheck(t *testing.T) {
 		if err := tc.g.Check(); (err == nil) != tc.ok {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := (GrantAnswer(tc.g)).Check(); (err == nil) != (tc.ok || len(tc.g.Chunks) == 0) {
+		if err := GrantAnswer(tc.g).Check(); (err == nil) != (tc.ok || len(tc.g.Chunks) == 0) {
 			t.Errorf("%s, as an answer: %v", name, err)
 		}
 	}
