@@ -12,6 +12,7 @@ import (
 
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/legacy"
 )
 
 // advised is an error together with what to do next.
@@ -36,6 +37,9 @@ func (p party) explain(err error, denied string) error {
 	var unknown x509.UnknownAuthorityError
 	var host x509.HostnameError
 	if answer, ok := errors.AsType[*etsi014.APIError](err); ok {
+		return explainStatus(err, answer.Status, answer.RetryAfter.String(), denied)
+	}
+	if answer, ok := errors.AsType[*legacy.APIError](err); ok {
 		return explainStatus(err, answer.Status, answer.RetryAfter.String(), denied)
 	}
 	if answer, ok := errors.AsType[*admin.APIError](err); ok {

@@ -13,6 +13,7 @@ import (
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/legacy"
 )
 
 // sae returns a client of the API of ETSI GS QKD 014 for the SAE that calls, and
@@ -83,7 +84,7 @@ func (c takeCommand) Run(ctx context.Context, s *session) error {
 	ids := make([]key.ID, len(c.KeyIDs))
 	for i, text := range c.KeyIDs {
 		if ids[i], err = key.ParseID(text); err != nil {
-			return advise(err, "a key ID looks like 0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11; kmectl get prints it")
+			return advise(err, badKeyID)
 		}
 	}
 	keys, err := client.DecKeys(ctx, master, ids)
@@ -100,6 +101,34 @@ func (c takeCommand) Run(ctx context.Context, s *session) error {
 	fmt.Fprintf(s.stderr, "%s shared by %s and %s. The KME has forgotten what you took.\n", count(keys), master, p.name)
 	return nil
 }
+
+type consumeCommand struct {
+	KeyID string `arg:"" name:"key-id" help:"ID of the key."`
+}
+
+// Run has a key erased.
+func (c consumeCommand) Run(ctx context.Context, s *session) error {
+	p, hc, err := s.client(saeProfiles)
+	if err != nil {
+		return err
+	}
+	self, err := identity.ParseSAE(p.name)
+	if err != nil {
+		return advise(err, "name the profile of an SAE by --as: the KME is told who consumes")
+	}
+	id, err := key.ParseID(strings.TrimSuffix(strings.TrimSuffix(c.KeyID, "-alice"), "-bob"))
+	if err != nil {
+		return advise(err, badKeyID)
+	}
+	if err := legacy.NewClient(p.kme, hc).ConsumeKey(ctx, self, id); err != nil {
+		return p.explain(err, p.name+" may be unknown here or switched off")
+	}
+	_, err = fmt.Fprintf(s.stderr, "%s is erased.\n", id)
+	return err
+}
+
+// badKeyID is the advice for what is no key ID.
+const badKeyID = "a key ID looks like 0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11; kmectl get prints it"
 
 // count says how many keys of what kind c holds.
 func count(c etsi014.Container) string {

@@ -39,10 +39,12 @@ type commands struct {
 
 	Get     getCommand     `cmd:"" help:"Get new keys to share with another SAE."`
 	Take    takeCommand    `cmd:"" help:"Take keys that another SAE has got to share with you. Each can be taken once."`
+	Consume consumeCommand `cmd:"" help:"Have a key erased that was made for you (QuteMail's routes)."`
 	Status  statusCommand  `cmd:"" help:"See what you could get to share with another SAE."`
 	Node    nodeCommand    `cmd:"" help:"See how a KME node stands (operators)."`
 	Link    linkCommand    `cmd:"" help:"See how its QKD links stand (operators)."`
 	Alarms  alarmsCommand  `cmd:"" help:"See what a KME node complains of (operators)."`
+	Cleanup cleanupCommand `cmd:"" help:"Have keys ended whose lifetime is over, now (operators)."`
 	Version versionCommand `cmd:"" help:"Print the version."`
 }
 

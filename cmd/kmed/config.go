@@ -52,10 +52,25 @@ type Config struct {
 	PoolLimit int `yaml:"pool_limit"`
 	// Limits bound what one SAE may have of what all share.
 	Limits LimitsConfig `yaml:"limits"`
+	Legacy LegacyConfig `yaml:"legacy"`
+
 	// Production refuses keys of a simulated link. Default false, which kmed says
 	// loudly at start.
 	Production bool `yaml:"production"`
 }
+
+// LegacyConfig is about the QuteMail routes.
+type LegacyConfig struct {
+	// Reread is how often a key that was asked for there can be read: until-consumed
+	// (or expired; the default) or once, as a key of 014.
+	Reread string `yaml:"reread"`
+}
+
+// The values of LegacyConfig.Reread.
+const (
+	untilConsumed = "until-consumed"
+	once          = "once"
+)
 
 // HSMConfig says which token of which PKCS#11 module holds the KEKs.
 type HSMConfig struct {
@@ -107,6 +122,7 @@ type LinkConfig struct {
 func LoadConfig(path string) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
+		Legacy: LegacyConfig{Reread: untilConsumed},
 		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000},
 	}
 	text, err := os.ReadFile(path)
@@ -199,6 +215,7 @@ func (c *Config) check(doc document) error {
 	k.must(c.Limits.AtomsPerSecond >= 1, "limits.atoms_per_second", "is %d: at least 1", c.Limits.AtomsPerSecond)
 	k.must(c.Limits.Burst >= kme.MinBurst, "limits.burst", "is %d: at least %d, the largest request", c.Limits.Burst, kme.MinBurst)
 	k.must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
+	k.must(c.Legacy.Reread == untilConsumed || c.Legacy.Reread == once, "legacy.reread", "is %q: %s or %s", c.Legacy.Reread, untilConsumed, once)
 	c.checkLinks(k)
 	return errors.Join(k.errs...)
 }

@@ -34,7 +34,7 @@ func TestExample(t *testing.T) {
 		},
 		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", Interval: time.Second}},
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
-		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000},
+		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000}, Legacy: LegacyConfig{Reread: "until-consumed"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the example (-want +got):\n%s", diff)
@@ -42,7 +42,7 @@ func TestExample(t *testing.T) {
 
 	text := read(t, example)
 	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 14 {
+	if len(defaults) != 16 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
 	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")))

@@ -187,7 +187,10 @@ func showMail(ctx context.Context, l *lab.Lab, s *screen) error {
 	if !bytes.Equal(sent.Material.Reveal(), opened.Material.Reveal()) {
 		return errors.New("sender and reader have different bytes")
 	}
-	s.row("mail", "%s -> %s   sent, opened", from, to)
+	if err := reader.Legacy.ConsumeKey(ctx, reader.ID, sent.ID); err != nil {
+		return err
+	}
+	s.row("mail", "%s -> %s   sent, opened, consumed", from, to)
 	return nil
 }
 

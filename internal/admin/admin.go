@@ -1,6 +1,7 @@
 // Package admin is the operator API of a KME node: what it says on the wire, the
 // door that serves it and the client that calls it. It shows how the node, its
-// links and its alarms stand; it changes nothing.
+// links and its alarms stand, and changes nothing but what time would have: keys that
+// are overdue end when an operator says so.
 //
 // The door promises that a Backend sees only requests of an operator whom a
 // certificate names, and that whatever the door refuses itself is told to
@@ -119,6 +120,13 @@ type Alarm struct {
 	Since time.Time `json:"since"`
 }
 
+// cleanupObject is the answer to a cleanup, in the QuteMail API's words.
+type cleanupObject struct {
+	Status  string `json:"status"`
+	Removed int    `json:"removed_count"`
+	Message string `json:"message"`
+}
+
 // linksObject and alarmsObject are the bodies of the lists.
 type linksObject struct {
 	Links []Link `json:"links"`
@@ -137,6 +145,8 @@ type Backend interface {
 	Node(ctx context.Context, c identity.Caller, rid string) (Node, error)
 	Links(ctx context.Context, c identity.Caller, rid string) ([]Link, error)
 	Alarms(ctx context.Context, c identity.Caller, rid string) ([]Alarm, error)
+	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
+	Cleanup(ctx context.Context, c identity.Caller, rid string) (removed int, err error)
 	// Healthy is nil if the node can hand out keys. Nobody's name is known here.
 	Healthy(ctx context.Context) error
 	// Refused records what the door refused before it called any of the above, and

@@ -49,7 +49,10 @@ func TestRoundTrip(t *testing.T) {
 	if diff := cmp.Diff(s.alarms, alarms); diff != "" || err != nil {
 		t.Errorf("Alarms: %v (-want +got):\n%s", err, diff)
 	}
-	if want := []string{"root", "root", "root"}; !slices.Equal(s.callers, want) {
+	if removed, err := c.Cleanup(ctx); removed != 7 || err != nil {
+		t.Errorf("Cleanup: %d, %v", removed, err)
+	}
+	if want := []string{"root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
 		t.Errorf("callers seen by the Backend: got %v, want %v", s.callers, want)
 	}
 	if len(s.refusals) != 0 {
@@ -90,13 +93,15 @@ func TestElsewhere(t *testing.T) {
 	for _, tt := range []struct {
 		method, path string
 		want         int
+		allow        string
 	}{
-		{"GET", "/", 404},
-		{"GET", "/api/v1/node/", 404},
-		{"GET", "/api/v1/keys/bob/status", 404},
-		{"POST", "/api/v1/node", 405},
-		{"HEAD", "/api/v1/node", 405},
-		{"DELETE", "/metrics", 405},
+		{"GET", "/", 404, ""},
+		{"GET", "/api/v1/node/", 404, ""},
+		{"GET", "/api/v1/keys/bob/status", 404, ""},
+		{"POST", "/api/v1/node", 405, "GET"},
+		{"HEAD", "/api/v1/node", 405, "GET"},
+		{"DELETE", "/metrics", 405, "GET"},
+		{"GET", "/api/v1/keys/cleanup", 405, "POST"},
 	} {
 		req, err := http.NewRequestWithContext(context.Background(), tt.method, s.server.URL+tt.path, nil)
 		if err != nil {
@@ -108,7 +113,7 @@ func TestElsewhere(t *testing.T) {
 		}
 		_ = resp.Body.Close()
 		h := resp.Header
-		if resp.StatusCode != tt.want || h.Get("Content-Type") != "application/json" || (h.Get("Allow") == "GET") != (tt.want == 405) {
+		if resp.StatusCode != tt.want || h.Get("Content-Type") != "application/json" || h.Get("Allow") != tt.allow {
 			t.Errorf("%s %s: got %d %v, want %d", tt.method, tt.path, resp.StatusCode, h, tt.want)
 		}
 	}

@@ -67,6 +67,16 @@ func (c *Client) Alarms(ctx context.Context) ([]Alarm, error) {
 	return o.Alarms, err
 }
 
+// Cleanup ends what is overdue at the node's site, now, and says how many keys that
+// were.
+func (c *Client) Cleanup(ctx context.Context) (int, error) {
+	var o cleanupObject
+	if err := c.call(ctx, http.MethodPost, pathCleanup, &o); err != nil {
+		return 0, fmt.Errorf("cleaning up: %w", err)
+	}
+	return o.Removed, nil
+}
+
 // Healthy is nil if the node can hand out keys.
 func (c *Client) Healthy(ctx context.Context) error {
 	var o struct {
@@ -76,14 +86,14 @@ func (c *Client) Healthy(ctx context.Context) error {
 }
 
 func (c *Client) get(ctx context.Context, path string, into any) error {
-	if err := c.tryGet(ctx, path, into); err != nil {
+	if err := c.call(ctx, http.MethodGet, path, into); err != nil {
 		return fmt.Errorf("getting %s: %w", path, err)
 	}
 	return nil
 }
 
-func (c *Client) tryGet(ctx context.Context, path string, into any) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path, nil)
+func (c *Client) call(ctx context.Context, method, path string, into any) error {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, nil)
 	if err != nil {
 		return err
 	}

@@ -38,6 +38,7 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/api/v1/node", serve(c, c.Backend.Node))
 	r.Get("/api/v1/links", serve(c, c.links))
 	r.Get("/api/v1/alarms", serve(c, c.alarms))
+	r.Post(pathCleanup, serve(c, c.cleanup))
 	r.Get("/metrics", c.metrics)
 	r.Get("/healthz", c.healthz)
 	r.NotFound(c.elsewhere(http.StatusNotFound, "Endpoint not found"))
@@ -53,6 +54,15 @@ func (c Config) links(ctx context.Context, caller identity.Caller, rid string) (
 func (c Config) alarms(ctx context.Context, caller identity.Caller, rid string) (alarmsObject, error) {
 	alarms, err := c.Backend.Alarms(ctx, caller, rid)
 	return alarmsObject{alarms}, err
+}
+
+// pathCleanup is the one route that changes something: the QuteMail API's, whose
+// clients were allowed it.
+const pathCleanup = "/api/v1/keys/cleanup"
+
+func (c Config) cleanup(ctx context.Context, caller identity.Caller, rid string) (cleanupObject, error) {
+	n, err := c.Backend.Cleanup(ctx, caller, rid)
+	return cleanupObject{"success", n, fmt.Sprintf("Cleaned up %d expired keys", n)}, err
 }
 
 // serve is the one way in for all JSON calls: identify, act, marshal, and only then
@@ -108,11 +118,19 @@ func (c Config) elsewhere(status int, why string) http.HandlerFunc {
 			return
 		}
 		if status == http.StatusMethodNotAllowed {
-			w.Header().Set("Allow", http.MethodGet)
+			w.Header().Set("Allow", methodOf(r.URL.Path))
 		}
 		x.writeError(status, why)
 		x.log(slog.LevelInfo, status, errors.New(why))
 	}
+}
+
+// methodOf is the one method that a path has.
+func methodOf(path string) string {
+	if path == pathCleanup {
+		return http.MethodPost
+	}
+	return http.MethodGet
 }
 
 // exchange is one request on its way to its answer.

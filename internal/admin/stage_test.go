@@ -64,6 +64,10 @@ func (s *script) Links(_ context.Context, c identity.Caller, rid string) ([]admi
 	return s.links, s.saw(c, rid)
 }
 
+func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string) (int, error) {
+	return 7, s.saw(c, rid)
+}
+
 func (s *script) Alarms(_ context.Context, c identity.Caller, rid string) ([]admin.Alarm, error) {
 	return s.alarms, s.saw(c, rid)
 }

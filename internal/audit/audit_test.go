@@ -47,6 +47,10 @@ func examples() []*Event {
 			Site: "km2", Node: "km2-a", Run: 1, At: at.Add(time.Second), Action: DecKeys, Outcome: Refused,
 			Reason: "unauthorized: \"carol\" \\ is\nnot named \x7f \u00e9 \u2028", Actor: Actor{Role: "sae", ID: "carol"},
 		},
+		{
+			Site: "km2", Node: "km2-a", Run: 1, At: at.Add(2 * time.Second), Action: DecKeys, Outcome: Done,
+			Actor: Actor{Role: "sae", ID: "bob"}, Keys: []key.ID{mustID("01a20a35-6080-7d42-a9b0-32f7aade4f11")}, Bits: 256, Reread: true,
+		},
 	}
 }
 

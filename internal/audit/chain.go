@@ -117,6 +117,10 @@ func (e *Event) AppendText(b []byte) []byte {
 	w.number("bits", int64(e.Bits))
 	w.number("count", int64(e.Count))
 	w.text("provenance", string(e.Provenance))
+	if e.Reread {
+		w.name("reread")
+		w.b = append(w.b, "true"...)
+	}
 	w.text("peer_node", e.PeerNode)
 	w.number("peer_run", e.PeerRun)
 	w.number("batch", e.Batch)

@@ -18,8 +18,9 @@ type Action string
 const (
 	Status    Action = "status"    // Get status (014, 5.2)
 	EncKeys   Action = "enc_keys"  // Get key (014, 5.3); outcome done = SERVED
-	DecKeys   Action = "dec_keys"  // Get key with key IDs (014, 5.4); outcome done = CONSUMED
+	DecKeys   Action = "dec_keys"  // Get key with key IDs (014, 5.4); outcome done = CONSUMED, unless Reread
 	Consume   Action = "consume"   // erased at the word of its taker
+	Cleanup   Action = "cleanup"   // an operator had overdue keys ended, now; Count says how many
 	Malformed Action = "malformed" // a request that did not get as far as an action
 	Lost      Action = "answer-lost"
 
@@ -104,6 +105,7 @@ type Event struct {
 	Bits       int     // size of each key
 	Count      int     // of what the action says: refusals summed up, rows expired
 	Provenance key.Provenance
+	Reread     bool   // the keys were read and stay where they are
 	PeerNode   string // with announces and voids: the initiating node, its run and batch
 	PeerRun    int64
 	Batch      int64

@@ -39,17 +39,25 @@ func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identit
 	}}
 }
 
+// atHome is nil if the caller is an SAE that is served here.
+func (c *call) atHome() error {
+	switch {
+	case c.sae == identity.SAE{}:
+		return problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
+	case !c.k.Policies().Homed(c.sae, c.k.Self):
+		return problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, c.k.Self))
+	}
+	return nil
+}
+
 // judge decides whether the caller may do this with each of the others, here, and
 // finds the way to them. An unknown SAE and a forbidden one look alike; only who
 // may ask is told that there is no way.
 func (c *call) judge(others []identity.SAE, number, bits int) (way, error) {
-	if c.sae == (identity.SAE{}) {
-		return way{}, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
+	if err := c.atHome(); err != nil {
+		return way{}, err
 	}
 	set := c.k.Policies()
-	if !set.Homed(c.sae, c.k.Self) {
-		return way{}, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, c.k.Self))
-	}
 	w, none := c.k.route(others...)
 	for _, other := range others {
 		if none != nil { // then each is judged as if it were alone

@@ -26,7 +26,7 @@ const notFound = "one or more keys specified are not found on KME"
 func (k *KME) DecKeys(ctx context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (etsi014.Container, error) {
 	call := k.begin(c, rid, audit.DecKeys, master)
 	call.ev.Keys = ids
-	taken, err := k.take(ctx, call, master, ids)
+	taken, err := k.take(ctx, call, master, ids, false)
 	if err != nil {
 		return etsi014.Container{}, call.refuse(ctx, err)
 	}
@@ -46,12 +46,10 @@ type taken struct {
 
 // take judges the request against the rows and policy, unwraps and commits. The
 // zero master stands for whoever asked for the keys (the legacy door names none).
-func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.ID) (keys []taken, err error) {
-	if c.sae == (identity.SAE{}) {
-		return nil, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
-	}
-	if !k.Policies().Homed(c.sae, k.Self) {
-		return nil, problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, k.Self))
+// With reread, a key that may be read again stays where it is.
+func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.ID, reread bool) (keys []taken, err error) {
+	if err := c.atHome(); err != nil {
+		return nil, err
 	}
 	if err := k.spend(c.sae, len(ids)); err != nil {
 		return nil, err
@@ -61,11 +59,7 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
-	rows, named, err := k.Store.FindDue(ctx, c.sae, ids)
-	if err != nil {
-		return nil, fmt.Errorf("finding keys: %w", err)
-	}
-	due, err := k.entitled(c, master, ids, rows, named)
+	due, err := k.find(ctx, c, master, ids)
 	if err != nil {
 		return nil, err
 	}
@@ -94,13 +88,32 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	}
 	failpoint.Hit(failpoint.DecUnwrapped)
 	done := c.ev
-	done.Outcome = audit.Done
-	err = k.Store.Take(ctx, store.TakeJob{SAE: c.sae, Rows: refs, How: "taken", Events: []audit.Event{done}, Late: c.late})
-	c.pending = errors.Is(err, store.ErrDoubt)
-	if errors.Is(err, store.ErrShort) || errors.Is(err, store.ErrExpired) {
-		return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{ids[0], "taken by another request at the same time"}}
+	done.Outcome, done.Reread = audit.Done, reread && due[0].Reread
+	if done.Reread { // the legacy door's: one key
+		err = k.Store.Read(ctx, store.ReadJob{SAE: c.sae, Row: refs[0], Events: []audit.Event{done}, Late: c.late})
+	} else {
+		err = k.Store.Take(ctx, store.TakeJob{SAE: c.sae, Rows: refs, How: store.GoneTaken, Events: []audit.Event{done}, Late: c.late})
 	}
-	return keys, err
+	c.pending = errors.Is(err, store.ErrDoubt)
+	return keys, raced(ids[0], err)
+}
+
+// raced is err as the caller's own answer if another request has taken the key, or
+// time has, since it was found.
+func raced(id key.ID, err error) error {
+	if errors.Is(err, store.ErrShort) || errors.Is(err, store.ErrExpired) {
+		return &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{id, "taken by another request at the same time"}}
+	}
+	return err
+}
+
+// find looks for the rows that the caller may take now.
+func (k *KME) find(ctx context.Context, c *call, master identity.SAE, ids []key.ID) ([]store.Due, error) {
+	rows, named, err := k.Store.FindDue(ctx, c.sae, ids)
+	if err != nil {
+		return nil, fmt.Errorf("finding keys: %w", err)
+	}
+	return k.entitled(c, master, ids, rows, named)
 }
 
 // entitled finds the rows that the caller may take now, in the order asked for.

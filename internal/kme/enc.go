@@ -21,6 +21,7 @@ type order struct {
 	number int
 	bits   int // size of each key
 	ttl    time.Duration
+	reread bool // the slaves may read the keys again (legacy)
 }
 
 // issue is what it gets.
@@ -169,7 +170,7 @@ func (l *link) open(ctx context.Context, lends []lent, o order) (issue, lent, er
 
 // request is what the peer is asked to assign.
 func (l *link) request(rid string, master identity.SAE, slaves []identity.SAE, o order, lends []lent, per int) handover.Request {
-	r := handover.Request{ID: rid, Link: l.ID, Master: master, Slaves: slaves, Bits: o.bits, TTL: o.ttl.Milliseconds()}
+	r := handover.Request{ID: rid, Link: l.ID, Master: master, Slaves: slaves, Bits: o.bits, TTL: o.ttl.Milliseconds(), Reread: o.reread}
 	for i := 0; i < len(lends); i += per {
 		first := lends[i]
 		k := handover.Key{Session: first.from.Session, Block: first.from.Block, First: first.Index}
@@ -214,7 +215,7 @@ func (k *KME) sealFor(ctx context.Context, master identity.SAE, slaves []identit
 	var due []store.Due
 	for _, served := range got.keys {
 		for _, slave := range slaves {
-			d := store.Due{Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires}
+			d := store.Due{Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires, Reread: o.reread}
 			if err := k.sealDue(ctx, &d, served.Material.Reveal()); err != nil {
 				return nil, fmt.Errorf("sealing key %s: %w", d.Key, err)
 			}

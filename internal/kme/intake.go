@@ -171,14 +171,8 @@ func (k *KME) expire(ctx context.Context) {
 	if k.Store.Healthy() != nil || k.suspended() != "" {
 		return
 	}
-	for {
-		n, err := k.Store.ExpireDue(ctx, k.Now(), expireBatch, k.dueExpired)
-		if err != nil {
-			k.Log.Warn("expiring assigned keys", "err", err)
-		}
-		if err != nil || n < expireBatch {
-			break
-		}
+	if _, err := k.expireDue(ctx); err != nil {
+		k.Log.Warn("expiring assigned keys", "err", err)
 	}
 	if _, err := k.Store.ExpirePool(ctx, k.oldest(), k.poolExpired); err != nil {
 		k.Log.Warn("expiring the pool", "err", err)
@@ -189,6 +183,17 @@ func (k *KME) expire(ctx context.Context) {
 			k.raise(ctx, "epochs", "the next epochs cannot be opened: "+err.Error())
 		} else {
 			k.clear(ctx, "epochs")
+		}
+	}
+}
+
+// expireDue ends the assigned keys whose lifetime is over, and returns how many.
+func (k *KME) expireDue(ctx context.Context) (ended int, err error) {
+	for {
+		n, err := k.Store.ExpireDue(ctx, k.Now(), expireBatch, k.dueExpired)
+		ended += n
+		if err != nil || n < expireBatch {
+			return ended, err
 		}
 	}
 }

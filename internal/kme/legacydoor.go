@@ -11,6 +11,7 @@ import (
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/legacy"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // LegacyLimits are what the legacy door holds requests to: those of 014, and lifetimes.
@@ -22,7 +23,7 @@ func (k *KME) LegacyLimits() legacy.Limits {
 // RequestKey is the legacy form of Get key: one key for the caller and recipient.
 func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, recipient identity.SAE, bits int, ttl time.Duration) (legacy.Issued, error) {
 	call := k.begin(c, rid, audit.EncKeys, recipient)
-	got, err := k.initiate(ctx, call, order{slaves: []identity.SAE{recipient}, number: 1, bits: bits, ttl: ttl})
+	got, err := k.initiate(ctx, call, order{slaves: []identity.SAE{recipient}, number: 1, bits: bits, ttl: ttl, reread: !k.ReadOnce})
 	if err != nil {
 		return legacy.Issued{}, err
 	}
@@ -37,12 +38,58 @@ func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, rec
 func (k *KME) RetrieveKey(ctx context.Context, c identity.Caller, rid string, id key.ID) (legacy.Retrieved, error) {
 	call := k.begin(c, rid, audit.DecKeys, identity.SAE{})
 	call.ev.Keys = []key.ID{id}
-	got, err := k.take(ctx, call, identity.SAE{}, call.ev.Keys)
+	got, err := k.take(ctx, call, identity.SAE{}, call.ev.Keys, !k.ReadOnce)
 	if err != nil {
 		return legacy.Retrieved{}, call.refuse(ctx, legacyKind(err))
 	}
 	failpoint.Hit(failpoint.DecCommitted)
 	return legacy.Retrieved{ID: id, Material: got[0].material, Bits: got[0].row.Bits, Algorithm: algorithm(got[0].row.Provenance)}, nil
+}
+
+// ConsumeKey erases a key at the word of its recipient. What has gone already is as
+// good as erased.
+func (k *KME) ConsumeKey(ctx context.Context, c identity.Caller, rid string, id key.ID) error {
+	call := k.begin(c, rid, audit.Consume, identity.SAE{})
+	call.ev.Keys = []key.ID{id}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer cancel()
+	err := k.consume(ctx, call, id)
+	var gone goneError
+	if errors.As(err, &gone) {
+		done := call.ev
+		done.Outcome, done.Reason = audit.Done, gone.Error()
+		err = k.Store.RecordLate(ctx, call.late, done)
+		call.pending = errors.Is(err, store.ErrDoubt)
+	}
+	if err != nil {
+		return call.refuse(ctx, legacyKind(err))
+	}
+	return nil
+}
+
+// consume erases one row. It needs no HSM.
+func (k *KME) consume(ctx context.Context, c *call, id key.ID) error {
+	if err := c.atHome(); err != nil {
+		return err
+	}
+	if err := k.spend(c.sae, 1); err != nil {
+		return err
+	}
+	if err := k.serving(); err != nil {
+		return err
+	}
+	due, err := k.find(ctx, c, identity.SAE{}, []key.ID{id})
+	if err != nil {
+		return err
+	}
+	done := c.ev
+	done.Outcome = audit.Done
+	err = k.Store.Take(ctx, store.TakeJob{
+		SAE: c.sae, Rows: []store.DueRef{{Key: id, ExpiryEpoch: due[0].ExpiryEpoch}}, How: store.GoneConsumed,
+		Events: []audit.Event{done}, Late: c.late,
+	})
+	c.pending = errors.Is(err, store.ErrDoubt)
+	return raced(id, err)
 }
 
 // legacyKind tells apart what 014 answers alike.

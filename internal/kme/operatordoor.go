@@ -14,10 +14,11 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/store"
 )
 
-// OperatorDoor is the Backend of the operator door. It shows and changes nothing,
-// so its requests are logged by the door and not recorded in the audit.
+// OperatorDoor is the Backend of the operator door. What only shows is logged by the
+// door and not recorded in the audit; what acts is.
 type OperatorDoor struct{ k *KME }
 
 // OperatorDoor returns the Backend of the operator door.
@@ -107,6 +108,25 @@ func (d OperatorDoor) Alarms(context.Context, identity.Caller, string) ([]admin.
 		list = append(list, admin.Alarm(a))
 	}
 	return list, nil
+}
+
+// Cleanup ends what is overdue, now, and says how many keys that were.
+func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string) (int, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	call := d.k.begin(c, rid, audit.Cleanup, identity.SAE{})
+	n, err := d.k.expireDue(ctx)
+	call.ev.Count = n
+	if err == nil {
+		done := call.ev
+		done.Outcome = audit.Done
+		err = d.k.Store.RecordLate(ctx, call.late, done)
+		call.pending = errors.Is(err, store.ErrDoubt)
+	}
+	if err != nil {
+		return 0, call.refuse(ctx, err)
+	}
+	return n, nil
 }
 
 // Healthy is nil if this node can hand out keys.

@@ -117,5 +117,6 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	b.WriteString(s.lab.Settings[s.Name])
 	return os.WriteFile(n.path("kmed.yaml"), b.Bytes(), 0o600)
 }

@@ -52,6 +52,9 @@ type Config struct {
 	// that deploy/patroni/post_init.sh has prepared. The lab migrates it as its owner.
 	Database map[string]func(role string) string
 
+	// Settings, by site, are lines added to the configuration of its nodes.
+	Settings map[string]string
+
 	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
 

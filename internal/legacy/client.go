@@ -119,6 +119,20 @@ func (c *Client) RetrieveKey(ctx context.Context, requester identity.SAE, id key
 	return Retrieved{ID: id, Material: key.NewMaterial(got.Key), Bits: got.Size, Algorithm: got.Algorithm}, nil
 }
 
+// ConsumeKey has a key erased that was made for requester, who the certificate must
+// name.
+func (c *Client) ConsumeKey(ctx context.Context, requester identity.SAE, id key.ID) error {
+	end, from := id.String()+bobEnd, requester.String()
+	body, err := json.Marshal(consumeObject{&end, &from})
+	if err != nil {
+		return fmt.Errorf("writing the request: %w", err)
+	}
+	if _, err := c.call(ctx, http.MethodPost, "/api/v1/keys/consume", body); err != nil {
+		return fmt.Errorf("consuming a key: %w", err)
+	}
+	return nil
+}
+
 // keyObject is a key in an answer.
 type keyObject struct {
 	Status    string `json:"status"`

@@ -56,7 +56,9 @@ func New(c Config) (*Door, error) {
 func (d *Door) Mount(r chi.Router) {
 	r.Get("/api/v1/status", d.serve("GET /api/v1/status", d.status))
 	r.Post("/api/v1/keys/request", d.serve("POST /api/v1/keys/request", d.request))
-	// The names of the seed's other routes (consume, cleanup, list) are no key IDs.
+	r.Post("/api/v1/keys/consume", d.serve("POST /api/v1/keys/consume", d.consume))
+	r.Post("/api/v1/keys/cleanup", d.serve("POST /api/v1/keys/cleanup", d.cleanup))
+	// The names of the seed's other routes (list among them) are no key IDs.
 	r.Get("/api/v1/keys/{key_id:[0-9A-Fa-f-]{36}(-alice|-bob)?}", d.serve("GET /api/v1/keys/{key_id}", d.retrieve))
 }
 
@@ -131,6 +133,26 @@ func (d *Door) retrieve(x *exchange) (answer, error) {
 		return answer{}, err
 	}
 	return answer{200, appendRetrieved(make([]byte, 0, answerSize(k.Material)), k), true}, nil
+}
+
+func (d *Door) consume(x *exchange) (answer, error) {
+	body, err := x.readBody()
+	if err != nil {
+		return answer{}, refusal{err}
+	}
+	id, err := parseConsume(x.r.Header.Get("Content-Type"), body, x.self)
+	if err != nil {
+		return answer{}, refusal{err}
+	}
+	if err := d.Backend.ConsumeKey(x.r.Context(), x.caller, x.rid, id); err != nil {
+		return answer{}, err
+	}
+	return answer{status: 200, body: []byte(`{"status":"success","message":"Key marked as consumed"}`)}, nil
+}
+
+// cleanup is what the seed let anybody do.
+func (d *Door) cleanup(*exchange) (answer, error) {
+	return answer{}, refusal{problem.New(problem.Forbidden, "cleanup is for operators, at their own door")}
 }
 
 // exchange is one request on its way to its answer.

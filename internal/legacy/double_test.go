@@ -98,6 +98,24 @@ func (d *double) RetrieveKey(_ context.Context, c identity.Caller, rid string, i
 	return legacy.Retrieved{ID: id, Material: key.NewMaterial(append([]byte{}, k.secret...)), Bits: 8 * len(k.secret), Algorithm: "simulated"}, nil
 }
 
+func (d *double) ConsumeKey(_ context.Context, c identity.Caller, rid string, id key.ID) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.begin(rid); err != nil {
+		return err
+	}
+	self, _ := c.SAE()
+	k := d.keys[id]
+	switch {
+	case k == nil:
+		return problem.New(problem.NotFound, "")
+	case k.slave != self:
+		return problem.New(problem.Forbidden, "")
+	}
+	k.taken = true
+	return nil
+}
+
 func (d *double) Refused(_ context.Context, _ identity.Caller, rid, route string, err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -6,7 +6,8 @@
 // The door (Door) knows HTTP, JSON and the old names (<uuid>-alice, <uuid>-bob);
 // it knows no rule of key delivery. Where it differs from the seed on purpose:
 // requester_sae must be the certificate's SAE (403), a malformed request is a 400
-// and not a 500, status tells the truth (503), and there is no CORS.
+// and not a 500, status tells the truth (503), cleanup is for operators, at their own
+// door (403 here), and there is no CORS.
 //
 // It must never believe requester_sae, keep key material beyond an answer, or list
 // keys.
@@ -63,9 +64,14 @@ type Backend interface {
 	// RequestKey makes one key of bits bits for the caller and recipient, which the
 	// recipient can read until ttl has passed.
 	RequestKey(ctx context.Context, c identity.Caller, rid string, recipient identity.SAE, bits int, ttl time.Duration) (Issued, error)
-	// RetrieveKey reads a key made for the caller: problem.NotFound if there is none,
+	// RetrieveKey reads a key made for the caller. One that was asked for by RequestKey
+	// can be read again until it is consumed or its lifetime is over: problem.NotFound if there is none,
 	// problem.Gone if it has ended, problem.Forbidden if it is for somebody else.
 	RetrieveKey(ctx context.Context, c identity.Caller, rid string, id key.ID) (Retrieved, error)
+	// ConsumeKey erases a key made for the caller, for whom it can be read no more.
+	// One that has ended already is as good as erased. problem.NotFound if there is
+	// none, problem.Forbidden if it is for somebody else.
+	ConsumeKey(ctx context.Context, c identity.Caller, rid string, id key.ID) error
 	// Refused records what the door refused before it called any of the above, and
 	// returns what to answer: err, or another problem if err cannot be recorded.
 	// route is the method and the pattern of the path. c may be a stranger. ctx does

@@ -44,13 +44,31 @@ type keyRequest struct {
 	ttl       time.Duration
 }
 
+// consumeObject is the body of POST /api/v1/keys/consume.
+type consumeObject struct {
+	KeyID     *string `json:"key_id"`
+	Requester *string `json:"requester_sae"`
+}
+
+// parseConsume reads the body of a request of self to consume a key.
+func parseConsume(contentType string, body []byte, self identity.SAE) (key.ID, error) {
+	var o consumeObject
+	if err := decode(contentType, body, &o); err != nil {
+		return key.ID{}, err
+	}
+	if o.KeyID == nil || *o.KeyID == "" || o.Requester == nil || *o.Requester == "" {
+		return key.ID{}, problem.New(problem.Invalid, "key_id and requester_sae are required")
+	}
+	if err := checkRequester(*o.Requester, self); err != nil {
+		return key.ID{}, err
+	}
+	return parseKeyID(*o.KeyID)
+}
+
 // parseRequest reads the body of a request for a key by self.
 func parseRequest(contentType string, body []byte, self identity.SAE, l Limits) (keyRequest, error) {
-	if media, _, err := mime.ParseMediaType(contentType); media != "application/json" {
-		return keyRequest{}, invalid(err, "the content type must be application/json")
-	}
 	var o requestObject
-	if err := decode(body, &o); err != nil {
+	if err := decode(contentType, body, &o); err != nil {
 		return keyRequest{}, err
 	}
 	if o.Requester == nil || *o.Requester == "" || o.Recipient == nil || *o.Recipient == "" {
@@ -128,7 +146,10 @@ func checkRequester(said string, self identity.SAE) error {
 
 // decode reads one JSON object into what into points at: exact member names, none
 // twice, valid UTF-8, nothing after it. Unknown members are ignored.
-func decode(body []byte, into any) error {
+func decode(contentType string, body []byte, into any) error {
+	if media, _, err := mime.ParseMediaType(contentType); media != "application/json" {
+		return invalid(err, "the content type must be application/json")
+	}
 	if trimmed := bytes.TrimLeft(body, " \t\r\n"); len(trimmed) == 0 || trimmed[0] != '{' {
 		return problem.New(problem.Invalid, "the body must be a JSON object")
 	}

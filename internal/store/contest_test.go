@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
@@ -180,4 +181,62 @@ func TestBatchesShare(t *testing.T) {
 		t.Errorf("left in the pool: %v, want the atom that the short request gave back", left)
 	}
 	s.check()
+}
+
+// TestReadAgainstTake: a key that may be read again is read until it is taken. A read
+// that comes while a take is being committed, at another node, waits for it, and is
+// short.
+func TestReadAgainstTake(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	one, two := s.open("n1"), s.open("n2")
+	ctx := t.Context()
+	due, once := s.due(key.NewLocalID(s.epoch().Start(hour)), "bob", "alice"), s.due(key.NewLocalID(s.epoch().Start(hour)), "bob", "alice")
+	due.Reread = true
+	if err := one.Serve(ctx, ServeJob{Due: []Due{due, once}}); err != nil {
+		t.Fatal(err)
+	}
+	read := func(db *DB, who string, d Due) error {
+		return db.Read(ctx, ReadJob{
+			SAE: sae(who), Row: d.ref(), Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: []key.ID{d.Key}, Reread: true}},
+		})
+	}
+	for range 3 {
+		if err := errors.Join(read(one, "bob", due), read(two, "bob", due)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := read(one, "carol", due); !errors.Is(err, ErrShort) {
+		t.Errorf("reading another's key: %v, want ErrShort", err)
+	}
+	if err := read(one, "bob", once); !errors.Is(err, ErrShort) {
+		t.Errorf("reading a key that may be taken only: %v, want ErrShort", err)
+	}
+
+	answered := make(chan error, 1)
+	s.super(func(conn *pgx.Conn) error { // a take at another node, as far as its UPDATE
+		_, err := conn.Exec(ctx, "BEGIN; UPDATE due SET ct = NULL, iv = NULL, gone_at = now(), gone_how = 'taken' WHERE key_id = '"+due.Key.String()+"'")
+		if err != nil {
+			return err
+		}
+		go func() { answered <- read(two, "bob", due) }()
+		s.await("the read to wait", func() bool {
+			return ask[int](s, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'kmed n2'") > 0
+		})
+		_, err = conn.Exec(ctx, "COMMIT")
+		return err
+	})
+	if err := <-answered; !errors.Is(err, ErrShort) {
+		t.Errorf("a read beside a take: %v, want ErrShort", err)
+	}
+	if err := read(one, "bob", due); !errors.Is(err, ErrShort) {
+		t.Errorf("a read after the take: %v, want ErrShort", err)
+	}
+	s.super(func(conn *pgx.Conn) error { // what no verb of ours has counted
+		_, err := conn.Exec(ctx, "UPDATE untaken SET n = n - 1 WHERE slave = 'bob' AND master = 'alice'")
+		return err
+	})
+	if n := countOf(s.check(), audit.DecKeys); n != 6 {
+		t.Errorf("%d reads were recorded, want 6", n)
+	}
 }

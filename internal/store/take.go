@@ -2,6 +2,9 @@ package store
 
 import (
 	"context"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/failpoint"
@@ -75,6 +78,54 @@ func (t *take) settle(_ context.Context, a *attempt) error {
 	}
 	a.record(t.Events...)
 	a.hit = append(a.hit, failpoint.DecUpdated)
+	return nil
+}
+
+// ReadJob is one SAE's reading of a key that it may read again.
+type ReadJob struct {
+	SAE    identity.SAE
+	Row    DueRef
+	Events []audit.Event
+	Late   func(committed bool) // as in TakeJob
+}
+
+// Read records that a key is read which stays where it is. With ErrShort it is gone,
+// was never there, or may not be read. The row is locked until the commit: of a read
+// and a take at once, at whichever nodes, either the read comes first or is short.
+func (db *DB) Read(ctx context.Context, j ReadJob) error {
+	return db.do(ctx, &read{ReadJob: j, db: db}, j.Late)
+}
+
+type read struct {
+	ReadJob
+	db    *DB
+	there bool
+}
+
+func (r *read) claims(claimed func(claim)) { claimed(claim{r.Row.Key, r.SAE.String()}) }
+
+func (r *read) weight() int { return 1 }
+
+const lockDue = "SELECT FROM %s WHERE key_id = $1 AND sae = $2 AND reread AND ct IS NOT NULL FOR SHARE"
+
+func (r *read) ask(a *attempt) error {
+	if !r.db.epochs.has(r.Row.ExpiryEpoch) {
+		return refuse(ErrExpired)
+	}
+	r.there = false
+	a.reads.Queue(fmt.Sprintf(lockDue, dueTable(r.Row.ExpiryEpoch)), [16]byte(r.Row.Key), r.SAE.String()).Query(func(rows pgx.Rows) error {
+		r.there = rows.Next()
+		rows.Close()
+		return rows.Err()
+	})
+	return nil
+}
+
+func (r *read) settle(_ context.Context, a *attempt) error {
+	if !r.there {
+		return refuse(ErrShort)
+	}
+	a.record(r.Events...)
 	return nil
 }
 
