@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http/httptrace"
+	"runtime"
 	"sync"
 	"time"
 
@@ -88,6 +89,7 @@ func (a *announcer) run(ctx context.Context) error {
 			a.land(ctx, f)
 		case <-a.l.committed:
 		}
+		runtime.Gosched() // whoever is about to ask, woken together with the first, does so now
 		a.gather()
 		if a.doubts > 0 {
 			a.refuse(a.l.unreachable(errors.New("an earlier announce is still unanswered")))

@@ -3,6 +3,7 @@ package kme
 import (
 	"context"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"sync"
@@ -32,13 +33,13 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 		return k.decline(a, err), nil
 	}
 	defer t.leave(a.Batch)
-	p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), full: make(map[string]bool), unusable: make(map[string][]key.ID)}
+	p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), full: make(map[string]bool), unusable: make(map[string][]key.ID), seen: make(map[key.ID]store.PooledAtom)}
 	if err := d.prepare(ctx, from, a, t, p); err != nil {
 		return k.decline(a, err), nil
 	}
 	t.turn(ctx, a.Run, a.Batch)
 	answer, err := k.Store.Assign(ctx, store.AssignJob{
-		Peer: from, Announce: a, Due: p.due,
+		Peer: from, Announce: a, Due: p.due, Seen: p.seen,
 		Admit: func(r handover.Request) string { return p.refused[r.ID] },
 		Event: func(r handover.Request, res handover.Result) audit.Event { return assignEvent(from, a, r, res) },
 		Ready: k.readyEvent,
@@ -86,6 +87,7 @@ type prepared struct {
 	refused  map[string]string      // by request: why, "" if it is not
 	full     map[string]bool        // by request: it is refused because its slaves take too little
 	unusable map[string][]key.ID    // by request: atoms that are in the pool here and of no use
+	seen     map[key.ID]store.PooledAtom
 }
 
 // prepare judges the requests of a batch and seals what they may have, if it is one
@@ -139,17 +141,21 @@ func (l *link) prepare(ctx context.Context, a handover.Announce, requests []hand
 	if err != nil {
 		return fmt.Errorf("reading the pool: %w", err)
 	}
+	maps.Copy(p.seen, pooled)
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, r := range requests {
+	workers := min(runtime.GOMAXPROCS(0), len(requests))
+	for w := range workers {
 		g.Go(func() error {
-			due, bad, why, err := l.seal(ctx, a, r, pooled)
-			if err != nil {
-				return fmt.Errorf("sealing for request %s: %w", r.ID, err)
+			for i := w; i < len(requests); i += workers {
+				r := requests[i]
+				due, bad, why, err := l.seal(ctx, a, r, pooled)
+				if err != nil {
+					return fmt.Errorf("sealing for request %s: %w", r.ID, err)
+				}
+				p.mu.Lock()
+				p.due[r.ID], p.refused[r.ID], p.unusable[r.ID] = due, why, bad
+				p.mu.Unlock()
 			}
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			p.due[r.ID], p.refused[r.ID], p.unusable[r.ID] = due, why, bad
 			return nil
 		})
 	}

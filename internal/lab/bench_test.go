@@ -22,37 +22,110 @@ import (
 	"github.com/go-chi/chi/v5"
 
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/pki"
 )
 
 // BenchmarkEncKeys has clients with a connection each ask KM1 for keys as fast as
 // it answers. Everything is real: mutual TLS, two kmed, two Postgres with fsync on,
-// SoftHSM; the link's blocks are random bits, and it rests while requests are measured. The
-// clients share the machine.
+// SoftHSM; the link's blocks are random bits, and it rests while requests are
+// measured. The clients share the machine.
 //
-// of-null is the share of the rate at which the same clients are answered the same
-// bytes, over the same TLS, by a process that does nothing for it.
+// of-null is the share of the rate at which the same clients are answered a key, over
+// the same TLS, by a process that does nothing for it; cpu-of-null the same of the
+// work of processors, which holds also while the machine has other things to do.
 func BenchmarkEncKeys(b *testing.B) {
-	l := start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond })
-	rests(b, l)
-	null := startNull(b, l)
-	for _, load := range []struct{ clients, number int }{{1, 1}, {8, 1}, {64, 1}, {8, 64}, {64, 64}} {
-		b.Run(fmt.Sprintf("clients=%d/number=%d", load.clients, load.number), func(b *testing.B) {
-			compared := measure(b, connect(b, l, null, load.clients), 1)
-			rests(b, l)
-			clients := connect(b, l, l.KM1.URL(), load.clients)
-			before := l.cpu(b)
-			b.ResetTimer()
-			m := measure(b, clients, load.number)
-			b.StopTimer()
-			l.cpu(b).report(b, before)
-			b.ReportMetric(m.rate, "req/s")
-			b.ReportMetric(m.rate*float64(load.number), "keys/s")
-			b.ReportMetric(m.at(0.5), "p50-ms")
-			b.ReportMetric(m.at(0.99), "p99-ms")
-			b.ReportMetric(m.rate/compared.rate, "of-null")
+	r := newRig(b)
+	for _, load := range loads {
+		b.Run(load.String(), func(b *testing.B) {
+			ask := func(c *etsi014.Client, _ int) error {
+				return discard(c.EncKeys(context.Background(), SAEID("bob"), load.request()))
+			}
+			compared := r.measure(b, r.connect(b, "alice", r.null, load.clients), func(c *etsi014.Client, _ int) error {
+				return discard(c.EncKeys(context.Background(), SAEID("bob"), etsi014.KeyRequest{}))
+			})
+			r.rests(b)
+			m := r.measure(b, r.connect(b, "alice", r.KM1.URL(), load.clients), ask)
+			m.report(b, load, compared)
 		})
 	}
+}
+
+// BenchmarkDecKeys has clients take at KM2 the keys that alice got at KM1 before.
+func BenchmarkDecKeys(b *testing.B) {
+	r := newRig(b)
+	for _, load := range loads {
+		b.Run(load.String(), func(b *testing.B) {
+			compared := r.measure(b, r.connect(b, "bob", r.null, load.clients), func(c *etsi014.Client, _ int) error {
+				return discard(c.EncKeys(context.Background(), SAEID("alice"), etsi014.KeyRequest{}))
+			})
+			r.rests(b)
+			asked := r.waiting(b, b.N, load.number)
+			m := r.measure(b, r.connect(b, "bob", r.KM2.URL(), load.clients), func(c *etsi014.Client, i int) error {
+				return discard(c.DecKeys(context.Background(), SAEID("alice"), asked[i]))
+			})
+			m.report(b, load, compared)
+		})
+	}
+}
+
+// benchLoad is how many clients ask at once, each for how many keys.
+type benchLoad struct{ clients, number int }
+
+var loads = []benchLoad{{1, 1}, {8, 1}, {64, 1}, {8, 64}, {64, 64}}
+
+func (l benchLoad) String() string { return fmt.Sprintf("clients=%d/number=%d", l.clients, l.number) }
+
+func (l benchLoad) request() etsi014.KeyRequest { return etsi014.KeyRequest{Number: l.number} }
+
+func discard(got etsi014.Container, err error) error {
+	got.Wipe()
+	return err
+}
+
+// rig is a lab whose pool is full, and beside it a process that does nothing for its
+// clients.
+type rig struct {
+	*Lab
+	null    string // its URL
+	nullPID int
+}
+
+func newRig(b *testing.B) *rig {
+	b.Helper()
+	r := &rig{Lab: start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond })}
+	r.rests(b)
+	r.startNull(b)
+	return r
+}
+
+// waiting has alice get keys for bob to take, in requests of so many.
+func (r *rig) waiting(b *testing.B, requests, number int) [][]key.ID {
+	b.Helper()
+	asked := make([][]key.ID, requests)
+	alice := r.connect(b, "alice", r.KM1.URL(), 8)
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for _, c := range alice {
+		all.Go(func() {
+			for i := int(next.Add(1)) - 1; i < requests; i = int(next.Add(1)) - 1 {
+				got, err := c.EncKeys(context.Background(), SAEID("bob"), etsi014.KeyRequest{Number: number})
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				for _, k := range got.Keys {
+					asked[i] = append(asked[i], k.ID)
+				}
+				got.Wipe()
+			}
+		})
+	}
+	all.Wait()
+	if b.Failed() {
+		b.FailNow()
+	}
+	return asked
 }
 
 // benchBlock is how many atoms a block of the benchmarks' link has. The pool's limit
@@ -60,10 +133,10 @@ func BenchmarkEncKeys(b *testing.B) {
 // for before it makes another.
 const benchBlock = 1 << 17
 
-// rests returns when the pool of the lab is full.
-func rests(b *testing.B, l *Lab) {
+// rests returns when the pool is full.
+func (r *rig) rests(b *testing.B) {
 	b.Helper()
-	op := operator(b, l.KM1)
+	op := operator(b, r.KM1)
 	eventually(b, "a full pool", func(ctx context.Context) error {
 		now, err := link(ctx, op)
 		if err == nil && now.State != "full" {
@@ -77,22 +150,23 @@ func rests(b *testing.B, l *Lab) {
 // figure than a rate, on a machine that has other things to do.
 type spent struct {
 	kmed, postgres [2]time.Duration // of KM1 and KM2
-	clients        time.Duration
+	clients, null  time.Duration
 }
 
-func (s spent) report(b *testing.B, before spent) {
-	each := func(name string, now, then time.Duration) {
-		b.ReportMetric(float64((now-then).Microseconds())/float64(b.N), name)
+// all is what it took to serve the clients, and them.
+func (s spent) all() time.Duration {
+	return s.kmed[0] + s.kmed[1] + s.postgres[0] + s.postgres[1] + s.clients
+}
+
+func (s spent) less(t spent) spent {
+	return spent{
+		[2]time.Duration{s.kmed[0] - t.kmed[0], s.kmed[1] - t.kmed[1]},
+		[2]time.Duration{s.postgres[0] - t.postgres[0], s.postgres[1] - t.postgres[1]}, s.clients - t.clients, s.null - t.null,
 	}
-	for i, site := range []string{"km1", "km2"} {
-		each(site+"-us", s.kmed[i], before.kmed[i])
-		each(site+"-postgres-us", s.postgres[i], before.postgres[i])
-	}
-	each("clients-us", s.clients, before.clients)
 }
 
 // cpu reads what the kernel has counted so far.
-func (l *Lab) cpu(b *testing.B) spent {
+func (r *rig) cpu(b *testing.B) spent {
 	b.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -115,27 +189,33 @@ func (l *Lab) cpu(b *testing.B) spent {
 		switch {
 		case pid == os.Getpid():
 			s.clients += used
-		case pid == l.KM1.Nodes[0].kmed.cmd.Process.Pid:
+		case pid == r.nullPID:
+			s.null += used
+		case pid == r.KM1.Nodes[0].kmed.cmd.Process.Pid:
 			s.kmed[0] += used
-		case pid == l.KM2.Nodes[0].kmed.cmd.Process.Pid:
+		case pid == r.KM2.Nodes[0].kmed.cmd.Process.Pid:
 			s.kmed[1] += used
-		case parent == l.KM1.pg.Pid():
+		case parent == r.KM1.pg.Pid():
 			s.postgres[0] += used
-		case parent == l.KM2.pg.Pid():
+		case parent == r.KM2.pg.Pid():
 			s.postgres[1] += used
 		}
 	}
 	return s
 }
 
-// connect returns clients of alice at a KME, each with a connection that is open.
-func connect(b *testing.B, l *Lab, url string, clients int) []*etsi014.Client {
+// connect returns clients of an SAE at a KME, each with a connection that is open.
+func (r *rig) connect(b *testing.B, who, url string, clients int) []*etsi014.Client {
 	b.Helper()
 	cs := make([]*etsi014.Client, clients)
 	for i := range cs {
-		p := sae(b, l, "alice")
+		p := sae(b, r.Lab, who)
 		cs[i] = etsi014.NewClient(url, p.HTTP)
-		if _, err := cs[i].Status(b.Context(), SAEID("bob")); err != nil {
+		other := "bob"
+		if who == other {
+			other = "alice"
+		}
+		if _, err := cs[i].Status(b.Context(), SAEID(other)); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -146,6 +226,7 @@ func connect(b *testing.B, l *Lab, url string, clients int) []*etsi014.Client {
 type measured struct {
 	rate float64         // a second
 	took []time.Duration // sorted
+	cpu  spent
 }
 
 // at is a quantile of the time that a request took, in ms.
@@ -153,29 +234,48 @@ func (m measured) at(quantile float64) float64 {
 	return m.took[int(quantile*float64(len(m.took)-1))].Seconds() * 1e3
 }
 
-// measure makes b.N requests for keys, each client one after the other.
-func measure(b *testing.B, clients []*etsi014.Client, number int) measured {
+func (m measured) report(b *testing.B, load benchLoad, null measured) {
+	b.ReportMetric(m.rate, "req/s")
+	b.ReportMetric(m.rate*float64(load.number), "keys/s")
+	b.ReportMetric(m.at(0.5), "p50-ms")
+	b.ReportMetric(m.at(0.99), "p99-ms")
+	b.ReportMetric(m.rate/null.rate, "of-null")
+	if m.cpu.all() > 0 {
+		b.ReportMetric(float64(null.cpu.null+null.cpu.clients)/float64(m.cpu.all()), "cpu-of-null")
+	}
+	each := func(name string, d time.Duration) { b.ReportMetric(float64(d.Microseconds())/float64(b.N), name) }
+	for i, site := range []string{"km1", "km2"} {
+		each(site+"-us", m.cpu.kmed[i])
+		each(site+"-postgres-us", m.cpu.postgres[i])
+	}
+	each("clients-us", m.cpu.clients)
+}
+
+// measure makes b.N requests, each client one after the other, and times them.
+func (r *rig) measure(b *testing.B, clients []*etsi014.Client, request func(*etsi014.Client, int) error) measured {
 	b.Helper()
 	m := measured{took: make([]time.Duration, b.N)}
 	var next atomic.Int64
 	var all sync.WaitGroup
+	before := r.cpu(b)
+	b.ResetTimer()
 	began := time.Now()
 	for _, c := range clients {
 		all.Go(func() {
-			for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
+			for i := int(next.Add(1)) - 1; i < b.N; i = int(next.Add(1)) - 1 {
 				asked := time.Now()
-				got, err := c.EncKeys(context.Background(), SAEID("bob"), etsi014.KeyRequest{Number: number})
-				if err != nil {
+				if err := request(c, i); err != nil {
 					b.Error(err)
 					return
 				}
 				m.took[i] = time.Since(asked)
-				got.Wipe()
 			}
 		})
 	}
 	all.Wait()
 	m.rate = float64(b.N) / time.Since(began).Seconds()
+	b.StopTimer()
+	m.cpu = r.cpu(b).less(before)
 	slices.Sort(m.took)
 	return m
 }
@@ -187,14 +287,13 @@ const (
 	nullBytes  = "KME_NULL_BYTES"  // files with answers to GET and POST
 )
 
-// startNull starts the process that BenchmarkEncKeys compares with, which is this
-// program with TestNull to run, and returns its URL.
-func startNull(b *testing.B, l *Lab) string {
+// startNull starts the null process, which is this program with TestNull to run.
+func (r *rig) startNull(b *testing.B) {
 	b.Helper()
 	dir := b.TempDir()
-	alice := sae(b, l, "alice")
+	alice := sae(b, r.Lab, "alice")
 	for method, route := range map[string]string{http.MethodGet: "status", http.MethodPost: "enc_keys"} {
-		req, err := http.NewRequestWithContext(b.Context(), method, l.KM1.URL()+"/api/v1/keys/bob/"+route, nil)
+		req, err := http.NewRequestWithContext(b.Context(), method, r.KM1.URL()+"/api/v1/keys/bob/"+route, nil)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -212,7 +311,7 @@ func startNull(b *testing.B, l *Lab) string {
 		}
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^TestNull$")
-	cmd.Env = append(os.Environ(), nullTLS+"="+l.KM1.Node.path("tls"), nullIssuer+"="+l.path("ca", "sae", "intermediate.pem"), nullBytes+"="+dir)
+	cmd.Env = append(os.Environ(), nullTLS+"="+r.KM1.Node.path("tls"), nullIssuer+"="+r.path("ca", "sae", "intermediate.pem"), nullBytes+"="+dir)
 	cmd.Stderr = os.Stderr
 	said, err := cmd.StdoutPipe()
 	if err != nil {
@@ -233,7 +332,7 @@ func startNull(b *testing.B, l *Lab) string {
 	if _, err := fmt.Fscanln(said, &url); err != nil {
 		b.Fatalf("the null process does not say where it is: %v", err)
 	}
-	return url
+	r.null, r.nullPID = url, cmd.Process.Pid
 }
 
 // TestNull is the null process, when startNull asks for it: a KME's TLS and router,

@@ -57,7 +57,7 @@ func noPlaintext(t *testing.T, l *Lab) {
 		data := filepath.Join(site.Name, "postgres", "cluster")
 		for _, place := range []string{
 			filepath.Join(data, "data", "base"), filepath.Join(data, "data", "pg_wal"),
-			filepath.Join(data, "postgres.log"), filepath.Join(site.Name, "log", "kmed"),
+			filepath.Join(data, "postgres.log"), filepath.Join(site.Name, site.Node.Name, "log"),
 		} {
 			for _, form := range []string{"bytes", "hex", "base64"} {
 				if !slices.ContainsFunc(found, func(f finding) bool {

@@ -27,6 +27,9 @@ type AssignJob struct {
 	// each key and slave, sealed beforehand from what PoolAtoms gave. Peer, node,
 	// run and batch are filled in from the announce.
 	Due map[string][]Due
+	// Seen is what PoolAtoms gave. It spares reading the pool once more: what has
+	// changed since is noticed, and then it is read. May be nil.
+	Seen map[key.ID]PooledAtom
 	// Event makes the event of a request of a fresh batch.
 	Event func(handover.Request, handover.Result) audit.Event
 	// Ready, if not nil, makes the event of a block that was HELD here and has
@@ -68,6 +71,9 @@ type assign struct {
 	known  handover.PeerRun
 	pool   map[key.ID]pooled
 	answer handover.AnnounceAnswer
+
+	doubted bool           // Seen did not hold
+	chunks  map[int64]bool // with Seen: those of all atoms, and whether the peer owns them
 }
 
 // pooled is where an atom lies that is in the pool here.
@@ -119,15 +125,69 @@ const (
 		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block WHERE k.id = ANY($1::uuid[])`
 )
 
+// believe says whether the batch is decided by what was seen of the pool: if all of
+// it was there to be assigned.
+func (w *assign) believe() bool {
+	if w.doubted {
+		return false
+	}
+	w.chunks = make(map[int64]bool)
+	for _, id := range w.ids {
+		p, ok := w.Seen[id]
+		if !ok || p.BlockState != handover.Ready || !w.db.epochs.has(w.db.epochOf(id)) {
+			clear(w.pool)
+			w.chunks = nil
+			return false
+		}
+		w.pool[id] = pooled{BlockRef: p.BlockRef, index: p.Index, chunk: p.Chunk, owner: "peer", state: p.BlockState}
+		w.chunks[p.Chunk] = false
+	}
+	return true
+}
+
+// askBelieving deletes all atoms at once. settle sees whether they were there and the
+// peer's; if not, or if not all of them go, the batch is tried again without belief.
+func (w *assign) askBelieving(a *attempt) {
+	for e, ids := range w.parts {
+		a.delete[e] = append(a.delete[e], ids...)
+	}
+	const owned = "SELECT id FROM chunk WHERE id = ANY($1::bigint[]) AND owner = 'peer' ORDER BY id FOR NO KEY UPDATE"
+	a.reads.Queue(owned, slices.Sorted(maps.Keys(w.chunks))).Query(func(rows pgx.Rows) error {
+		var id int64
+		_, err := pgx.ForEachRow(rows, []any{&id}, func() error {
+			w.chunks[id] = true
+			return nil
+		})
+		return err
+	})
+}
+
+// settleBelieving assigns the whole batch, if what was believed is so.
+func (w *assign) settleBelieving(a *attempt) error {
+	whole := w.answer.Standing == handover.Fresh
+	for _, owned := range w.chunks {
+		whole = whole && owned
+	}
+	if !whole || len(w.fresh(a)) != len(w.ids) || len(a.left(w.ids)) != len(w.ids) {
+		w.doubted = true
+		return errConflict
+	}
+	return nil
+}
+
 // ask reads the peer node's row, which is locked until the commit, and the atoms.
 // They are deleted later, when it is known which: the DELETE must give back every
 // one, or the batch is tried again.
 func (w *assign) ask(a *attempt) error {
-	w.known, w.pool = handover.PeerRun{}, make(map[key.ID]pooled)
+	w.known, w.pool, w.chunks = handover.PeerRun{}, make(map[key.ID]pooled), nil
 	a.reads.Queue(readPeerRun+" FOR UPDATE", w.Peer.String(), w.Announce.Node).Query(func(rows pgx.Rows) error {
 		_, err := pgx.ForEachRow(rows, []any{&w.known.Run, &w.known.Last}, func() error { return nil })
 		return err
 	})
+	if w.believe() {
+		w.askBelieving(a)
+		return nil
+	}
 	for e, ids := range w.parts {
 		if !w.db.epochs.has(e) {
 			continue // not in the pool, then
@@ -147,19 +207,22 @@ func (w *assign) ask(a *attempt) error {
 
 func (w *assign) settle(ctx context.Context, a *attempt) error {
 	w.answer = handover.AnnounceAnswer{Standing: w.known.Judge(w.Announce.Run, w.Announce.Batch)}
-	switch w.answer.Standing {
-	case handover.Repeat:
+	switch {
+	case w.chunks != nil:
+		return w.settleBelieving(a)
+	case w.answer.Standing == handover.Repeat:
 		return w.repeat(ctx, a)
-	case handover.Fresh:
-		return w.fresh(ctx, a)
+	case w.answer.Standing == handover.Fresh:
+		return w.delete(ctx, a, w.fresh(a))
 	}
 	return nil
 }
 
 func (w *assign) inPool(id key.ID) bool { _, ok := w.pool[id]; return ok }
 
-// fresh decides the batch and moves the rows of what it accepts.
-func (w *assign) fresh(ctx context.Context, a *attempt) error {
+// fresh decides the batch, adds the rows of what it accepts, and returns the atoms that
+// are to leave the pool for them.
+func (w *assign) fresh(a *attempt) []key.ID {
 	w.answer.Results = handover.DecideFresh(w.Announce.Requests, w.admit, w.inPool)
 	var ids []key.ID
 	held := make(map[handover.BlockRef]bool)
@@ -174,7 +237,6 @@ func (w *assign) fresh(ctx context.Context, a *attempt) error {
 			for _, id := range k.Atoms {
 				p := w.pool[id]
 				held[p.BlockRef] = p.state == handover.BlockHeld
-				a.remove(p.chunk, 1)
 			}
 			if ids = append(ids, k.Atoms...); len(k.Atoms) > 1 {
 				atoms[k.ID()] = k.Atoms
@@ -195,12 +257,16 @@ func (w *assign) fresh(ctx context.Context, a *attempt) error {
 		}
 	}
 	a.writes.Queue("UPDATE peer_run SET last = $3 WHERE peer = $1 AND node = $2", w.Peer.String(), w.Announce.Node, w.Announce.Batch)
-	return w.delete(ctx, a, ids)
+	return ids
 }
 
+// delete takes atoms out of the pool, all or none.
 func (w *assign) delete(ctx context.Context, a *attempt, ids []key.ID) error {
 	if len(ids) == 0 {
 		return nil
+	}
+	for _, id := range ids {
+		a.remove(w.pool[id].chunk, 1)
 	}
 	var b pgx.Batch
 	gone := int64(0)

@@ -289,6 +289,53 @@ func TestHearRun(t *testing.T) {
 	s.check()
 }
 
+// TestAssignBelieving gives Assign what was seen of the pool before: as long as that
+// is still so it is decided by it, and otherwise as if nothing had been seen.
+func TestAssignBelieving(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n1")
+	b := s.fill(db, 192, theirs)
+	hear(t, db, 1)
+	job := func(batch int64, requests ...handover.Request) AssignJob {
+		j := s.assignJob(1, batch, requests...)
+		var refs []handover.Key
+		for _, r := range requests {
+			refs = append(refs, r.Keys...)
+		}
+		var err error
+		if j.Seen, err = db.PoolAtoms(t.Context(), refs, linkName); err != nil {
+			t.Fatal(err)
+		}
+		return j
+	}
+	first := job(1, request("r1", b.BlockRef, b.Atoms[0]), request("r2", b.BlockRef, b.Atoms[1:4]...))
+	mustAssign(t, db, first, handover.Fresh, "", "")
+	mustAssign(t, db, first, handover.Repeat, "", "")
+
+	before := job(2, request("r3", b.BlockRef, b.Atoms[3]), request("r4", b.BlockRef, b.Atoms[4])) // one is gone, and was not seen
+	mustAssign(t, db, before, handover.Fresh, "atoms not in the pool", "")
+	gone := job(4, request("r6", b.BlockRef, b.Atoms[5]), request("r7", b.BlockRef, b.Atoms[6])) // one goes after it was seen
+	mustAssign(t, db, job(3, request("r5", b.BlockRef, b.Atoms[5])), handover.Fresh, "")
+	mustAssign(t, db, gone, handover.Fresh, "atoms not in the pool", "")
+
+	given := job(5, request("r8", b.BlockRef, b.Atoms[64]), request("r9", b.BlockRef, b.Atoms[7])) // the chunk of one becomes ours
+	s.super(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(t.Context(), "UPDATE chunk SET owner = 'here' WHERE first = 64")
+		return err
+	})
+	mustAssign(t, db, given, handover.Fresh, "a chunk that is owned here", "")
+	refused := job(6, request("ra", b.BlockRef, b.Atoms[8]), request("rb", b.BlockRef, b.Atoms[9]))
+	refused.Admit = func(r handover.Request) string { return map[string]string{"ra": "not you"}[r.ID] }
+	mustAssign(t, db, refused, handover.Fresh, "not you", "")
+	early := job(8, request("rc", b.BlockRef, b.Atoms[10]))
+	mustAssign(t, db, early, handover.Ahead)
+	if here, there, err := db.Pool(t.Context(), linkName); here != 64 || there != 128-9 || err != nil {
+		t.Errorf("the pool holds %d and %d, %v", here, there, err)
+	}
+	s.check()
+}
+
 // TestHearRunOfMany has more keys assigned than one answer holds: asked on, all of
 // them are listed, each once, in the order of IDs.
 func TestHearRunOfMany(t *testing.T) {

@@ -13,7 +13,8 @@ import (
 	"github.com/qutemail/kme/internal/key"
 )
 
-// EnsureLink registers a link. A link is for ever the one to its peer.
+// EnsureLink registers a link, before anything else is done with it. A link is for
+// ever the one to its peer.
 func (db *DB) EnsureLink(ctx context.Context, id string, peer identity.KME, end handover.End) error {
 	_, err := db.pool.Exec(ctx, "INSERT INTO link (id, peer_kme, my_end) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING", id, peer.String(), end.String())
 	if err != nil {
@@ -26,6 +27,7 @@ func (db *DB) EnsureLink(ctx context.Context, id string, peer identity.KME, end 
 	if isPeer != peer.String() || isEnd != end.String() {
 		return fmt.Errorf("link %s is known as %s's end of the link with %s", id, isEnd, isPeer)
 	}
+	db.ends.Store(id, end)
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -225,6 +226,7 @@ func (c *committer) loop() {
 			}
 		}
 		waiting = gather(waiting, c.events, maxBatchRecords)
+		runtime.Gosched() // whoever is about to hand in a job, woken together with the first, does so now
 		waiting = gather(waiting, c.queue, maxBatchJobs-len(waiting))
 		var batch []*job
 		batch, waiting = pick(waiting)

@@ -172,31 +172,34 @@ func (db *DB) PoolAtoms(ctx context.Context, refs []handover.Key, link string) (
 	if err := db.learn(ctx, slices.Collect(maps.Keys(parts))...); err != nil {
 		return nil, away("reading atoms", err)
 	}
+	end, ok := db.ends.Load(link)
+	if !ok {
+		return nil, fmt.Errorf("reading atoms: link %s is not registered", link)
+	}
 	atoms := make(map[key.ID]PooledAtom, len(ids))
 	for e, part := range parts {
 		if !db.epochs.has(e) {
 			continue
 		}
-		if err := db.readPool(ctx, e, part, link, atoms); err != nil && !missingTable(err) {
+		if err := db.readPool(ctx, e, part, link, end.(handover.End), atoms); err != nil && !missingTable(err) {
 			return nil, away("reading atoms", err)
 		}
 	}
 	return atoms, nil
 }
 
-func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link string, atoms map[key.ID]PooledAtom) error {
+func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link string, end handover.End, atoms map[key.ID]PooledAtom) error {
 	// The link is compared here: as a condition of the query it would have the
 	// planner read all chunks of the link.
-	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state,
-			CASE WHEN (c.owner = 'here') = ((SELECT my_end FROM link WHERE id = c.link) = 'alice') THEN 'a' ELSE 'b' END
+	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state, c.owner = 'here'
 		FROM `+keyTable(e)+` k JOIN chunk c ON c.id = k.chunk
 		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block WHERE k.id = ANY($1::uuid[])`, uuids(ids))
 	defer rows.Close()
 	for rows.Next() {
 		var p PooledAtom
 		var iv []byte
-		var owner string
-		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &owner)
+		var ours bool
+		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &ours)
 		if err != nil {
 			return err
 		}
@@ -204,7 +207,9 @@ func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link stri
 			continue
 		}
 		copy(p.IV[:], iv)
-		p.Owner = handover.End(owner[0])
+		if p.Owner = end; !ours {
+			p.Owner = end.Other()
+		}
 		atoms[p.ID] = p
 	}
 	return rows.Err()

@@ -80,6 +80,7 @@ type DB struct {
 	finder    *finder
 	untaken   untaken
 	late      sync.WaitGroup // calls of Late under way
+	ends      sync.Map       // link ID -> handover.End: ours, of the links that EnsureLink has registered
 
 	mu        sync.Mutex
 	unclaimed map[string][]int64 // by link: chunks leased by this run whose Lease had failed to return them
