@@ -52,12 +52,26 @@ func (nodeCommand) Run(ctx context.Context, s *session) error {
 	for _, peer := range n.Peers {
 		fmt.Fprintf(&b, "  peer %-4s %s, its clock %+.3f s from ours\n", peer.KME, health(peer.Health), peer.ClockOffset)
 	}
+	for _, o := range n.Others {
+		fmt.Fprintf(&b, "  node %-4s %s, run %d\n", o.Node, standing(o), o.Run)
+	}
 	if !n.Production {
 		fmt.Fprintf(&b, "  not for production: simulated keys are handed out\n")
 	}
 	printAlarms(&b, alarms)
 	_, err = s.stdout.Write(b.Bytes())
 	return err
+}
+
+// standing is a word about another node of the KME.
+func standing(o admin.Other) string {
+	switch {
+	case o.Alive:
+		return "ok"
+	case o.Settled:
+		return "NOT ALIVE, nothing of it is left"
+	}
+	return "NOT ALIVE, and not taken over from yet"
 }
 
 func health(h admin.Health) string {

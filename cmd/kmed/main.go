@@ -4,6 +4,9 @@
 //
 //	kmed serve --config kmed.yaml      as the daemon's database role
 //	kmed migrate --database DSN        once per release, as the schema's owner
+//
+// Exit status 3 says that another process has taken the node's run over, since this
+// one was paused or could not reach the database for a while: start it again.
 package main
 
 import (
@@ -39,6 +42,9 @@ type migrateCommand struct {
 	Epoch    time.Duration `default:"1h" help:"Length of an epoch; fixed for the life of the database."`
 }
 
+// exitFenced is the exit status of a node that was taken over.
+const exitFenced = 3
+
 // collectAt is how much garbage, in percent of what lives, is gathered before it is
 // collected. A node's memory is small and short-lived: with Go's default of 100 a
 // fifth of its work under load is collecting. GOGC in the environment wins.
@@ -52,6 +58,9 @@ func main() {
 	defer stop()
 	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "kmed:", err)
+		if errors.Is(err, store.ErrFenced) {
+			os.Exit(exitFenced)
+		}
 		os.Exit(1)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
@@ -91,17 +92,32 @@ func showNode(ctx context.Context, l *lab.Lab, site *lab.Site, s *screen) error 
 	return nil
 }
 
+// leader is an operator's client of the node of KM1 that runs the link, or of the first.
+func leader(ctx context.Context, l *lab.Lab) (*admin.Client, error) {
+	for _, n := range l.KM1.Nodes {
+		op, err := l.Operator("root", n.Name)
+		if err != nil {
+			return nil, err
+		}
+		links, err := op.Links(ctx)
+		if err == nil && len(links) == 1 && links[0].State != admin.LinkStandby {
+			return op, nil
+		}
+	}
+	return l.Operator("root", "km1")
+}
+
 // firstBlock waits until both ends have keys, and shows how the block comes along.
 func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) {
-	op, err := l.Operator("root", "km1")
-	if err != nil {
-		return admin.Link{}, err
-	}
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()
 	for {
+		op, err := leader(ctx, l)
+		if err != nil {
+			return admin.Link{}, err
+		}
 		links, err := op.Links(ctx)
 		if err != nil || len(links) == 0 {
 			return admin.Link{}, fmt.Errorf("asking KM1 for its links: %w", err)
@@ -211,24 +227,30 @@ func showNext(l *lab.Lab, s *screen) {
 
 // watch shows the link's figures on a terminal until ctx ends, or until a daemon does.
 func watch(ctx context.Context, l *lab.Lab, s *screen) error {
-	op, err := l.Operator("root", "km1")
-	if err != nil {
-		return err
-	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		if links, err := op.Links(ctx); err == nil && len(links) == 1 {
-			s.step(figures(links[0]))
+		if op, err := leader(ctx, l); err == nil {
+			if links, err := op.Links(ctx); err == nil && len(links) == 1 {
+				s.step(figures(links[0]))
+			}
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-l.KM1.Exited():
-			return fmt.Errorf("KM1 has ended; see %s", l.KM1.LogFile())
-		case <-l.KM2.Exited():
-			return fmt.Errorf("KM2 has ended; see %s", l.KM2.LogFile())
 		case <-tick.C:
+		}
+		for _, n := range slices.Concat(l.KM1.Nodes, l.KM2.Nodes) {
+			switch {
+			case n.Running():
+			case n.Fenced():
+				s.row("restarted", "%s, which had been taken over", n.Name)
+				if err := n.Restart(ctx); err != nil {
+					return err
+				}
+			default:
+				return fmt.Errorf("%s has ended; see %s", n.Name, n.LogFile())
+			}
 		}
 	}
 }

@@ -32,6 +32,16 @@ type Node struct {
 	HSM        Health    `json:"hsm"`
 	Database   Health    `json:"database"`
 	Peers      []Peer    `json:"peers"`
+	Others     []Other   `json:"others,omitzero"` // nodes of this KME
+}
+
+// Other is how another node of the same KME looks from here.
+type Other struct {
+	Node    string  `json:"node"`
+	Run     int64   `json:"run"`
+	Alive   bool    `json:"alive"`
+	Since   float64 `json:"since_s"` // its last sign of life, seconds ago
+	Settled bool    `json:"settled"` // it is not alive, and nothing of it is left: it may be taken out of network.yaml
 }
 
 // OK says whether everything that the node needs to hand out keys is well.
@@ -63,6 +73,8 @@ const (
 	LinkOpen   = "open"   // blocks are made
 	LinkFull   = "full"   // the pool holds what it may
 	LinkPaused = "paused" // something else has to come back first; Why says what
+
+	LinkStandby = "standby" // another node of the KME runs the link
 )
 
 // Link is how a QKD link stands at this end.

@@ -26,6 +26,9 @@ const (
 
 	GrantCommitted     = "grant-committed"      // chunks given, nothing told
 	PeerGrantCommitted = "peer-grant-committed" // chunks taken, not acknowledged
+
+	TakeoverBumped = "takeover-bumped" // the lower runs can commit nothing any more
+	TakeoverBurned = "takeover-burned" // what they had announced and not served is gone; their chunks are not free yet
 )
 
 // Names is every failpoint there is.
@@ -35,4 +38,5 @@ var Names = []string{
 	IntakeDistilled, IntakeWrapped, IntakeHeldCommitted, IntakeHeldSent, IntakeReady,
 	PeerAnnounceReceived, PeerAnnounceCommitted, PeerVoidReceived,
 	GrantCommitted, PeerGrantCommitted,
+	TakeoverBumped, TakeoverBurned,
 }

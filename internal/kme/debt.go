@@ -23,7 +23,8 @@ type debt struct {
 	why     string
 	batch   int64    // of the announce that assigned them, with void
 	void    []key.ID // key_IDs to be taken back at the peer; nil if nothing was assigned
-	run     int64    // of the announce; 0: this node's current one
+	node    string   // of the announce; "": this one, in its current run
+	run     int64    // likewise
 }
 
 // debts is the queue of what is owed.
@@ -91,9 +92,9 @@ func (k *KME) pay(ctx context.Context, d debt) error {
 // job is the transaction that pays d: the atoms go, the event says which, and a
 // void for the peer is left to be told until it is acknowledged.
 func (d debt) job(k *KME) store.BurnJob {
-	run := d.run
-	if run == 0 {
-		run = k.run.Load()
+	node, run := d.node, d.run
+	if node == "" {
+		node, run = k.Node, k.run.Load()
 	}
 	job := store.BurnJob{Peer: d.link.Peer, Atoms: atomIDs(d.lends), Event: func(burned []key.ID) audit.Event {
 		ev := k.own(audit.Burn)
@@ -106,7 +107,7 @@ func (d debt) job(k *KME) store.BurnJob {
 		return ev
 	}}
 	if d.void != nil {
-		job.Void = &handover.Void{Node: k.Node, Run: run, Batch: d.batch, Keys: d.void}
+		job.Void = &handover.Void{Node: node, Run: run, Batch: d.batch, Keys: d.void}
 	}
 	return job
 }

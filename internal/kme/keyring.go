@@ -61,22 +61,50 @@ func (r *keyring) forEpoch(ctx context.Context, e key.Epoch) (openKEK, error) {
 	if _, err := r.k.Store.EnsureEpoch(ctx, e); err != nil {
 		return openKEK{}, fmt.Errorf("opening epoch %d: %w", e, err)
 	}
-	rows, err := r.k.Store.KEKs(ctx)
-	if err != nil {
-		return openKEK{}, fmt.Errorf("listing KEKs: %w", err)
-	}
-	for _, row := range rows {
-		if row.Epoch == e && row.State == "open" {
-			return r.open(ctx, row)
-		}
+	if o, ok, err := r.registered(ctx, e); ok || err != nil {
+		return o, err
 	}
 	return r.make(ctx, e)
 }
 
-// make creates a KEK in the token and registers it. If the process dies between
+// registered opens the epoch's KEK if there is one.
+func (r *keyring) registered(ctx context.Context, e key.Epoch) (o openKEK, ok bool, err error) {
+	rows, err := r.k.Store.KEKs(ctx)
+	if err != nil {
+		return openKEK{}, false, fmt.Errorf("listing KEKs: %w", err)
+	}
+	for _, row := range rows {
+		if row.Epoch == e && row.State == "open" {
+			o, err := r.open(ctx, row)
+			return o, true, err
+		}
+	}
+	return openKEK{}, false, nil
+}
+
+// tokenWriters is the lock for whoever changes the token (store.Alone). The nodes of a
+// site share it, and SoftHSM, when two processes change a token at the same time, has
+// one of them never see what the other has made.
+const tokenWriters = "token"
+
+// make creates the epoch's KEK, unless another node was first.
+func (r *keyring) make(ctx context.Context, e key.Epoch) (o openKEK, err error) {
+	err = r.k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error {
+		var ok bool
+		var err error
+		if o, ok, err = r.registered(ctx, e); ok || err != nil {
+			return err
+		}
+		o, err = r.makeAlone(ctx, e)
+		return err
+	})
+	return o, err
+}
+
+// makeAlone creates a KEK in the token and registers it. If the process dies between
 // the two, the token object is left without a row: nothing was sealed under it, and
 // since labels end in a random part it is in nobody's way.
-func (r *keyring) make(ctx context.Context, e key.Epoch) (openKEK, error) {
+func (r *keyring) makeAlone(ctx context.Context, e key.Epoch) (openKEK, error) {
 	var part [4]byte
 	_, _ = rand.Read(part[:]) // never fails: it ends the process instead
 	label := fmt.Sprintf("kek-%s-%s-%x", r.k.Self, e.Start(r.k.EpochLength).UTC().Format("20060102T150405"), part)

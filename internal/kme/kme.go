@@ -65,6 +65,7 @@ type KME struct {
 	alarms  alarms
 	outage  *outage
 	debts   debts
+	watch   watch
 	buckets buckets
 
 	turnstiles sync.Map // peer/node -> *turnstile
@@ -134,7 +135,10 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return k.watchFence(ctx) })
+	g.Go(func() error { return k.watchNodes(ctx) })
+	g.Go(func() error { return k.every(ctx, time.Second, nil, k.share) })
 	g.Go(func() error { return k.takeOver(ctx) })
+	g.Go(func() error { return k.Store.Lead(ctx, "takeovers", k.succeed) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.keepWitness) })
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
@@ -167,7 +171,7 @@ func (k *KME) watchFence(ctx context.Context) error {
 			why := "the database was set back while it was in use: " + back
 			return errors.Join(fmt.Errorf("node %s: %s", k.Node, why), k.suspend(ctx, why))
 		}
-		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more", k.Node, k.run.Load())
+		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more: %w", k.Node, k.run.Load(), store.ErrFenced)
 	}
 }
 
@@ -205,11 +209,17 @@ func (k *KME) isReady() bool {
 	}
 }
 
-// stopped records that the node stops, as well as it can: the database may be what stopped it.
+// stopped gives back what the node has leased and records that it stops, as well as
+// it can: the database may be what stopped it. What it cannot give back, since it is
+// announced or owed, is the matter of a takeover.
 func (k *KME) stopped() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	if err := k.Store.Record(ctx, k.own(audit.Stop)); err != nil {
+	var leased []store.Leased
+	for _, l := range k.links {
+		leased = append(leased, leasedOf(l.pool.empty())...)
+	}
+	if err := k.Store.Stop(ctx, leased, k.own(audit.Stop)); err != nil {
 		k.Log.Warn("recording the stop", "err", err)
 	}
 	k.keks.close()

@@ -70,27 +70,34 @@ func newLink(k *KME, c LinkConfig) *link {
 		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
 		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
 		fresh:  func(e key.Epoch) bool { return e >= k.usable() },
+		nodes:  k.alive,
 	}
 	return l
 }
 
-// distil runs the link's sessions, one after another. Bob's end waits to be
-// called: see Classical.
+// distil runs the link's sessions. At Alice's end one node of the site does so;
+// at Bob's, the one that she calls: see Classical.
 func (l *link) distil(ctx context.Context) error {
+	if l.End == handover.Bob {
+		return l.k.every(ctx, repeatMax, nil, l.watch)
+	}
+	l.standBy(ctx)
+	return l.k.Store.Lead(ctx, "link "+l.ID, l.lead)
+}
+
+// lead runs the link's sessions, one after another.
+func (l *link) lead(ctx context.Context) error {
+	defer l.standBy(context.WithoutCancel(ctx))
+	l.update(func(s *LinkState) { s.State, s.Why = "down", "no session has been opened yet" })
 	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
-		if l.End == handover.Alice {
-			began := l.k.Now()
-			err := l.alice(ctx)
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			l.down(err)
-			if l.k.Now().Sub(began) > repeatMax {
-				wait = repeatMin
-			}
-		} else {
-			l.watch(ctx)
-			wait = repeatMax
+		began := l.k.Now()
+		err := l.alice(ctx)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		l.down(err)
+		if l.k.Now().Sub(began) > repeatMax {
+			wait = repeatMin
 		}
 		select {
 		case <-ctx.Done():

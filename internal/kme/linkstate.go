@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
@@ -19,7 +20,7 @@ type LinkState struct {
 	ID       string
 	Peer     identity.KME
 	End      handover.End
-	State    string // down, open, full, paused
+	State    string // down, open, full, paused, standby
 	Why      string // what is in the way, if anything is
 	Session  int64
 	OpenedAt time.Time // of that session
@@ -73,6 +74,25 @@ func (l *link) down(err error) {
 	l.k.suspect(context.Background(), "link-"+l.ID, fmt.Sprintf("link %s is down: %v", l.ID, err))
 }
 
+// standBy notes that the link is another node's to run, and so is what is wrong with it.
+func (l *link) standBy(ctx context.Context) {
+	l.update(func(s *LinkState) {
+		s.State, s.Why, s.Stage, s.Done = admin.LinkStandby, "another node of this site runs the link", "", 0
+	})
+	l.k.clear(ctx, "link-"+l.ID)
+}
+
+// runElsewhere says whether another node of this site has a later session than this
+// one, and lately had a block of it.
+func (l *link) runElsewhere(ctx context.Context, session int64) bool {
+	last, at, err := l.k.Store.LastBlock(ctx, l.ID)
+	return err == nil && last > session && l.k.Now().Sub(at) < elsewhere+silences*l.Interval
+}
+
+// elsewhere is how long another node may take for a block: this one does not see how
+// it comes along.
+const elsewhere = 30 * time.Second
+
 // cut notes that no light passes; the next block is tried as if nothing had been.
 func (l *link) cut(ctx context.Context, err error) {
 	l.update(func(st *LinkState) { st.State, st.Why, st.Stage, st.Done = "down", err.Error(), "", 0 })
@@ -118,6 +138,10 @@ func (l *link) watch(ctx context.Context) {
 	here, there, err := l.k.Store.Pool(ctx, l.ID)
 	if err != nil || here+there >= l.k.PoolLimit {
 		l.rested = l.k.Now()
+		return
+	}
+	if s.State != "open" && l.runElsewhere(ctx, s.Session) {
+		l.standBy(ctx)
 		return
 	}
 	if s.State == "open" {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,6 +49,10 @@ func (d OperatorDoor) Node(context.Context, identity.Caller, string) (admin.Node
 		}
 		n.Peers = append(n.Peers, p)
 	}
+	for _, s := range k.watch.others(k.Config.Node) {
+		n.Others = append(n.Others, admin.Other{Node: s.Node, Run: s.Run, Alive: s.alive, Since: time.Since(s.since).Seconds(), Settled: s.settled})
+	}
+	slices.SortFunc(n.Others, func(x, y admin.Other) int { return strings.Compare(x.Node, y.Node) })
 	return n, nil
 }
 

@@ -3,8 +3,10 @@ package kme
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/store"
@@ -32,9 +34,11 @@ type pool struct {
 	lease  func(ctx context.Context, chunks int) ([]store.Lease, error)
 	stored func(ctx context.Context) (int, error)
 	fresh  func(key.Epoch) bool // false once atoms of that epoch are too old to be used
+	nodes  func() int           // that share the link's chunks
 
 	mu     sync.Mutex
 	leases []*held
+	used   time.Time // last time that somebody asked
 }
 
 // held is a leased chunk and its atoms not yet lent, in index order.
@@ -51,6 +55,7 @@ const maxLease = 32
 func (p *pool) take(ctx context.Context, number, atoms int) ([]lent, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.used = time.Now()
 	got := p.pick(nil, number, atoms)
 	for len(got) < number*atoms {
 		more, err := p.refill(ctx, number*atoms-len(got))
@@ -95,7 +100,7 @@ func (p *pool) refill(ctx context.Context, atoms int) (bool, error) {
 		return false, nil
 	}
 	need := (atoms + key.ChunkAtoms - 1) / key.ChunkAtoms
-	want := max(need, min(maxLease, stored/(2*key.ChunkAtoms)))
+	want := max(need, min(maxLease, stored/(2*key.ChunkAtoms*p.nodes())))
 	leases, err := p.lease(ctx, want)
 	if err != nil {
 		return false, err
@@ -145,5 +150,70 @@ func (p *pool) put(atoms []lent) {
 		h := p.leases[i]
 		at, _ := slices.BinarySearchFunc(h.left, a.Index, func(x store.Atom, index int) int { return x.Index - index })
 		h.left = slices.Insert(h.left, at, a.Atom)
+	}
+}
+
+// empty takes all leases out of the pool.
+func (p *pool) empty() []*held {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.drain()
+}
+
+func (p *pool) drain() []*held {
+	leases := p.leases
+	p.leases = nil
+	return leases
+}
+
+// idle is empty if nobody has asked for a while, and otherwise nothing.
+func (p *pool) idle() []*held {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.used) < idleLease {
+		return nil
+	}
+	return p.drain()
+}
+
+// leasedOf says what of each chunk is in our hand. Atoms that are lent are not: a
+// chunk with such atoms cannot be given back.
+func leasedOf(leases []*held) (list []store.Leased) {
+	for _, h := range leases {
+		list = append(list, store.Leased{Chunk: h.Chunk, Atoms: len(h.left)})
+	}
+	return list
+}
+
+// share gives back what this node has leased and nobody asks it for: the site's
+// other nodes may have run out.
+func (l *link) share(ctx context.Context) {
+	leases := l.pool.idle()
+	if len(leases) == 0 {
+		return
+	}
+	// It waits for the outcome, until the node stops: what may have been given back
+	// must not be used.
+	freed, err := l.k.Store.GiveBack(ctx, leasedOf(leases))
+	if err != nil {
+		l.k.Log.Warn("giving back leases", "link", l.ID, "err", err)
+		if errors.Is(err, store.ErrDoubt) {
+			return
+		}
+	}
+	l.pool.restore(leases, freed)
+}
+
+// restore puts back what was taken out and is not free.
+func (p *pool) restore(leases []*held, freed []int64) {
+	for _, h := range leases {
+		if slices.Contains(freed, h.Chunk) {
+			continue
+		}
+		var back []lent
+		for _, a := range h.left {
+			back = append(back, lent{a, &h.Lease})
+		}
+		p.give(back)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -35,9 +37,11 @@ type chunk struct {
 
 var errAway = errors.New("the database is away")
 
+func one() int { return 1 }
+
 func newFibre() *fibre {
 	f := &fibre{lent: make(map[key.ID]lent), used: make(map[key.ID]bool)}
-	f.pool = pool{lease: f.lease, stored: f.stored, fresh: f.fresh}
+	f.pool = pool{lease: f.lease, stored: f.stored, fresh: f.fresh, nodes: one}
 	return f
 }
 
@@ -56,7 +60,7 @@ func (f *fibre) lease(_ context.Context, most int) ([]store.Lease, error) {
 		if !c.leased && len(leases) < most {
 			c.leased = true
 			l := c.Lease
-			l.Atoms = slices.Clone(l.Atoms)
+			l.Atoms = slices.DeleteFunc(slices.Clone(l.Atoms), func(a store.Atom) bool { return f.used[a.ID] })
 			leases = append(leases, l)
 		}
 	}
@@ -87,6 +91,25 @@ func (f *fibre) grow(e key.Epoch, present uint64) {
 		}
 	}
 	f.chunks = append(f.chunks, c)
+}
+
+// giveBack does what store.GiveBack promises: a chunk is free again if all that is left
+// of it was given back.
+func (f *fibre) giveBack(leased []store.Leased) (freed []int64) {
+	for _, l := range leased {
+		c := f.chunks[slices.IndexFunc(f.chunks, func(c *chunk) bool { return c.Chunk == l.Chunk })]
+		left := 0
+		for _, a := range c.Atoms {
+			if !f.used[a.ID] {
+				left++
+			}
+		}
+		if left == l.Atoms {
+			c.leased = false
+			freed = append(freed, l.Chunk)
+		}
+	}
+	return freed
 }
 
 // free are the indices of the atoms of a chunk that could be lent, ascending.
@@ -265,10 +288,61 @@ func TestPool(t *testing.T) {
 				}
 			},
 			"release": func(t *rapid.T) { f.release(t, rapid.IntRange(1, 3).Draw(t, "most")) },
-			"age":     func(*rapid.T) { f.oldest++ },
-			"flaky":   func(*rapid.T) { f.away = !f.away },
+			"share": func(t *rapid.T) {
+				leases := f.pool.empty()
+				if rapid.Bool().Draw(t, "late") { // what comes back meanwhile was lent when it began
+					back := draw(t)
+					for _, a := range back {
+						delete(f.lent, a.ID)
+					}
+					f.pool.give(back)
+				}
+				f.pool.restore(leases, f.giveBack(leasedOf(leases)))
+			},
+			"age":   func(*rapid.T) { f.oldest++ },
+			"flaky": func(*rapid.T) { f.away = !f.away },
 		})
 	})
+}
+
+// TestIdlePool: what nobody has asked for in a while is given back, and nothing before.
+func TestIdlePool(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFibre()
+		f.grow(1, ^uint64(0))
+		got, err := f.pool.take(t.Context(), 1, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(idleLease - 1)
+		if leases := f.pool.idle(); leases != nil {
+			t.Errorf("before its time: %d leases", len(leases))
+		}
+		f.pool.give(got)
+		time.Sleep(1)
+		if leases := f.pool.idle(); len(leases) != 1 || len(leases[0].left) != key.ChunkAtoms {
+			t.Errorf("idle: %v", leases)
+		}
+		if leases := f.pool.idle(); leases != nil {
+			t.Errorf("given back twice: %v", leases)
+		}
+	})
+}
+
+// TestShareOfNodes: a node leases the less at once the more nodes there are.
+func TestShareOfNodes(t *testing.T) {
+	t.Parallel()
+	for nodes, want := range map[int]int{1: 8, 2: 4, 4: 2, 100: 1} {
+		f := newFibre()
+		f.pool.nodes = func() int { return nodes }
+		for range 16 {
+			f.grow(1, ^uint64(0))
+		}
+		if _, err := f.pool.take(t.Context(), 1, 1); err != nil || len(f.pool.leases) != want {
+			t.Errorf("one of %d nodes leases %d of 16 chunks, %v; want %d", nodes, len(f.pool.leases), err, want)
+		}
+	}
 }
 
 // TestPoolOfManyRequests: requests at the same time never hold the same atom, and

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
@@ -50,7 +51,8 @@ func (k *KME) beginRun(ctx context.Context) error {
 		return fmt.Errorf("beginning a run: %w", err)
 	}
 	k.run.Store(run)
-	if err := k.Token.SetCounter(ctx, counter, run); err != nil {
+	failpoint.Hit(failpoint.TakeoverBumped)
+	if err := k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error { return k.Token.SetCounter(ctx, counter, run) }); err != nil {
 		return fmt.Errorf("keeping the run number in the token: %w", err)
 	}
 	if err := writeDurably(path, []byte(strconv.FormatInt(run, 10)+"\n")); err != nil {
@@ -85,58 +87,63 @@ func readNumber(path string) (int64, error) {
 	return n, nil
 }
 
-// takeOver deals with what this node's earlier runs left behind: it asks each peer
-// what was assigned for them, burns and voids what was never served, and frees the
-// chunks that they had leased. Until then nothing is leased or announced.
+// takeOver deals with what this node's earlier runs left behind. Until then nothing
+// is leased or announced.
 func (k *KME) takeOver(ctx context.Context) error {
 	if k.suspended() != "" {
 		<-ctx.Done()
 		return ctx.Err()
 	}
-	for id := range k.Peers {
-		for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
-			err := k.reclaimAt(ctx, id)
-			if err == nil {
-				break
-			}
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if errors.Is(err, store.ErrFenced) {
-				return err
-			}
-			k.suspect(ctx, "takeover-"+id.String(), fmt.Sprintf("cannot learn what %s assigned for this node's earlier runs: %v", id, err))
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-time.After(wait):
-			}
-		}
-		k.clear(ctx, "takeover-"+id.String())
-	}
-	ev := k.own(audit.Takeover)
-	ev.Reason = fmt.Sprintf("earlier runs than %d are dealt with", k.run.Load())
-	for {
-		err := k.Store.EndTakeover(ctx, k.Node, k.run.Load(), ev)
-		if err == nil {
+	own := store.NodeRun{Node: k.Node, Run: k.run.Load()}
+	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
+		err := k.inherit(ctx, own)
+		switch {
+		case err == nil:
 			close(k.takenOver)
 			return nil
-		}
-		if errors.Is(err, store.ErrFenced) {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, store.ErrFenced):
 			return err
+		case errors.Is(err, store.ErrOvertaken):
+			return fmt.Errorf("%w: %w", store.ErrFenced, err)
 		}
+		k.suspect(ctx, takeoverAlarm(k.Node), err.Error())
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(repeatMax):
+		case <-time.After(wait):
 		}
 	}
 }
 
-// reclaimAt tells a peer of this run and burns and voids what it had assigned for
-// lower ones and is still in the pool here. What is not was served.
-func (k *KME) reclaimAt(ctx context.Context, id identity.KME) error {
-	started := handover.RunStarted{Node: k.Node, Run: k.run.Load()}
+// takeoverAlarm is the name of the alarm that a node cannot be taken over from.
+func takeoverAlarm(node string) string { return "takeover-" + node }
+
+// inherit deals with what a node's runs below n.Run have left behind: it asks each
+// peer what was assigned for them, burns and voids what was never served, and frees
+// the chunks that they had leased. Whoever made n.Run does it, or whoever finds it
+// not done; done twice, also at once, it does no harm.
+func (k *KME) inherit(ctx context.Context, n store.NodeRun) error {
+	for id := range k.Peers {
+		if err := k.reclaimAt(ctx, id, n); err != nil {
+			return fmt.Errorf("cannot learn what %s assigned for earlier runs of %s: %w", id, n.Node, err)
+		}
+	}
+	failpoint.Hit(failpoint.TakeoverBurned)
+	ev := k.own(audit.Takeover)
+	ev.Reason = fmt.Sprintf("runs of %s below %d are dealt with", n.Node, n.Run)
+	if err := k.Store.EndTakeover(ctx, n.Node, n.Run, ev); err != nil {
+		return err
+	}
+	k.clear(ctx, takeoverAlarm(n.Node))
+	return nil
+}
+
+// reclaimAt tells a peer of the node's run and burns and voids what it had assigned
+// for lower ones and is still in the pool here. What is not was served.
+func (k *KME) reclaimAt(ctx context.Context, id identity.KME, n store.NodeRun) error {
+	started := handover.RunStarted{Node: n.Node, Run: n.Run}
 	for {
 		assigned, err := k.assignedAt(ctx, id, started)
 		if err != nil {
@@ -192,7 +199,8 @@ func (l *link) reclaimAssigned(ctx context.Context, started handover.RunStarted,
 		return ok && p.Owner == l.End
 	}
 	for _, o := range handover.Orphans(started, assigned, mine) {
-		d := debt{link: l, run: o.Void.Run, batch: o.Void.Batch, void: o.Void.Keys, why: "assigned for an earlier run, and not served"}
+		d := debt{link: l, node: o.Void.Node, run: o.Void.Run, batch: o.Void.Batch, void: o.Void.Keys}
+		d.why = fmt.Sprintf("assigned for run %d of %s, and not served", d.run, d.node)
 		for _, id := range o.Atoms {
 			d.lends = append(d.lends, lentOf(pooled[id]))
 		}

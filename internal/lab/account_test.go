@@ -22,7 +22,7 @@ func (f *traffic) close(t testing.TB) {
 	for _, id := range f.ofState(func(a *account) bool { return !a.taken && !a.gone }) {
 		left++
 		for range 3 { // a 503 is lawful, now and then
-			if f.takeOnce(f.keys[id].route, []key.ID{id}) {
+			if r := f.keys[id].route; f.takeOnce(r, newClient(r.slaves), []key.ID{id}) {
 				break
 			}
 		}

@@ -52,7 +52,7 @@ func TestOneSidedLoad(t *testing.T) {
 				}
 				keysStored(t, l, 900) // Alice's end has opened a session, and with it come new keys
 				askUntil(t, way.master, way.slave, victim.site)
-				killedItself(t, victim.site, victim.name)
+				killedItself(t, victim.site.Node, victim.name)
 				if err := victim.site.Restart(t.Context()); err != nil {
 					t.Fatal(err)
 				}

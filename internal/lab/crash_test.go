@@ -57,7 +57,8 @@ func hits(name string) int {
 	switch {
 	case strings.HasPrefix(name, "intake"):
 		return 2
-	case name == failpoint.PeerVoidReceived, name == failpoint.GrantCommitted, name == failpoint.PeerGrantCommitted:
+	case name == failpoint.PeerVoidReceived, name == failpoint.GrantCommitted, name == failpoint.PeerGrantCommitted,
+		strings.HasPrefix(name, "takeover"): // those of its own start
 		return 1
 	}
 	return 20
@@ -82,11 +83,11 @@ func dies(t *testing.T, s *Site, name string) {
 	case <-time.After(time.Minute):
 		t.Fatalf("%s never came to %s", s.Name, name)
 	}
-	killedItself(t, s, name)
+	killedItself(t, s.Node, name)
 }
 
-// killedItself says that the site's kmed, which has ended, died of a SIGKILL.
-func killedItself(t *testing.T, s *Site, name string) {
+// killedItself says that the node, which has ended, died of a SIGKILL.
+func killedItself(t *testing.T, s *Node, name string) {
 	t.Helper()
 	exit := (*exec.ExitError)(nil)
 	if !errors.As(s.kmed.err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
@@ -103,7 +104,7 @@ func diesOfVoid(t *testing.T, s, other *Site) {
 	arm(t, other, failpoint.EncAnnounceAnswered)
 	select {
 	case <-other.Exited():
-		killedItself(t, other, failpoint.EncAnnounceAnswered)
+		killedItself(t, other.Node, failpoint.EncAnnounceAnswered)
 	case <-s.Exited():
 		other.Kill()
 	case <-time.After(time.Minute):
@@ -117,7 +118,7 @@ func diesOfVoid(t *testing.T, s, other *Site) {
 	case <-time.After(time.Minute):
 		t.Fatalf("%s never came to a void", s.Name)
 	}
-	killedItself(t, s, failpoint.PeerVoidReceived)
+	killedItself(t, s.Node, failpoint.PeerVoidReceived)
 }
 
 // recovers starts the site's kmed again and sees that all is well.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -95,6 +96,12 @@ func (n *Node) Faults(lines ...string) error {
 
 // Running says whether the node runs.
 func (n *Node) Running() bool { return n.kmed.running() }
+
+// Fenced says whether the node has ended because it was taken over.
+func (n *Node) Fenced() bool {
+	exit, ok := errors.AsType[*exec.ExitError](n.kmed.err)
+	return !n.Running() && ok && exit.ExitCode() == 3
+}
 
 // Exited is closed when the node has ended.
 func (n *Node) Exited() <-chan struct{} { return n.kmed.exited }

@@ -34,10 +34,32 @@ type traffic struct {
 // route is a master at its KME and a slave at the other one.
 type route struct {
 	master, slave     *Person
-	at, from          *Site // of the master, of the slave
+	masters, slaves   []*Person // the same at each node of their sites
+	at, from          *Site     // of the master, of the slave
 	asked             chan []key.ID
 	served, taken     atomic.Int64 // requests answered with keys
 	unserved, untaken atomic.Int64 // requests that ended otherwise
+}
+
+// client is one of a person's programs: it stays with a node as long as that serves it.
+type client struct {
+	nodes []*Person
+	at    int
+}
+
+func newClient(nodes []*Person) *client { return &client{nodes, rand.IntN(len(nodes))} }
+
+func (c *client) person() *Person { return c.nodes[c.at] }
+
+// answered has the client turn to the next node after no answer, or a 503, and now
+// and then for no reason.
+func (c *client) answered(err error) {
+	if err == nil && rand.IntN(50) == 0 {
+		c.at = (c.at + 1) % len(c.nodes)
+	}
+	if answer := (*etsi014.APIError)(nil); err != nil && (!errors.As(err, &answer) || answer.Status == http.StatusServiceUnavailable) {
+		c.at = (c.at + 1) % len(c.nodes)
+	}
 }
 
 func (r *route) String() string { return fmt.Sprintf("%s -> %s", r.master.ID, r.slave.ID) }
@@ -72,6 +94,10 @@ func begin(t testing.TB, l *Lab) *traffic {
 		r := &route{master: master, slave: slave, at: l.KM1, from: l.KM2, asked: make(chan []key.ID, 64)}
 		if people[names[0]] == l.KM2.Name {
 			r.at, r.from = l.KM2, l.KM1
+		}
+		for i, n := range r.at.Nodes {
+			r.masters = append(r.masters, saeAt(t, l, names[0], n.Name))
+			r.slaves = append(r.slaves, saeAt(t, l, names[1], r.from.Nodes[i].Name))
 		}
 		f.routes = append(f.routes, r)
 		for range clientsPerRoute {
@@ -110,8 +136,9 @@ func (f *traffic) violation(format string, args ...any) {
 
 // ask is a client of the master.
 func (f *traffic) ask(r *route) {
+	c := newClient(r.masters)
 	for !f.stopped() {
-		if ids := f.askOnce(r); ids != nil {
+		if ids := f.askOnce(r, c); ids != nil {
 			select {
 			case r.asked <- ids:
 			default: // they wait until the end
@@ -121,10 +148,11 @@ func (f *traffic) ask(r *route) {
 }
 
 // askOnce has the master ask for a few keys. nil: it got none.
-func (f *traffic) askOnce(r *route) []key.ID {
+func (f *traffic) askOnce(r *route, c *client) []key.ID {
 	f.rest.RLock()
 	defer f.rest.RUnlock()
-	got, err := r.master.Client.EncKeys(context.Background(), r.slave.ID, etsi014.KeyRequest{Number: 1 + rand.IntN(3)})
+	got, err := c.person().Client.EncKeys(context.Background(), r.slave.ID, etsi014.KeyRequest{Number: 1 + rand.IntN(3)})
+	c.answered(err)
 	if err != nil {
 		r.unserved.Add(1)
 		if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Status != http.StatusServiceUnavailable {
@@ -157,6 +185,7 @@ func (f *traffic) give(r *route, got etsi014.Container) []key.ID {
 
 // take is a client of the slave.
 func (f *traffic) take(r *route) {
+	c := newClient(r.slaves)
 	var waiting [][]key.ID
 	for !f.stopped() {
 		if len(waiting) == 0 {
@@ -167,7 +196,7 @@ func (f *traffic) take(r *route) {
 				continue
 			}
 		}
-		if f.takeOnce(r, waiting[0]) {
+		if f.takeOnce(r, c, waiting[0]) {
 			waiting = waiting[1:]
 		} else {
 			waiting = append(waiting[1:], waiting[0])
@@ -176,10 +205,11 @@ func (f *traffic) take(r *route) {
 }
 
 // takeOnce has the slave take keys, and says whether it need not try again.
-func (f *traffic) takeOnce(r *route, ids []key.ID) (done bool) {
+func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 	f.rest.RLock()
 	defer f.rest.RUnlock()
-	got, err := r.slave.Client.DecKeys(context.Background(), r.master.ID, ids)
+	got, err := c.person().Client.DecKeys(context.Background(), r.master.ID, ids)
+	c.answered(err)
 	defer got.Wipe()
 	f.mu.Lock()
 	defer f.mu.Unlock()

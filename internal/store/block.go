@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -29,6 +30,17 @@ func (db *DB) EnsureLink(ctx context.Context, id string, peer identity.KME, end 
 	}
 	db.ends.Store(id, end)
 	return nil
+}
+
+// LastBlock is the link's highest session, and when its last block was held or, if it
+// has none yet, when it was opened. The session is 0 if there is none.
+func (db *DB) LastBlock(ctx context.Context, link string) (session int64, at time.Time, err error) {
+	err = db.pool.QueryRow(ctx, `SELECT s.id, COALESCE((SELECT held_at FROM block WHERE link = s.link AND session = s.id ORDER BY id DESC LIMIT 1), s.opened_at)
+		FROM session s WHERE s.link = $1 ORDER BY s.id DESC LIMIT 1`, link).Scan(&session, &at)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return 0, at, away("looking for the last block of link "+link, err)
+	}
+	return session, at, nil
 }
 
 // Session is the highest session ever opened on a link: 0 if none was.

@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -23,6 +25,9 @@ type BurnJob struct {
 // Burn deletes what is there of the atoms, unparks them, and leaves the void to be
 // told, in one transaction. It may be repeated.
 func (db *DB) Burn(ctx context.Context, j BurnJob) error {
+	if err := db.learn(ctx, slices.Collect(maps.Keys(db.byEpoch(j.Atoms)))...); err != nil {
+		return away("burning", err)
+	}
 	if err := db.do(ctx, &burn{j, db}, nil); err != nil {
 		return fmt.Errorf("burning %d atoms: %w", len(j.Atoms), err)
 	}

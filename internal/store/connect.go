@@ -27,7 +27,7 @@ func parse(cfg Config) (*pgxpool.Config, error) {
 	for name, value := range pointLookups {
 		conn.RuntimeParams[name] = value
 	}
-	conn.RuntimeParams["application_name"] = "kmed " + cfg.Node
+	conn.RuntimeParams["application_name"] = appName(cfg.Node)
 	conn.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite // whatever the DSN says: a standby is of no use
 	if conn.ConnectTimeout == 0 {
 		conn.ConnectTimeout = hostTime

@@ -113,6 +113,9 @@ type goneAtom struct {
 
 // emptyChunks deletes all that is left of chunks of an epoch.
 func emptyChunks(ctx context.Context, a *attempt, e key.Epoch, chunks []int64) ([]goneAtom, error) {
+	if err := a.c.db.learn(ctx, e); err != nil { // another node may have opened it
+		return nil, err
+	}
 	if !a.c.db.epochs.has(e) {
 		return nil, nil
 	}

@@ -107,6 +107,9 @@ func (db *DB) loadLeases(ctx context.Context, link string, chunks []int64) ([]Le
 		at[l.Chunk] = l
 		parts[l.Epoch] = append(parts[l.Epoch], l.Chunk)
 	}
+	if err := db.learn(ctx, slices.Collect(maps.Keys(parts))...); err != nil { // another node may have opened them
+		return nil, err
+	}
 	for e, ids := range parts {
 		rows, _ := db.pool.Query(ctx, "SELECT chunk, id, index, kek, iv, ct FROM "+keyTable(e)+" WHERE chunk = ANY($1::bigint[]) ORDER BY chunk, index", ids)
 		for rows.Next() {

@@ -89,25 +89,6 @@ func (db *DB) EndTakeover(ctx context.Context, node string, run int64, events ..
 	return nil
 }
 
-// NodeRun is a run of a node of this site.
-type NodeRun struct {
-	Node string
-	Run  int64
-}
-
-// UnfinishedTakeovers lists the nodes, with their current runs, for which chunks or
-// parked keys of lower runs are left. Any live node may finish them.
-func (db *DB) UnfinishedTakeovers(ctx context.Context) ([]NodeRun, error) {
-	rows, _ := db.pool.Query(ctx, `SELECT node, run FROM node_run n
-		WHERE EXISTS (SELECT FROM chunk c WHERE c.node = n.node AND c.run < n.run AND c.remaining > 0)
-		OR EXISTS (SELECT FROM parked p WHERE p.node = n.node AND p.run < n.run) ORDER BY node`)
-	runs, err := pgx.CollectRows(rows, pgx.RowToStructByPos[NodeRun])
-	if err != nil {
-		return nil, away("listing unfinished takeovers", err)
-	}
-	return runs, nil
-}
-
 // PeerRun is what is known of a node of a peer: zero if nothing is.
 func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (handover.PeerRun, error) {
 	var p handover.PeerRun

@@ -61,9 +61,8 @@ func TestFencing(t *testing.T) {
 		t.Errorf("a commit that another has overtaken: %v, want KME01", err)
 	}
 
-	nodes, err := heir.UnfinishedTakeovers(ctx)
-	if diff := cmp.Diff([]NodeRun{{"n1", 7}}, nodes); diff != "" || err != nil {
-		t.Errorf("unfinished takeovers: %v (-want +got):\n%s", err, diff)
+	if left, err := heir.LeftBy(ctx, NodeRun{"n1", 7}); left != (Left{Earlier: true}) || err != nil {
+		t.Errorf("before the takeover: %+v, %v", left, err)
 	}
 	if err := heir.EndTakeover(ctx, "n1", run, audit.Event{Action: audit.Takeover, Outcome: audit.Done}); err != nil {
 		t.Fatal(err)
@@ -115,8 +114,8 @@ func TestEndTakeoverFreesLowerRuns(t *testing.T) {
 	if n := ask[int](s, "SELECT count(*) FROM parked WHERE run = 2"); n != 2 || ask[int](s, "SELECT count(*) FROM parked") != 2 {
 		t.Errorf("%d keys of the current run are parked, want 2 and no others", n)
 	}
-	if nodes, err := two.UnfinishedTakeovers(ctx); len(nodes) != 0 || err != nil {
-		t.Errorf("unfinished takeovers: %v, %v", nodes, err)
+	if left, err := two.LeftBy(ctx, NodeRun{"n1", 2}); left != (Left{Now: true}) || err != nil {
+		t.Errorf("after the takeover: %+v, %v", left, err)
 	}
 	if err := again.Unpark(ctx, ids(b.Atoms[64:65])); err != nil {
 		t.Fatal(err)

@@ -40,6 +40,11 @@ type TakeJob struct {
 // Take empties the rows, all or none. With ErrShort one of them was gone or never
 // there; of any number of takes of a row at most one succeeds.
 func (db *DB) Take(ctx context.Context, j TakeJob) error {
+	for _, r := range j.Rows { // another node may have opened the epoch
+		if err := db.learn(ctx, r.ExpiryEpoch); err != nil {
+			return away("taking keys", err)
+		}
+	}
 	return db.do(ctx, &take{j, db}, j.Late)
 }
 

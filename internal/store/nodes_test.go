@@ -1,0 +1,379 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+)
+
+// TestBeat: a run shows itself until it is over, and a run that is over shows nothing.
+func TestBeat(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	one, two := s.open("n1"), s.open("n2")
+	beat := func(db *DB) {
+		t.Helper()
+		if err := db.Beat(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantNodes := func(want ...NodeBeat) {
+		t.Helper()
+		got, err := two.Nodes(t.Context())
+		if diff := cmp.Diff(want, got); diff != "" || err != nil {
+			t.Errorf("nodes: %v (-want +got):\n%s", err, diff)
+		}
+	}
+	wantNodes(NodeBeat{NodeRun{"n1", 1}, 0}, NodeBeat{NodeRun{"n2", 1}, 0})
+	beat(one)
+	beat(one)
+	beat(two)
+	wantNodes(NodeBeat{NodeRun{"n1", 1}, 2}, NodeBeat{NodeRun{"n2", 1}, 1})
+
+	heir, err := two.Depose(t.Context(), NodeRun{"n1", 1})
+	if heir != (NodeRun{"n1", 2}) || err != nil {
+		t.Fatalf("deposing: %v, %v", heir, err)
+	}
+	if _, err := two.Depose(t.Context(), NodeRun{"n1", 1}); !errors.Is(err, ErrOvertaken) {
+		t.Errorf("deposing the run that was: %v, want ErrOvertaken", err)
+	}
+	if err := one.Beat(t.Context()); !errors.Is(err, ErrFenced) {
+		t.Errorf("a beat of the deposed run: %v, want ErrFenced", err)
+	}
+	wantNodes(NodeBeat{NodeRun{"n1", 2}, 0}, NodeBeat{NodeRun{"n2", 1}, 1})
+
+	again := s.open("n1")
+	beat(again)
+	if err := one.Beat(t.Context()); !errors.Is(err, ErrFenced) {
+		t.Errorf("a beat of the deposed run: %v, want ErrFenced", err)
+	}
+	wantNodes(NodeBeat{NodeRun{"n1", 3}, 3}, NodeBeat{NodeRun{"n2", 1}, 1})
+	if err := again.Stop(t.Context(), nil, audit.Event{Action: audit.Stop, Outcome: audit.Done}); err != nil {
+		t.Fatal(err)
+	}
+	wantNodes(NodeBeat{NodeRun{"n1", 3}, 0}, NodeBeat{NodeRun{"n2", 1}, 1})
+	s.check()
+}
+
+// TestGiveBack: a chunk is given back if all that is left of it is in its holder's
+// hand, and by its holder alone.
+func TestGiveBack(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	ctx := t.Context()
+	one, two := s.open("n1"), s.open("n2")
+	b := s.fill(one, 256, mine)
+	leases, err := one.Lease(ctx, linkName, 3)
+	if err != nil || len(leases) != 3 {
+		t.Fatalf("leased %d, %v", len(leases), err)
+	}
+	if err := one.Serve(ctx, ServeJob{Atoms: ids(b.Atoms[:2]), Events: []audit.Event{served("r", b.BlockRef, b.Atoms[:2]...)}}); err != nil {
+		t.Fatal(err)
+	}
+	chunk := func(i int) int64 { return leases[i].Chunk }
+	back := []Leased{{chunk(0), 62}, {chunk(1), 63}, {chunk(2), 64}}
+	if freed, err := two.GiveBack(ctx, back); len(freed) != 0 || err != nil {
+		t.Errorf("another node gave back %v, %v", freed, err)
+	}
+	freed, err := one.GiveBack(ctx, back)
+	if diff := cmp.Diff([]int64{chunk(0), chunk(2)}, freed); diff != "" || err != nil {
+		t.Errorf("given back: %v (-want +got):\n%s", err, diff)
+	}
+	wantChunks := func(want ...string) {
+		t.Helper()
+		got := ask[[]string](s, "SELECT array_agg(coalesce(node, 'free') ORDER BY first) FROM chunk")
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("chunks (-want +got):\n%s", diff)
+		}
+	}
+	wantChunks("free", "n1", "free", "free")
+	if got, err := two.Lease(ctx, linkName, 1); err != nil || len(got) != 1 || len(got[0].Atoms) != 62 {
+		t.Errorf("the chunk that was given back: %+v, %v", got, err)
+	}
+	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); left != (Left{Now: true}) || err != nil {
+		t.Errorf("left by n1: %+v, %v", left, err)
+	}
+	if err := one.Stop(ctx, []Leased{{chunk(1), 64}, {chunk(0), 62}}); err != nil {
+		t.Fatal(err)
+	}
+	wantChunks("n2", "free", "free", "free")
+	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); left != (Left{}) || err != nil {
+		t.Errorf("left by n1 after its end: %+v, %v", left, err)
+	}
+	s.check()
+}
+
+// TestEpochOfAnotherNode: what lies in partitions that another node of the site has
+// made, since this one looked, is served, taken, burned and dropped like anything else.
+func TestEpochOfAnotherNode(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	ctx := t.Context()
+	two, one := s.open("n2"), s.open("n1")
+	s.step(5 * hour)
+	if _, err := one.EnsureEpoch(ctx, s.epoch()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := one.EnsureEpoch(ctx, s.epoch()+1); err != nil {
+		t.Fatal(err)
+	}
+	forget := func() { // as a node is that has just been idle
+		two.epochs.mu.Lock()
+		defer two.epochs.mu.Unlock()
+		clear(two.epochs.open)
+	}
+	b := s.fill(one, 64, mine)
+	due := s.due(b.Atoms[0].ID, "bob", "alice")
+	if err := one.Serve(ctx, ServeJob{Atoms: ids(b.Atoms[:1]), Due: []Due{due}, Events: []audit.Event{served("r", b.BlockRef, b.Atoms[0])}}); err != nil {
+		t.Fatal(err)
+	}
+	forget()
+	if err := two.Take(ctx, TakeJob{SAE: sae("bob"), Rows: []DueRef{due.ref()}, How: GoneTaken,
+		Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: ids(b.Atoms[:1])}}}); err != nil {
+		t.Errorf("taking: %v", err)
+	}
+	forget()
+	if err := two.Burn(ctx, BurnJob{Atoms: ids(b.Atoms[1:2]), Event: func(ids []key.ID) audit.Event {
+		return audit.Event{Action: audit.Burn, Outcome: audit.Done, Keys: ids, Atoms: rangeOf(b.BlockRef, 1, len(ids))}
+	}}); err != nil {
+		t.Errorf("burning: %v", err)
+	}
+	forget()
+	leases, err := two.Lease(ctx, linkName, 1)
+	if err != nil || len(leases) != 1 || len(leases[0].Atoms) != 62 {
+		t.Fatalf("leased %+v, %v", leases, err)
+	}
+	if err := two.Serve(ctx, ServeJob{Atoms: ids(b.Atoms[2:3]), Events: []audit.Event{served("r2", b.BlockRef, b.Atoms[2])}}); err != nil {
+		t.Errorf("serving: %v", err)
+	}
+	lost := s.block(1, 64, mine)
+	if err := one.HoldBlock(ctx, lost, holdEvent(lost)); err != nil {
+		t.Fatal(err)
+	}
+	forget()
+	if err := two.HeardHeldAnswer(ctx, lost.BlockRef, handover.Different, blockEvents(lost.BlockRef)); err != nil {
+		t.Errorf("dropping a block: %v", err)
+	}
+	s.check()
+}
+
+// TestStopGivesUnclaimedBack: what a Lease had leased and could not return is free
+// again after the run's end.
+func TestStopGivesUnclaimedBack(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n1")
+	s.fill(db, 64, mine)
+	leases, err := db.Lease(t.Context(), linkName, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db.setAside(linkName, []int64{leases[0].Chunk})
+	if err := db.Stop(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if n := ask[int](s, "SELECT count(*) FROM chunk WHERE node IS NULL"); n != 1 {
+		t.Error("an unclaimed chunk is still leased")
+	}
+}
+
+// TestTakeoverRaces: two survivors depose a node at once, finish each other's
+// takeover, and the node starts again meanwhile. One run comes of each bump, the
+// chunks are free at the end, and what a new run has leased stays its own.
+func TestTakeoverRaces(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	ctx := t.Context()
+	survivors := []*DB{s.open("n1"), s.open("n2")}
+	dead := s.open("n3")
+	b := s.fill(dead, 4*64, mine)
+	for round := range 10 {
+		leases, err := dead.Lease(ctx, linkName, 2)
+		if err != nil || len(leases) != 2 {
+			t.Fatalf("round %d: leased %d, %v", round, len(leases), err)
+		}
+		if err := dead.Park(ctx, ids(b.Atoms[:2]), 1); err != nil {
+			t.Fatal(err)
+		}
+		was := NodeRun{"n3", dead.committer.run}
+		var all sync.WaitGroup
+		var mu sync.Mutex
+		var heirs []NodeRun
+		for _, db := range survivors {
+			all.Go(func() {
+				heir, err := db.Depose(ctx, was)
+				if err == nil {
+					mu.Lock()
+					heirs = append(heirs, heir)
+					mu.Unlock()
+				} else if !errors.Is(err, ErrOvertaken) {
+					t.Error(err)
+				}
+				nodes, err := db.Nodes(ctx)
+				if err != nil {
+					t.Error(err)
+				}
+				now := nodes[2].NodeRun
+				err = db.EndTakeover(ctx, now.Node, now.Run, audit.Event{Action: audit.Takeover, Outcome: audit.Done})
+				if err != nil && !errors.Is(err, ErrOvertaken) {
+					t.Error(err)
+				}
+			})
+		}
+		if round%2 == 1 {
+			all.Go(func() { dead = s.open("n3") })
+		}
+		all.Wait()
+		if round%2 == 0 {
+			if len(heirs) != 1 || heirs[0].Run != was.Run+1 {
+				t.Fatalf("round %d: run %d was deposed by %v", round, was.Run, heirs)
+			}
+			dead = s.open("n3")
+		}
+		now := NodeRun{"n3", dead.committer.run}
+		if err := survivors[0].EndTakeover(ctx, now.Node, now.Run); err != nil {
+			t.Fatal(err)
+		}
+		if left, err := survivors[1].LeftBy(ctx, now); left != (Left{}) || err != nil {
+			t.Fatalf("round %d: left %+v, %v", round, left, err)
+		}
+		if n := ask[int](s, "SELECT count(*) FROM chunk WHERE node IS NOT NULL"); n != 0 {
+			t.Fatalf("round %d: %d chunks are leased", round, n)
+		}
+	}
+	s.check()
+}
+
+// TestDisconnect: a node that is stopped in the middle of a transaction keeps its
+// locks until its sessions are ended.
+func TestDisconnect(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n2")
+	s.fill(db, 64, mine)
+	paused, err := pgx.Connect(t.Context(), s.dsn(AppRole)+" search_path=kme application_name='"+appName("n1")+"'")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer paused.Close(context.Background())
+	if _, err := paused.Exec(t.Context(), "BEGIN; SELECT FROM chunk FOR UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(db.Disconnect(t.Context(), "n1", time.Minute), paused.Ping(t.Context())); err != nil {
+		t.Fatalf("a session that is younger than its node is dead: %v", err)
+	}
+	if err := db.Disconnect(t.Context(), "n1", 0); err != nil {
+		t.Fatal(err)
+	}
+	s.await("the lock to be free", func() bool {
+		leases, err := db.Lease(t.Context(), linkName, 1)
+		return err == nil && len(leases) == 1
+	})
+	if err := paused.Ping(t.Context()); err == nil {
+		t.Error("the paused session lives")
+	}
+	if err := db.Beat(t.Context()); err != nil {
+		t.Errorf("our own sessions: %v", err)
+	}
+}
+
+// TestLead: one of several leads at a time, the next one when it has gone, however
+// it went.
+func TestLead(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	type word struct {
+		node  string
+		leads bool
+	}
+	words := make(chan word, 16)
+	var all sync.WaitGroup
+	lead := func(ctx context.Context, db *DB) {
+		all.Go(func() {
+			err := db.Lead(ctx, "test", func(ctx context.Context) error {
+				words <- word{db.cfg.Node, true}
+				<-ctx.Done()
+				words <- word{db.cfg.Node, false}
+				return ctx.Err()
+			})
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("%s: %v", db.cfg.Node, err)
+			}
+		})
+	}
+	want := func(w word) {
+		t.Helper()
+		select {
+		case got := <-words:
+			if got != w {
+				t.Fatalf("%+v, want %+v", got, w)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("not in time: %+v", w)
+		}
+	}
+	one, two := s.open("n1"), s.open("n2")
+	oneCtx, stopOne := context.WithCancel(ctx)
+	defer stopOne()
+	lead(oneCtx, one)
+	want(word{"n1", true})
+	lead(ctx, two)
+	stopOne()
+	want(word{"n1", false})
+	want(word{"n2", true})
+	if err := one.Disconnect(ctx, "n2", 0); err != nil { // as if it were paused
+		t.Fatal(err)
+	}
+	want(word{"n2", false})
+	want(word{"n2", true})
+	cancel()
+	all.Wait()
+
+	broken := errors.New("broken")
+	if err := one.Lead(t.Context(), "other", func(context.Context) error { return broken }); !errors.Is(err, broken) {
+		t.Errorf("what failed while it led: %v", err)
+	}
+	if err := two.Lead(t.Context(), "other", func(context.Context) error { return fmt.Errorf("also %w", broken) }); !errors.Is(err, broken) {
+		t.Errorf("the next: %v", err)
+	}
+}
+
+// TestAlone: two nodes never do it at once.
+func TestAlone(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	var inside atomic.Int32
+	var all sync.WaitGroup
+	for _, db := range []*DB{s.open("n1"), s.open("n2")} {
+		for range 2 {
+			all.Go(func() {
+				for range 10 {
+					err := db.Alone(t.Context(), "test", func(ctx context.Context) error {
+						if inside.Add(1) > 1 {
+							t.Error("two at once")
+						}
+						defer inside.Add(-1)
+						_, err := db.Nodes(ctx)
+						return err
+					})
+					if err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+	all.Wait()
+}
