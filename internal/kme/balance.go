@@ -50,6 +50,9 @@ func (k *KME) balance(ctx context.Context) {
 		return // whoever cannot use its keys gives none either: what is wrong may be that it was set back
 	}
 	for _, l := range k.links {
+		if k.servingPeer(l.Peer) != nil {
+			continue // its recovery would burn them
+		}
 		if err := l.even(ctx); err != nil {
 			k.Log.Warn("giving chunks", "link", l.ID, "err", err)
 		}

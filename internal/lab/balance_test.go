@@ -34,7 +34,9 @@ func TestOneSidedLoad(t *testing.T) {
 		{bob, alice, l.KM2, l.KM1},
 	} {
 		keysStored(t, l, 900)
-		t.Run(way.master.ID.String()+" takes all", func(t *testing.T) { drain(t, l, way.master, way.slave) })
+		t.Run(way.master.ID.String()+" takes all", func(t *testing.T) {
+			drain(t, l, []*Person{way.master}, []*Person{way.slave})
+		})
 		for _, victim := range []struct {
 			site *Site
 			name string
@@ -63,18 +65,35 @@ func TestOneSidedLoad(t *testing.T) {
 	}
 }
 
+// The same with two nodes a site, of which each has leased some of its end's chunks.
+func TestOneSidedLoadOfManyNodes(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) { c.Nodes, c.Filler, c.Interval, c.PoolLimit = 2, 4096, time.Hour, 4096 })
+	keysStored(t, l, 2000)
+	var alices, bobs []*Person
+	for i := range 2 {
+		alices = append(alices, saeAt(t, l, "alice", l.KM1.Nodes[i].Name))
+		bobs = append(bobs, saeAt(t, l, "bob", l.KM2.Nodes[i].Name))
+	}
+	drain(t, l, alices, bobs)
+}
+
 // portion is how many keys a master asks for at once, here.
 const portion = 16
 
-// drain has master get all keys that there are at both ends, but what the other end
-// keeps for its own: no more than a chunk or two.
-func drain(t *testing.T, l *Lab, master, slave *Person) {
-	get(t, slave, master, 1) // the other end has leased some of its chunks, and will not use them
+// drain has a master get all keys that there are at both ends, but what the other end
+// keeps for its own: no more than a chunk or two for each of its nodes.
+func drain(t *testing.T, l *Lab, masters, slaves []*Person) {
+	master, slave := masters[0], slaves[0]
+	for _, s := range slaves {
+		get(t, s, master, 1) // the other end has leased some of its chunks, and will not use them
+	}
 	all := stored(t, master, slave) + stored(t, slave, master)
 	got, longest := 0, time.Duration(0)
-	for served := time.Now(); got < all-3*key.ChunkAtoms; {
+	for served, turn := time.Now(), 0; got < all-(1+2*len(slaves))*key.ChunkAtoms; {
 		eventually(t, fmt.Sprintf("keys for %s, who has %d of %d", master.ID, got, all), func(ctx context.Context) error {
-			c, err := master.Client.EncKeys(ctx, slave.ID, etsi014.KeyRequest{Number: portion})
+			turn++
+			c, err := masters[turn%len(masters)].Client.EncKeys(ctx, slave.ID, etsi014.KeyRequest{Number: portion})
 			c.Wipe()
 			got += len(c.Keys)
 			return err
@@ -148,4 +167,30 @@ func compareOwners(t testing.TB, l *Lab) {
 		}
 		return nil
 	})
+}
+
+// TestCheckOwners: what Check calls two owners, and what it does not, given that the
+// other site was read later.
+func TestCheckOwners(t *testing.T) {
+	t.Parallel()
+	ref := handover.ChunkRef{BlockRef: handover.BlockRef{Link: linkID, Session: 1, Block: 1}, First: 64}
+	for name, tc := range map[string]struct {
+		here, later handover.Chunk
+		bad         bool
+	}{
+		"from the first":         {handover.Chunk{Mine: true}, handover.Chunk{}, false},
+		"given meanwhile":        {handover.Chunk{Mine: true, Grants: 2}, handover.Chunk{Mine: true, Grants: 3}, false},
+		"on its way":             {handover.Chunk{Grants: 3}, handover.Chunk{Grants: 2}, false},
+		"both from the first":    {handover.Chunk{Mine: true}, handover.Chunk{Mine: true}, true},
+		"both by the same grant": {handover.Chunk{Mine: true, Grants: 2}, handover.Chunk{Mine: true, Grants: 2}, true},
+		"taken and never given":  {handover.Chunk{Mine: true, Grants: 3}, handover.Chunk{Mine: true, Grants: 2}, true},
+		"given by nobody":        {handover.Chunk{Mine: true, Grants: 3}, handover.Chunk{Grants: 2}, true},
+	} {
+		e := &evidence{site: &Site{Name: "km1"}, chunks: map[handover.ChunkRef]handover.Chunk{ref: tc.here}}
+		var r Report
+		e.checkOwners(&r, map[handover.ChunkRef]handover.Chunk{ref: tc.later}, "km2")
+		if bad := len(r.Violations) > 0; bad != tc.bad {
+			t.Errorf("%s: %v", name, r.Violations)
+		}
+	}
 }
