@@ -22,6 +22,7 @@ type Alarm struct {
 type alarms struct {
 	mu       sync.Mutex
 	standing map[string]Alarm
+	untold   map[string]bool      // those that could not be recorded yet
 	ending   map[string]time.Time // when those end that are of something that has happened
 	failing  map[string]time.Time // since when, for what is given some patience
 }
@@ -48,6 +49,7 @@ func (k *KME) suspect(ctx context.Context, name, text string) {
 }
 
 // raise records an alarm and lets it stand; one that stands already is only updated.
+// One that could not be recorded, since the database is away, is when it is raised again.
 func (k *KME) raise(ctx context.Context, name, text string) {
 	k.alarms.mu.Lock()
 	old, stands := k.alarms.standing[name]
@@ -59,14 +61,26 @@ func (k *KME) raise(ctx context.Context, name, text string) {
 		a.Since = old.Since
 	}
 	k.alarms.standing[name] = a
+	untold := k.alarms.untold[name]
+	delete(k.alarms.untold, name)
 	k.alarms.mu.Unlock()
-	if stands {
+	if stands && !untold {
 		return
 	}
-	k.Log.Error("alarm", "about", name, "text", text)
+	if !stands {
+		k.Log.Error("alarm", "about", name, "text", text)
+	}
 	ev := k.own(audit.Alarm)
 	ev.Outcome, ev.Reason = audit.Failed, name+": "+text
-	k.note(ctx, ev)
+	if k.note(ctx, ev) {
+		return
+	}
+	k.alarms.mu.Lock()
+	defer k.alarms.mu.Unlock()
+	if k.alarms.untold == nil {
+		k.alarms.untold = make(map[string]bool)
+	}
+	k.alarms.untold[name] = true
 }
 
 // incidentTime is how long an alarm stands of something that has happened and may be
@@ -106,6 +120,7 @@ func (k *KME) clear(ctx context.Context, name string) {
 	a, stood := k.alarms.standing[name]
 	delete(k.alarms.standing, name)
 	delete(k.alarms.failing, name)
+	delete(k.alarms.untold, name)
 	k.alarms.mu.Unlock()
 	if !stood {
 		return
@@ -116,14 +131,17 @@ func (k *KME) clear(ctx context.Context, name string) {
 	k.note(ctx, ev)
 }
 
-// note records an event that no request waits for. An event lost because the
-// database is away is still in the log, and the alarms say that it is away.
-func (k *KME) note(ctx context.Context, evs ...audit.Event) {
+// note records an event that no request waits for, and says whether it did. An event
+// lost because the database is away is still in the log, and the alarms say that it is
+// away.
+func (k *KME) note(ctx context.Context, evs ...audit.Event) bool {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	if err := k.Store.Record(ctx, evs...); err != nil {
+	err := k.Store.Record(ctx, evs...)
+	if err != nil {
 		k.Log.Warn("recording an event", "action", evs[0].Action, "err", err)
 	}
+	return err == nil
 }
 
 // Alarms lists those that stand, oldest first.

@@ -229,6 +229,11 @@ func (k *KME) stopped() {
 // nothing is wrapped or unwrapped.
 func (k *KME) beat(ctx context.Context) {
 	k.endIncidents(ctx)
+	if err := k.outage.keep(); err != nil {
+		k.raise(ctx, "data", "the data folder takes no writes: "+err.Error())
+	} else {
+		k.clear(ctx, "data")
+	}
 	if err := k.Store.Healthy(); err != nil {
 		k.raise(ctx, "database", "the database does not answer: "+err.Error())
 	} else {
@@ -283,7 +288,7 @@ func (k *KME) hsmWell() error {
 func (k *KME) greet(ctx context.Context) {
 	for id, client := range k.Peers {
 		known, mine := k.figures(ctx, id), k.hello(ctx, id, k.standing(ctx))
-		before := k.Now()
+		before, asked := k.Now(), time.Now()
 		asking, cancel := context.WithTimeout(ctx, 2*time.Second)
 		h, err := client.Hello(asking, mine)
 		cancel()
@@ -293,12 +298,20 @@ func (k *KME) greet(ctx context.Context) {
 			continue
 		}
 		k.clear(ctx, name)
+		if took := time.Since(asked); took > peerSlow {
+			k.suspect(ctx, "slow-"+id.String(), fmt.Sprintf("%s took %v to answer", id, took.Round(time.Millisecond)))
+		} else {
+			k.clear(ctx, "slow-"+id.String())
+		}
 		k.judgeClock(ctx, id, h, before)
 		k.judgePeer(ctx, id, h, known)
 		k.judgeSelf(ctx, id, h, k.standing(ctx))
 		k.tellRunAgain(ctx, id)
 	}
 }
+
+// peerSlow is a time for an answer that leaves an announce little room to be in time.
+const peerSlow = announceTime / 4
 
 // peerAlarm is the name of the alarm that a peer does not answer.
 func peerAlarm(id identity.KME) string { return "peer-" + id.String() }

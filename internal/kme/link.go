@@ -396,7 +396,7 @@ func (l *link) room(ctx context.Context) error {
 
 // pace waits until the link's interval has passed since began.
 func (l *link) pace(ctx context.Context, began time.Time) error {
-	t := time.NewTimer(max(0, l.Interval-l.k.Now().Sub(began)))
+	t := time.NewTimer(min(l.Interval, max(0, l.Interval-l.k.Now().Sub(began)))) // whatever the clock has done since
 	defer t.Stop()
 	select {
 	case <-ctx.Done():

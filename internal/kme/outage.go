@@ -19,6 +19,8 @@ type outage struct {
 	mu   sync.Mutex
 	path string
 	n    int64
+	kept int64 // what the file says
+	err  error // of the last write
 }
 
 func openOutage(dir string) (*outage, error) {
@@ -27,7 +29,7 @@ func openOutage(dir string) (*outage, error) {
 	if err != nil {
 		return nil, err
 	}
-	o.n = n
+	o.n, o.kept = n, n
 	return o, nil
 }
 
@@ -58,8 +60,22 @@ func (o *outage) settle(n int64) {
 }
 
 // save writes the number. A disk that does not take it leaves the number in
-// memory: refusing goes on, which is all there is to do.
-func (o *outage) save() { _ = writeDurably(o.path, []byte(strconv.FormatInt(o.n, 10)+"\n")) }
+// memory: refusing goes on, which is all there is to do until keep is called.
+func (o *outage) save() {
+	if o.err = writeDurably(o.path, []byte(strconv.FormatInt(o.n, 10)+"\n")); o.err == nil {
+		o.kept = o.n
+	}
+}
+
+// keep writes a number that is not in the file yet, and says why if it cannot.
+func (o *outage) keep() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.n != o.kept {
+		o.save()
+	}
+	return o.err
+}
 
 // summarise writes the summary of an outage that is over.
 func (k *KME) summarise(ctx context.Context) {

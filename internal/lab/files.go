@@ -73,7 +73,7 @@ var kmedYAML = template.Must(template.New("kmed.yaml").Parse(`# Written by the l
 kme: {{.Name}}
 node: {{.Node}}
 data: data
-policies: ../../policies
+policies: {{.Policies}}
 database: "{{.Database}}"
 hsm:
   module: {{.Module}}
@@ -114,6 +114,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	if err := kmedYAML.Execute(&b, map[string]any{
 		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
 		"Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Limits": s.lab.Limits,
+		"Policies": s.policies(),
 	}); err != nil {
 		return err
 	}

@@ -55,6 +55,9 @@ type Config struct {
 	// Settings, by site, are lines added to the configuration of its nodes.
 	Settings map[string]string
 
+	// Proxy puts one in front of each node's peer doors, to make trouble with.
+	Proxy bool
+
 	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
 
@@ -129,6 +132,11 @@ func (l *Lab) up(ctx context.Context) error {
 	if err := l.saveState(); err != nil {
 		return err
 	}
+	if l.Proxy {
+		if err := l.startProxies(); err != nil {
+			return err
+		}
+	}
 
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { l.step("certificate authorities"); return l.startCAs(gctx) })
@@ -159,7 +167,12 @@ func (l *Lab) up(ctx context.Context) error {
 }
 
 // nodes are those of both sites.
-func (l *Lab) nodes() []*Node { return slices.Concat(l.KM1.Nodes, l.KM2.Nodes) }
+func (l *Lab) nodes() []*Node {
+	if l.KM1 == nil {
+		return nil
+	}
+	return slices.Concat(l.KM1.Nodes, l.KM2.Nodes)
+}
 
 // node is the one of that name, or the first of the site of that name.
 func (l *Lab) node(name string) (*Node, error) {
@@ -198,6 +211,9 @@ func (l *Lab) Down() error {
 	if l.KM1 != nil {
 		together(l.KM1.Stop, l.KM2.Stop)
 		last = append(last, l.KM1.stopDatabase, l.KM2.stopDatabase)
+	}
+	for _, n := range l.nodes() {
+		n.Proxy.close()
 	}
 	last = append(last, l.fibre.stop)
 	for _, ca := range l.cas {

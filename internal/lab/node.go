@@ -22,6 +22,8 @@ type Node struct {
 	index int    // among the site's nodes
 	env   []string
 	kmed  *process
+
+	Proxy *Proxy // with Config.Proxy
 }
 
 func (n *Node) path(parts ...string) string {

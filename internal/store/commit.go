@@ -85,7 +85,9 @@ func (c *committer) commit(jobs []*job) {
 			c.finish(alone(err), jobs...)
 			return
 		case verdictFail:
-			c.finish(fmt.Errorf("%w: %w", ErrUnavailable, err), jobs...)
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+			c.full.Store(&downReason{err})
+			c.finish(err, jobs...)
 			return
 		case verdictLost:
 			c.setDown(err)
@@ -113,6 +115,7 @@ func (c *committer) refuse(jobs []*job, refused map[*job]error) []*job {
 func (c *committer) advance(a *attempt) {
 	c.mark, c.head = a.mark, a.head
 	c.db.untaken.add(a.untaken)
+	c.full.Store(nil)
 	c.db.cfg.Witness.note(c.run, c.head)
 	for e := range a.due {
 		c.db.epochs.refill(e)

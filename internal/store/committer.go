@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -95,7 +96,8 @@ type committer struct {
 	events chan *job     // those of record
 	fenced chan struct{} // closed: ErrFenced
 	down   atomic.Pointer[downReason]
-	stop   context.Context // ends with Close; what is under way with the database goes on
+	full   atomic.Pointer[downReason] // the database answers, and could not do the last batch: until it does one
+	stop   context.Context            // ends with Close; what is under way with the database goes on
 	cancel context.CancelFunc
 	ended  sync.WaitGroup
 	begun  atomic.Bool
@@ -134,6 +136,16 @@ const hangTime = 4 * time.Second
 
 // health is why jobs are refused at once, or nil.
 func (c *committer) health() error {
+	if d := c.full.Load(); d != nil {
+		return cmp.Or(c.connected(), d.err)
+	}
+	return c.connected()
+}
+
+// connected is health, but for a database that answers and can do nothing: its disk
+// is full, say. There, an event alone is tried all the same, which shows when it can
+// again and costs nobody a key.
+func (c *committer) connected() error {
 	if d := c.down.Load(); d != nil {
 		return d.err
 	}
@@ -155,12 +167,17 @@ func (db *DB) do(ctx context.Context, a act, late func(bool)) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%w: %w", ErrDropped, err)
 	}
-	if err := c.health(); err != nil {
+	_, event := a.(record)
+	health := c.health
+	if event {
+		health = c.connected
+	}
+	if err := health(); err != nil {
 		return err
 	}
 	j := &job{act: a, late: late, done: make(chan struct{})}
 	queue := c.queue
-	if _, ok := a.(record); ok {
+	if event {
 		queue = c.events
 	}
 	select {
