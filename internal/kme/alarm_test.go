@@ -144,6 +144,23 @@ func TestAlarmWithoutDatabase(t *testing.T) {
 	}
 }
 
+// TestAlarmIsToldLate: one that could not be recorded is when it is raised again, once.
+func TestAlarmIsToldLate(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	k.Store.Close()
+	k.raise(t.Context(), "database", "away")
+	k.raise(t.Context(), "database", "still away")
+	k.Store = s.open() // it is back
+	for range 3 {
+		k.raise(t.Context(), "database", "away until now")
+	}
+	if diff := cmp.Diff([]told{{"alarm", "failed", "database: away until now", 0}}, s.audit()); diff != "" {
+		t.Errorf("audit (-want +got):\n%s", diff)
+	}
+}
+
 // TestClocks: an offset of the peer's clock beyond 1 s is an alarm, and beyond 30 s
 // no blocks are made, whichever of the two is ahead.
 func TestClocks(t *testing.T) {

@@ -88,6 +88,34 @@ func TestOutageFile(t *testing.T) {
 	}
 }
 
+// TestOutageIsKeptLater: what could not be written is as soon as it can, and until then
+// it is known why not.
+func TestOutageIsKeptLater(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "data")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	o, err := openOutage(dir)
+	if err != nil || o.keep() != nil {
+		t.Fatalf("a new one: %v, %v", err, o.keep())
+	}
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	o.count()
+	o.count()
+	if o.counted() != 2 || o.keep() == nil {
+		t.Errorf("counted %d, and kept in a folder that is not there: %v", o.counted(), o.keep())
+	}
+	if err := os.Rename(dir+".away", dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.keep(); err != nil || contents(t, dir)["outage"] != "2\n" {
+		t.Errorf("kept: %v, %q", err, contents(t, dir))
+	}
+}
+
 // TestWriteDurably: a file holds the old content or the new, and nothing else is
 // left in its folder.
 func TestWriteDurably(t *testing.T) {

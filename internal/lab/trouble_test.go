@@ -5,15 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"golang.org/x/sys/unix"
 
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/handover"
@@ -358,13 +359,21 @@ func untilLink(t *testing.T, s *Site, state string) {
 }
 
 // limitFiles has processes write no file beyond so many bytes: what lies there can be
-// read, and no more be written, as on a full disk.
-func limitFiles(t *testing.T, bytes uint64, pids ...int) {
+// read, and no more be written, as on a full disk. It is done as the processes' own
+// user, who may, unlike a root without capabilities.
+func limitFiles(t *testing.T, bytes string, pids ...int) {
 	t.Helper()
 	for _, pid := range pids {
-		err := unix.Prlimit(pid, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: bytes, Max: unix.RLIM_INFINITY}, nil)
-		if err != nil && !errors.Is(err, unix.ESRCH) {
-			t.Fatalf("limiting the files of process %d: %v", pid, err)
+		info, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
+		if err != nil {
+			continue // it has ended
+		}
+		cmd := exec.Command("prlimit", "--pid", strconv.Itoa(pid), "--fsize="+bytes+":")
+		if owner := info.Sys().(*syscall.Stat_t); int(owner.Uid) != os.Geteuid() {
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: owner.Uid, Gid: owner.Gid}}
+		}
+		if said, err := cmd.CombinedOutput(); err != nil && syscall.Kill(pid, 0) == nil {
+			t.Fatalf("limiting the files of process %d: %v: %s", pid, err, said)
 		}
 	}
 }
@@ -393,7 +402,7 @@ func postgres(t *testing.T, s *Site) []int {
 }
 
 // walSegment is the size of the files that the database's log is made of, beforehand.
-const walSegment = 16 << 20
+const walSegment = "16777216"
 
 // fill makes the files of the site's audit as large as those of the log by rows that are
 // taken back, and then has the database write no file beyond that.
@@ -413,7 +422,7 @@ func fill(t *testing.T, s *Site) (empty func()) {
 		return errors.Join(err, tx.Rollback(t.Context()))
 	})
 	limitFiles(t, walSegment, postgres(t, s)...)
-	empty = func() { limitFiles(t, unix.RLIM_INFINITY, postgres(t, s)...) }
+	empty = func() { limitFiles(t, "unlimited", postgres(t, s)...) }
 	t.Cleanup(empty)
 	return empty
 }
@@ -470,7 +479,7 @@ func dataFull(t *testing.T, l *Lab) {
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
 	const summary = `e->>'action' = 'outage-summary'`
 	summaries := recorded(t, l.KM1, summary)
-	limitFiles(t, 0, l.KM1.kmed.cmd.Process.Pid)
+	limitFiles(t, "0", l.KM1.kmed.cmd.Process.Pid)
 	works(t, l)
 	if err := l.KM1.StopDatabase(); err != nil {
 		t.Fatal(err)
@@ -482,7 +491,7 @@ func dataFull(t *testing.T, l *Lab) {
 		t.Fatal(err)
 	}
 	works(t, l)
-	limitFiles(t, unix.RLIM_INFINITY, l.KM1.kmed.cmd.Process.Pid)
+	limitFiles(t, "unlimited", l.KM1.kmed.cmd.Process.Pid)
 	untilAlarm(t, l.KM1, "data", false)
 	eventually(t, "a summary of what was refused", func(context.Context) error {
 		if n := recorded(t, l.KM1, summary); n == summaries {
