@@ -161,6 +161,29 @@ func (p *process) lease() {
 	p.commit("Lease", job{act: func() { got = p.site.lease(p.node, p.run) }, done: func() { p.giveBack(got) }})
 }
 
+// share ends the lease of a chunk of which the process has all the atoms that are
+// left, for the site's other nodes.
+func (p *process) share() {
+	c := p.site.chunkOf(choose(p.w, p.free))
+	if c == nil {
+		return
+	}
+	var mine []key.ID
+	p.free = slices.DeleteFunc(p.free, func(id key.ID) bool {
+		if slices.Contains(c.ids, id) {
+			mine = append(mine, id)
+			return true
+		}
+		return false
+	})
+	done := false
+	p.commit("GiveBack", job{act: func() { done = p.site.giveBack(p.node, p.run, c, mine) }, done: func() {
+		if !done {
+			p.giveBack(mine)
+		}
+	}})
+}
+
 func (p *process) giveBack(ids []key.ID) {
 	p.free = append(p.free, ids...)
 	slices.SortFunc(p.free, func(a, b key.ID) int {

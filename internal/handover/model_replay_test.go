@@ -41,7 +41,11 @@ type (
 		BlockRef
 		Answer HeldAnswer
 	}
-	DoLease struct{ IDs []key.ID }
+	DoLease    struct{ IDs []key.ID }
+	DoGiveBack struct {
+		IDs  []key.ID // of one chunk
+		Done bool
+	}
 	DoServe struct {
 		Request
 		Done bool

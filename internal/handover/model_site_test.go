@@ -220,6 +220,16 @@ func (s *site) lease(node string, run int64) (ids []key.ID) {
 	return nil
 }
 
+// giveBack ends the lease of a chunk if all that is left of it is in the process's hand.
+func (s *site) giveBack(node string, run int64, c *chunkRow, ids []key.ID) (done bool) {
+	defer func() { s.did(DoGiveBack{ids, done}) }()
+	if c.node != node || c.run != run || s.left(c) != len(ids) && !s.w.broken.sharedLent {
+		return false
+	}
+	c.node, c.run = "", 0
+	return true
+}
+
 // pooled are a chunk's atoms that may be used.
 func (s *site) pooled(c *chunkRow) []key.ID {
 	var ids []key.ID

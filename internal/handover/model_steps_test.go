@@ -44,6 +44,9 @@ var steps = []struct {
 	{"end hung", 3, true, (*world).endHung},
 	{"open session", 1, true, (*world).openSession},
 	{"expire", 1, true, (*world).expire},
+	{"share", 2, false, func(w *world) bool {
+		return w.with(func(p *process) bool { return able(p) && len(p.free) > 0 }, (*process).share)
+	}},
 	{"give", 9, true, (*world).give}, // no fault, but rare or frequent like one
 }
 

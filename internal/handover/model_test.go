@@ -54,7 +54,7 @@ type broken struct {
 	staleAccepted, noFence, unknownIsFailed, freeUnanswered, voidInDoubt, reclaimUnvoided,
 	runLowered, leaseHeld, leaseAnyOwner, neverTooEarly, takenBackTwice bool
 
-	grantUncounted, grantLeased, grantUncommitted, grantUsedEarly, grantAckUnnamed, grantToldOnce bool
+	grantUncounted, grantLeased, grantUncommitted, grantUsedEarly, grantAckUnnamed, grantToldOnce, sharedLent bool
 }
 
 type placed struct {

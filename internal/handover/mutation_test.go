@@ -40,6 +40,7 @@ func TestBrokenRulesAreNoticed(t *testing.T) {
 		{"a grant is committed before it is told", broken{grantUncommitted: true}},
 		{"a granted chunk is used only once the grant is committed", broken{grantUsedEarly: true}},
 		{"the acknowledgement of a grant names its counter", broken{grantAckUnnamed: true}},
+		{"a chunk is given back only if no atom of it is in use", broken{sharedLent: true}},
 		{"a grant is told until it is acknowledged", broken{grantToldOnce: true}},
 	} {
 		t.Run(tc.rule, func(t *testing.T) {

@@ -66,15 +66,16 @@ func now() time.Time { return time.UnixMilli(0).Add(10 * time.Minute) }
 
 // tables are one site's database. What is found wrong first is kept in bad.
 type tables struct {
-	t     *testing.T
-	cfg   store.Config
-	end   handover.End
-	peer  identity.KME
-	tool  *store.DB // for what needs no run
-	super *pgx.Conn
-	runs  map[string]*store.DB // by node: that of its current run, or of the one before
-	verbs map[string]int
-	bad   string
+	t      *testing.T
+	cfg    store.Config
+	end    handover.End
+	peer   identity.KME
+	tool   *store.DB // for what needs no run
+	super  *pgx.Conn
+	runs   map[string]*store.DB // by node: that of its current run, or of the one before
+	chunks map[key.ID]int64     // by atom, of those that were leased
+	verbs  map[string]int
+	bad    string
 }
 
 func newTables(t *testing.T, c *pgdev.Cluster, end handover.End) *tables {
@@ -88,7 +89,7 @@ func newTables(t *testing.T, c *pgdev.Cluster, end handover.End) *tables {
 	}
 	must(c.EnsureDatabase(ctx, name))
 	must(store.Migrate(ctx, c.DSN(pgdev.Superuser, name), hour, nil))
-	s := &tables{t: t, end: end, runs: make(map[string]*store.DB), verbs: make(map[string]int)}
+	s := &tables{t: t, end: end, runs: make(map[string]*store.DB), chunks: make(map[key.ID]int64), verbs: make(map[string]int)}
 	var err error
 	s.cfg = store.Config{DSN: c.DSN(store.AppRole, name), Node: "tool", EpochLength: hour, Now: now}
 	s.cfg.Site, err = identity.ParseKME("km-" + name)
@@ -211,10 +212,15 @@ func (s *tables) Do(node string, run int64, verb any) {
 		var ids []key.ID
 		for _, l := range leases {
 			for _, a := range l.Atoms {
+				s.chunks[a.ID] = l.Chunk
 				ids = append(ids, a.ID)
 			}
 		}
 		s.same("atoms leased", v.IDs, ids)
+	case handover.DoGiveBack:
+		freed, err := db.GiveBack(ctx, []store.Leased{{Chunk: s.chunks[v.IDs[0]], Atoms: len(v.IDs)}})
+		s.must(err)
+		s.same("chunk given back", v.Done, len(freed) == 1)
 	case handover.DoServe:
 		s.may(db.Serve(ctx, store.ServeJob{Atoms: slices.Collect(v.Atoms()), Events: []audit.Event{event(audit.EncKeys)}}), store.ErrShort, v.Done)
 	case handover.DoBurn:

@@ -25,8 +25,12 @@ func TestWatch(t *testing.T) {
 	for name, looks := range map[string][]look{
 		"lives": {{0, beat(1, 1), true, false}, {2 * s, beat(1, 2), true, false}, {4 * s, beat(1, 3), true, false}, {7 * s, beat(1, 4), true, false}},
 		"dies": {
-			{0, beat(1, 1), true, false}, {2 * s, beat(1, 1), true, false}, {4 * s, beat(1, 1), true, false},
-			{5*s + 1, beat(1, 1), false, true}, {7 * s, beat(1, 1), false, true}, {8 * s, beat(1, 2), true, false},
+			{0, beat(1, 1), true, false},
+			{2 * s, beat(1, 1), true, false},
+			{4 * s, beat(1, 1), true, false},
+			{5*s + 1, beat(1, 1), false, true},
+			{7 * s, beat(1, 1), false, true},
+			{8 * s, beat(1, 2), true, false},
 		},
 		"stops in order": {{0, beat(1, 9), true, false}, {s, beat(1, 0), false, true}, {2 * s, beat(1, 0), false, true}, {20 * s, beat(2, 0), false, false}, {21 * s, beat(2, 1), true, false}},
 		"is taken over": {

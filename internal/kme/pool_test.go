@@ -320,7 +320,7 @@ func TestIdlePool(t *testing.T) {
 			t.Errorf("before its time: %d leases", len(leases))
 		}
 		f.pool.give(got)
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		if leases := f.pool.idle(); len(leases) != 1 || len(leases[0].left) != key.ChunkAtoms {
 			t.Errorf("idle: %v", leases)
 		}

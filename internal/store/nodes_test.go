@@ -139,8 +139,10 @@ func TestEpochOfAnotherNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	forget()
-	if err := two.Take(ctx, TakeJob{SAE: sae("bob"), Rows: []DueRef{due.ref()}, How: GoneTaken,
-		Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: ids(b.Atoms[:1])}}}); err != nil {
+	if err := two.Take(ctx, TakeJob{
+		SAE: sae("bob"), Rows: []DueRef{due.ref()}, How: GoneTaken,
+		Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: ids(b.Atoms[:1])}},
+	}); err != nil {
 		t.Errorf("taking: %v", err)
 	}
 	forget()
