@@ -52,6 +52,10 @@ type Config struct {
 	PoolLimit int `yaml:"pool_limit"`
 	// Limits bound what one SAE may have of what all share.
 	Limits LimitsConfig `yaml:"limits"`
+	// Strict refuses, with 400, requests of 014 that are otherwise read with goodwill: a
+	// null for what may be left out, and an empty additional_slave_SAE_IDs. Default false.
+	Strict bool `yaml:"strict"`
+
 	Legacy LegacyConfig `yaml:"legacy"`
 
 	// Production refuses keys of a simulated link. Default false, which kmed says

@@ -81,8 +81,8 @@ func (c *Client) EncKeys(ctx context.Context, slave identity.SAE, r KeyRequest) 
 // EncKeysGET is Get key by GET. A number or size of 0 is left out; r may not ask
 // for more than those.
 func (c *Client) EncKeysGET(ctx context.Context, slave identity.SAE, r KeyRequest) (Container, error) {
-	if len(r.AdditionalSlaves) > 0 {
-		return Container{}, errors.New("getting keys: additional slaves need a POST")
+	if len(r.AdditionalSlaves) > 0 || r.Provenance != "" {
+		return Container{}, errors.New("getting keys: additional slaves and extensions need a POST")
 	}
 	q := url.Values{}
 	if r.Number != 0 {
@@ -147,6 +147,10 @@ func keyRequestBody(r KeyRequest) []byte {
 	for _, sae := range r.AdditionalSlaves {
 		id := sae.String()
 		o.Additional = append(o.Additional, &id)
+	}
+	if r.Provenance != "" {
+		value, _ := jsontext.AppendQuote(nil, string(r.Provenance)) // what cannot be quoted is no provenance
+		o.Mandatory = extensions{{provenanceName: value}}
 	}
 	body, _ := json.Marshal(o)
 	return body

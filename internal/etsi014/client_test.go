@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 )
@@ -76,7 +77,24 @@ func TestClientRoundTrip(t *testing.T) {
 			t.Errorf("key %d differs between its master and its slave", i)
 		}
 	}
-	if _, err = alice.EncKeys(ctx, sae(t, "bob"), etsi014.KeyRequest{AdditionalSlaves: nil, Number: 129}); statusOf(err) != 400 {
+	more, err := alice.EncKeys(ctx, sae(t, "bob"), etsi014.KeyRequest{AdditionalSlaves: []identity.SAE{sae(t, "erin")}, Provenance: key.Simulated})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, who := range []string{"bob", "erin"} {
+		if got, err := client("KM2", who).DecKeysGET(ctx, sae(t, "alice"), more.Keys[0].ID); err != nil || string(got.Keys[0].Material.Reveal()) != string(more.Keys[0].Material.Reveal()) {
+			t.Errorf("%s does not get the key: %v", who, err)
+		}
+	}
+	for _, r := range []etsi014.KeyRequest{{AdditionalSlaves: []identity.SAE{sae(t, "erin")}}, {Provenance: key.Simulated}} {
+		if _, err := alice.EncKeysGET(ctx, sae(t, "bob"), r); err == nil || statusOf(err) != 0 {
+			t.Errorf("a GET of %+v: %v, want it not to be sent", r, err)
+		}
+	}
+	if _, err = alice.EncKeys(ctx, sae(t, "bob"), etsi014.KeyRequest{Provenance: key.QKD}); statusOf(err) != 400 || !strings.Contains(err.Error(), "could be met") {
+		t.Errorf("EncKeys of what there is not: got %v, want a 400", err)
+	}
+	if _, err = alice.EncKeys(ctx, sae(t, "bob"), etsi014.KeyRequest{Number: 129}); statusOf(err) != 400 {
 		t.Errorf("EncKeys of 129 keys: got %v, want a 400", err)
 	}
 }

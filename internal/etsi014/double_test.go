@@ -91,7 +91,7 @@ func (d at) begin(rid string, c identity.Caller, others ...identity.SAE) error {
 }
 
 func (d at) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128, MaxSAEs: 32}
+	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128, MaxSAEs: 32, Strict: d.kme == "km2"}
 }
 
 func (d at) Status(_ context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
@@ -118,6 +118,9 @@ func (d at) EncKeys(_ context.Context, c identity.Caller, rid string, slave iden
 	provenance, atoms := key.LocalRNG, 0
 	if slices.ContainsFunc(slaves, func(s identity.SAE) bool { return d.home(s) != d.kme }) {
 		provenance, atoms = key.Simulated, r.Number*((r.Bits+255)/256)
+	}
+	if r.Provenance != "" && r.Provenance != provenance {
+		return etsi014.Container{}, etsi014.Unmet(errors.New("the double has none"))
 	}
 	if d.pool < atoms {
 		return etsi014.Container{}, problem.New(problem.Unavailable, "not enough keys")

@@ -46,6 +46,9 @@ type KeyRequest struct {
 	Number           int            // how many keys
 	Bits             int            // size of each key
 	AdditionalSlaves []identity.SAE // besides the slave of the path; no two alike
+	// Provenance is what the keys must be of, "" if it does not matter: our own member
+	// of extension_mandatory, qkm_provenance. What cannot be met is Unmet.
+	Provenance key.Provenance
 }
 
 // Status is a Status (clause 6.1). Sizes are in bits. What the standard gives as
@@ -71,6 +74,10 @@ type Limits struct {
 	MaxSize       int // bits
 	MaxPerRequest int // keys
 	MaxSAEs       int // additional slaves; 0 is no multicast
+
+	// Strict refuses what the standard's data model leaves to goodwill: null for a
+	// member that may be left out, and an additional_slave_SAE_IDs that names nobody.
+	Strict bool
 }
 
 // Backend is what stands behind the door. An error that is, or wraps, a

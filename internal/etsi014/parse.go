@@ -21,6 +21,7 @@ import (
 const (
 	msgMultipleOf8 = "size shall be a multiple of 8"
 	msgMandatory   = "not all extension_mandatory parameters are supported"
+	msgUnmet       = "not all extension_mandatory request options could be met"
 	msgNotFound    = "one or more keys specified are not found on KME"
 )
 
@@ -76,6 +77,11 @@ func parseKeyRequest(body []byte, master, slave identity.SAE, l Limits) (KeyRequ
 			return KeyRequest{}, err
 		}
 	}
+	if l.Strict {
+		if err := checkStrictly(body, o); err != nil {
+			return KeyRequest{}, err
+		}
+	}
 	number, size := 1, l.KeySize
 	if o.Number != nil {
 		number = *o.Number
@@ -86,14 +92,30 @@ func parseKeyRequest(body []byte, master, slave identity.SAE, l Limits) (KeyRequ
 	if slices.ContainsFunc(o.Mandatory, isNull) || slices.ContainsFunc(o.Optional, isNull) {
 		return KeyRequest{}, problem.New(problem.Invalid, "extension_mandatory and extension_optional shall be arrays of objects")
 	}
-	if names := o.Mandatory.names(); len(names) > 0 {
-		return KeyRequest{}, &problem.Error{Kind: problem.Invalid, Detail: msgMandatory, Err: unsupported(names)}
+	provenance, err := o.Mandatory.provenance()
+	if err != nil {
+		return KeyRequest{}, err
 	}
 	additional, err := parseAdditional(o.Additional, master, slave, l)
 	if err != nil {
 		return KeyRequest{}, err
 	}
-	return KeyRequest{Number: number, Bits: size, AdditionalSlaves: additional}, checkAmount(number, size, l)
+	return KeyRequest{Number: number, Bits: size, AdditionalSlaves: additional, Provenance: provenance}, checkAmount(number, size, l)
+}
+
+// checkStrictly refuses what is otherwise taken as absent.
+func checkStrictly(body []byte, o keyRequestObject) error {
+	if o.Additional != nil && len(o.Additional) == 0 {
+		return problem.New(problem.Invalid, "additional_slave_SAE_IDs shall name at least one SAE")
+	}
+	var members map[string]jsontext.Value
+	_ = json.Unmarshal(body, &members) // an object, as decode has seen, or nothing
+	for _, name := range []string{"number", "size", "additional_slave_SAE_IDs", "extension_mandatory", "extension_optional"} {
+		if v, ok := members[name]; ok && v.Kind() == 'n' {
+			return problem.New(problem.Invalid, "%s shall not be null", name)
+		}
+	}
+	return nil
 }
 
 // parseKeyRequestQuery reads the query of a GET of Get key: number and size at
@@ -259,17 +281,39 @@ func checkAmount(number, size int, l Limits) error {
 
 func isNull(object map[string]jsontext.Value) bool { return object == nil }
 
-// names returns every member's name once, sorted.
-func (x extensions) names() []string {
+// provenance is what extension_mandatory asks for: it knows one name, and the value
+// must be one of our words. Members of other names are not supported; two values,
+// or one that is no such word, cannot be met.
+func (x extensions) provenance() (key.Provenance, error) {
+	var wanted key.Provenance
 	var names []string
+	met := true
 	for _, object := range x {
-		for name := range object {
-			names = append(names, name)
+		for name, value := range object {
+			var p key.Provenance
+			switch {
+			case name != provenanceName:
+				names = append(names, name)
+			case json.Unmarshal(value, &p) != nil || p == "" || wanted != "" && p != wanted:
+				met = false
+			default:
+				wanted = p
+			}
 		}
 	}
-	slices.Sort(names)
-	return slices.Compact(names)
+	if len(names) > 0 {
+		slices.Sort(names)
+		return "", &problem.Error{Kind: problem.Invalid, Detail: msgMandatory, Err: unsupported(slices.Compact(names))}
+	}
+	if !met {
+		return "", Unmet(errors.New("no provenance is like that"))
+	}
+	return wanted, nil
 }
+
+// Unmet is the standard's answer to a member of extension_mandatory that is known and
+// cannot be had (clause 6.2). why is for the operator.
+func Unmet(why error) error { return invalid(why, msgUnmet) }
 
 // decode reads one JSON object into what into points at: exact member names, none
 // twice, valid UTF-8, nothing after it. Unknown members are ignored.

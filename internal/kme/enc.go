@@ -22,6 +22,16 @@ type order struct {
 	bits   int // size of each key
 	ttl    time.Duration
 	reread bool // the slaves may read the keys again (legacy)
+
+	provenance key.Provenance // that the keys must have; "" for any
+}
+
+// met is nil if keys of p are what o wants.
+func (o order) met(p key.Provenance) error {
+	if o.provenance == "" || o.provenance == p {
+		return nil
+	}
+	return etsi014.Unmet(fmt.Errorf("the keys would be %s, not %s", p, o.provenance))
 }
 
 // issue is what it gets.
@@ -34,7 +44,8 @@ type issue struct {
 // EncKeys is Get key of 014, 5.3: new keys for the caller (master) and its slaves.
 func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
 	slaves := append([]identity.SAE{slave}, r.AdditionalSlaves...)
-	got, err := k.initiate(ctx, k.begin(c, rid, audit.EncKeys, slave), order{slaves: slaves, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL})
+	o := order{slaves: slaves, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL, provenance: r.Provenance}
+	got, err := k.initiate(ctx, k.begin(c, rid, audit.EncKeys, slave), o)
 	return etsi014.Container{Keys: got.keys}, err
 }
 
@@ -42,6 +53,9 @@ func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave 
 func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	c.ev.Master, c.ev.Slaves, c.ev.Bits = c.sae.String(), names(o.slaves), o.bits
 	w, err := c.judge(o.slaves, o.number, o.bits)
+	if err == nil {
+		err = o.met(w.provenance())
+	}
 	if err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
@@ -93,6 +107,12 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 		return got, unavailable(5*time.Second, "not enough keys are stored", fmt.Errorf("link %s has fewer than %d keys of %d bits", l.ID, o.number, o.bits))
 	}
 	failpoint.Hit(failpoint.EncLeased)
+	for _, a := range lends { // the pool may hold what came before the link was another's
+		if err := o.met(a.from.Provenance); err != nil {
+			l.pool.give(lends)
+			return got, err
+		}
+	}
 	got, bad, err := l.open(ctx, lends, o)
 	if err != nil {
 		if spoilt(err) {

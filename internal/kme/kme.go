@@ -49,6 +49,7 @@ type Config struct {
 	PoolTTL     time.Duration // how long an unassigned atom stays useful
 	PoolLimit   int           // atoms per link, both owners together, above which no light is sent
 	Production  bool          // refuses simulated keys
+	Strict      bool          // see etsi014.Limits
 	ReadOnce    bool          // keys asked for through the legacy API are read once, as those of 014
 	Quota       Quota         // of each SAE
 }

@@ -40,7 +40,8 @@
 // "as k" after a pattern remembers what was found: ${k} stands for it from then on,
 // in targets, headers, bodies and expectations. $keys remembers the i-th key as
 // ${k.i} (its ID) and ${k.i.key} (as in the answer). ${k:upper} is ${k} in upper
-// case. Where the vectors are run gives ${KM1} and ${KM2}, the IDs of the two KMEs.
+// case. Where the vectors are run gives ${KM1} and ${KM2}, the IDs of the two KMEs. KM2
+// is set to be strict.
 package vector
 
 import (
