@@ -225,10 +225,12 @@ func TestKeysAreWiped(t *testing.T) {
 // leaving hands out keys once the client has gone.
 type leaving struct {
 	at
-	lost chan string
+	arrived chan struct{} // closed when a request is as far as the Backend
+	lost    chan string
 }
 
 func (l leaving) EncKeys(ctx context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
+	close(l.arrived)
 	<-ctx.Done()
 	return l.at.EncKeys(ctx, c, rid, slave, r)
 }
@@ -254,13 +256,8 @@ func TestClientLeaves(t *testing.T) {
 			s.HTTP2 = http2
 			ctx, leave := context.WithCancel(context.Background())
 			defer leave()
-			b := leaving{at{newDouble(), "km1"}, make(chan string, 1)}
-			h := alone(t, b, caller(t, "alice")).Handler()
-			arrived := make(chan struct{})
-			if err := s.Serve("KM1", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				close(arrived)
-				h.ServeHTTP(w, r)
-			})); err != nil {
+			b := leaving{at{newDouble(), "km1"}, make(chan struct{}), make(chan string, 1)}
+			if err := s.Serve("KM1", alone(t, b, caller(t, "alice")).Handler()); err != nil {
 				t.Fatal(err)
 			}
 			base, hc, err := s.Client("KM1", "alice")
@@ -268,7 +265,7 @@ func TestClientLeaves(t *testing.T) {
 				t.Fatal(err)
 			}
 			go func() {
-				<-arrived
+				<-b.arrived
 				leave()
 			}()
 			if _, err := etsi014.NewClient(base, hc).EncKeys(ctx, sae(t, "bob"), etsi014.KeyRequest{}); !errors.Is(err, context.Canceled) {
