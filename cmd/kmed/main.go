@@ -4,6 +4,7 @@
 //
 //	kmed serve --config kmed.yaml      as the daemon's database role
 //	kmed migrate --database DSN        once per release, as the schema's owner
+//	kmed recover --config kmed.yaml    after the site's database was restored to the past
 //
 // Exit status 3 says that another process has taken the node's run over, since this
 // one was paused or could not reach the database for a while: start it again.
@@ -29,6 +30,7 @@ import (
 type commands struct {
 	Serve   serveCommand   `cmd:"" help:"Run a node until SIGTERM."`
 	Migrate migrateCommand `cmd:"" help:"Bring the database's schema up to date, as its owner."`
+	Recover recoverCommand `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
 
 	LogLevel slog.Level `help:"debug, info, warn or error." default:"info"`
 }
@@ -40,6 +42,11 @@ type serveCommand struct {
 type migrateCommand struct {
 	Database string        `required:"" help:"Postgres DSN of the schema's owner."`
 	Epoch    time.Duration `default:"1h" help:"Length of an epoch; fixed for the life of the database."`
+}
+
+type recoverCommand struct {
+	Config string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
+	Burn   bool   `help:"Destroy all that may have been delivered already: every KEK and every key that the site holds, and the other end's part of the pool. Without it, only say what would be lost."`
 }
 
 // exitFenced is the exit status of a node that was taken over.
@@ -84,8 +91,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	switch selected.Command() {
 	case "serve":
 		return serve(ctx, c.Serve.Config, log)
+	case "recover":
+		return recoverSite(ctx, c.Recover, stdout, log)
 	case "migrate":
 		return store.Migrate(ctx, c.Migrate.Database, c.Migrate.Epoch, log)
 	}
-	return errors.New("name a command: serve or migrate")
+	return errors.New("name a command: serve, migrate or recover")
 }

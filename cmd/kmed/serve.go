@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -57,27 +58,51 @@ type node struct {
 
 // serve opens everything, runs the node and closes everything again.
 func serve(ctx context.Context, path string, log *slog.Logger) error {
-	cfg, err := LoadConfig(path)
+	n, core, err := load(ctx, path, log)
 	if err != nil {
 		return err
 	}
-	n := &node{cfg: cfg, log: log.With("kme", cfg.KME, "node", cfg.Node)}
-	if err := n.open(ctx); err != nil {
-		return err
-	}
-	defer n.lock.Close()
-	defer n.token.Close()
-	defer n.witness.Close()
-	defer n.db.Close()
-	core, err := n.core()
-	if err != nil {
-		return err
-	}
+	defer n.close()
 	doors, err := n.doors(core)
 	if err != nil {
 		return err
 	}
 	return n.run(ctx, core, doors)
+}
+
+// recoverSite brings the site back whose database was restored to the past.
+func recoverSite(ctx context.Context, c recoverCommand, stdout io.Writer, log *slog.Logger) error {
+	n, core, err := load(ctx, c.Config, log)
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	return core.Recover(ctx, c.Burn, stdout)
+}
+
+// load opens what the configuration at path names and makes the core of it.
+func load(ctx context.Context, path string, log *slog.Logger) (*node, *kme.KME, error) {
+	cfg, err := LoadConfig(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	n := &node{cfg: cfg, log: log.With("kme", cfg.KME, "node", cfg.Node)}
+	if err := n.open(ctx); err != nil {
+		return nil, nil, err
+	}
+	core, err := n.core()
+	if err != nil {
+		n.close()
+		return nil, nil, err
+	}
+	return n, core, nil
+}
+
+func (n *node) close() {
+	n.db.Close()
+	_ = n.witness.Close() // what it holds is in the file
+	_ = n.token.Close()
+	_ = n.lock.Close()
 }
 
 // run serves until ctx ends or a part fails. The doors are closed first, so that

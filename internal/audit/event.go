@@ -42,6 +42,8 @@ const (
 	Start   Action = "start"
 	Stop    Action = "stop"
 	KEKMade Action = "kek-created"
+	KEKGone Action = "kek-destroyed"
+	Recover Action = "recover" // the account begins anew, in the origin that Count says
 	Alarm   Action = "alarm"
 	Outage  Action = "outage-summary" // refusals that could not be recorded while the database was away
 )

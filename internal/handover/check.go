@@ -237,6 +237,30 @@ func (v Void) Check() error {
 	return nil
 }
 
+// Check says what is wrong with b, nil if nothing is.
+func (b Burned) Check() error {
+	if b.Origin < 2 {
+		return fmt.Errorf("burned before origin %d: the first recovery begins origin 2", b.Origin)
+	}
+	return nil
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a BurnedAnswer) Check() error {
+	if len(a.Links) > MaxLinks {
+		return fmt.Errorf("answer to burned: %d links, more than %d", len(a.Links), MaxLinks)
+	}
+	for _, l := range a.Links {
+		if err := checkName("link", l.Link); err != nil {
+			return fmt.Errorf("answer to burned: %w", err)
+		}
+		if l.Session < 0 {
+			return fmt.Errorf("answer to burned: session %d of link %s", l.Session, l.Link)
+		}
+	}
+	return nil
+}
+
 // Check says what is wrong with r, nil if nothing is.
 func (r RunStarted) Check() error {
 	if err := checkRun(r.Node, r.Run); err != nil {

@@ -61,6 +61,7 @@ func OnHeldAnswer(mine BlockState, answer HeldAnswer) BlockState {
 type PeerRun struct {
 	Run  int64
 	Last int64
+	Anew bool // Last was forgotten, and all atoms of that time are gone: the next batch may have any higher number
 }
 
 // Judge says what a batch of a run is to the receiver. A run must be told
@@ -69,7 +70,7 @@ func (p PeerRun) Judge(run, batch int64) Standing {
 	switch {
 	case run < p.Run:
 		return Stale
-	case run > p.Run || batch > p.Last+1:
+	case run > p.Run || batch > p.Last+1 && !p.Anew:
 		return Ahead
 	case batch <= p.Last:
 		return Repeat
@@ -91,7 +92,7 @@ func (p PeerRun) Behind(a Acked) string {
 func (p PeerRun) Hear(run int64) (PeerRun, bool) {
 	switch {
 	case run > p.Run:
-		return PeerRun{Run: run}, true
+		return PeerRun{Run: run, Anew: p.Anew}, true
 	case run == p.Run:
 		return p, true
 	}

@@ -248,6 +248,25 @@ type Result struct {
 	Lacking  []key.ID `json:"lacking,omitempty"` // atoms that the receiver does not have in its pool
 }
 
+// Burned says that a site was recovered from the past: nothing that was shared with
+// it before this origin of its account is left at its end, and none of it may be
+// used. Until it is answered the site opens no session with the peer. What was
+// assigned at the peer before stays there: the initiator may have served it.
+type Burned struct {
+	Origin int64 `json:"origin"`
+}
+
+// BurnedAnswer says that nothing is left at this end either.
+type BurnedAnswer struct {
+	Links []LinkSession `json:"links"`
+}
+
+// LinkSession is the highest session that an end has opened on a link.
+type LinkSession struct {
+	Link    string `json:"link"`
+	Session int64  `json:"session"`
+}
+
 // Void takes assigned keys back: the initiator could not, or may not have, served them.
 type Void struct {
 	Node  string   `json:"node"`

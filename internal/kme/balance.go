@@ -116,6 +116,9 @@ func (d PeerDoor) Grant(ctx context.Context, from identity.KME, g handover.Grant
 			return handover.GrantAnswer{}, d.refuse(ctx, from, err)
 		}
 	}
+	if err := d.k.servingPeer(from); err != nil {
+		return handover.GrantAnswer{}, err
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	taken := 0

@@ -91,6 +91,7 @@ func (k *KME) tellPeers(ctx context.Context) {
 	if k.suspended() != "" {
 		return
 	}
+	k.tellBurned(ctx)
 	for id, l := range k.links {
 		blocks, err := k.Store.HeldBlocks(ctx, id)
 		if err != nil {

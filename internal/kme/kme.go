@@ -169,8 +169,7 @@ func (k *KME) watchFence(ctx context.Context) error {
 		return ctx.Err()
 	case <-k.Store.Fenced():
 		if back := k.Store.SetBack(); back != "" {
-			why := "the database was set back while it was in use: " + back
-			return errors.Join(fmt.Errorf("node %s: %s", k.Node, why), k.suspend(ctx, why))
+			return k.setBack(ctx, back)
 		}
 		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more: %w", k.Node, k.run.Load(), store.ErrFenced)
 	}

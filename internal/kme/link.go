@@ -148,7 +148,7 @@ func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
 // alice leads one session: she dials, opens a session with a number higher than
 // either end has ever opened, and distils block after block.
 func (l *link) alice(ctx context.Context) error {
-	if err := l.k.servingPeer(l.Peer); err != nil {
+	if err := l.mayOpen(ctx); err != nil {
 		return err
 	}
 	mine, err := l.k.Store.Session(ctx, l.ID)
@@ -208,7 +208,7 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 
 // bob follows one session.
 func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) error {
-	if err := l.k.servingPeer(l.Peer); err != nil {
+	if err := l.mayOpen(ctx); err != nil {
 		return err
 	}
 	l.replace(s)

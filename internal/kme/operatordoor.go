@@ -136,11 +136,11 @@ func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string
 
 // Healthy is nil if this node can hand out keys.
 func (d OperatorDoor) Healthy(context.Context) error {
-	if !d.k.isReady() {
-		return errors.New("the takeover of this node's earlier run is not finished")
-	}
 	if err := d.k.able(); err != nil {
 		return err
+	}
+	if !d.k.isReady() {
+		return errors.New("the takeover of this node's earlier run is not finished")
 	}
 	return nil
 }

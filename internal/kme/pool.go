@@ -134,6 +134,13 @@ func (p *pool) untouched(most int) (chunks []int64) {
 	return chunks
 }
 
+// forget drops all leases: their atoms are not in the database any more.
+func (p *pool) forget() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.leases = nil
+}
+
 // give takes atoms back that were lent and not used.
 func (p *pool) give(atoms []lent) {
 	p.mu.Lock()

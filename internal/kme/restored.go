@@ -37,6 +37,7 @@ type past struct {
 // peerPast is what this process remembers of a peer.
 type peerPast struct {
 	origin int64          // the highest that it has said
+	burned int64          // the origin before which what was shared with it was burned, as last seen
 	behind string         // why it is in the past; "" if it is not
 	acked  handover.Acked // what it has answered of this node's run
 	under  int64          // its origin, as far as we knew it, when that was asked
@@ -63,6 +64,16 @@ func (p *past) behind(id identity.KME) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.of(id).behind
+}
+
+// burned notes up to which origin of a peer all was burned, and says whether that is new.
+func (p *past) burned(id identity.KME, origin int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	was := p.of(id)
+	fresh := origin > was.burned
+	was.burned = max(was.burned, origin)
+	return fresh
 }
 
 // answered notes that a peer has answered a batch of ours, which was sent when
@@ -113,6 +124,13 @@ func (k *KME) suspend(ctx context.Context, why string) error {
 	return nil
 }
 
+// setBack suspends the site because its database has lost what this process had
+// committed, and returns why the process ends.
+func (k *KME) setBack(ctx context.Context, lost string) error {
+	why := "the database was set back while it was in use: " + lost
+	return errors.Join(fmt.Errorf("node %s: %s", k.Node, why), k.suspend(ctx, why))
+}
+
 // serving is nil unless the site is suspended.
 func (k *KME) serving() *problem.Error {
 	why := k.suspended()
@@ -144,6 +162,9 @@ func (k *KME) watchPast(ctx context.Context) {
 	if now.Origin == 0 {
 		return
 	}
+	for id := range k.Peers {
+		k.forgetBurned(ctx, id)
+	}
 	why := now.Suspended
 	if behind := now.Behind(k.past.seen); behind != "" {
 		why = cmp.Or(why, "the database was set back while it was in use: "+behind)
@@ -157,6 +178,10 @@ func (k *KME) watchPast(ctx context.Context) {
 		k.Log.Warn("suspending the site", "err", err)
 		return
 	}
+	k.alarmSuspended(ctx, why)
+}
+
+func (k *KME) alarmSuspended(ctx context.Context, why string) {
 	k.raise(ctx, restoredAlarm, why+". Nothing is served until kmed recover --burn: see deploy/RECOVERY.md")
 }
 

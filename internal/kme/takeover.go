@@ -27,13 +27,11 @@ import (
 // If the process dies between the steps, a number is skipped, which harms nothing:
 // the token and the file come after the database, so they are never ahead of it.
 func (k *KME) beginRun(ctx context.Context) error {
-	counter := "kme-run-" + k.Node
-	inToken, err := k.Token.Counter(ctx, counter)
+	inToken, err := k.Token.Counter(ctx, runCounter(k.Node))
 	if err != nil {
 		return fmt.Errorf("reading the run number in the token: %w", err)
 	}
-	path := filepath.Join(k.DataDir, "run")
-	inFile, err := readNumber(path)
+	inFile, err := readNumber(k.runFile())
 	if err != nil {
 		return err
 	}
@@ -46,20 +44,11 @@ func (k *KME) beginRun(ctx context.Context) error {
 	} else if err := k.suspend(ctx, why); err != nil {
 		return fmt.Errorf("beginning a run: %w: %s", err, why)
 	}
-	run, err := k.Store.BumpRun(ctx, k.Node, max(inToken, inFile))
-	if err != nil {
-		return fmt.Errorf("beginning a run: %w", err)
-	}
-	k.run.Store(run)
-	failpoint.Hit(failpoint.TakeoverBumped)
-	if err := k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error { return k.Token.SetCounter(ctx, counter, run) }); err != nil {
-		return fmt.Errorf("keeping the run number in the token: %w", err)
-	}
-	if err := writeDurably(path, []byte(strconv.FormatInt(run, 10)+"\n")); err != nil {
+	if err := k.nextRun(ctx, max(inToken, inFile)); err != nil {
 		return err
 	}
-	if err := k.Store.Begin(ctx, run); err != nil {
-		return fmt.Errorf("beginning run %d: %w", run, err)
+	if why := k.suspended(); why != "" {
+		k.alarmSuspended(ctx, why)
 	}
 	for id, l := range k.links {
 		if err := k.Store.EnsureLink(ctx, id, l.Peer, l.End); err != nil {
@@ -67,9 +56,44 @@ func (k *KME) beginRun(ctx context.Context) error {
 		}
 	}
 	ev := k.own(audit.Start)
-	ev.Reason = fmt.Sprintf("run %d", run)
+	ev.Reason = fmt.Sprintf("run %d", k.run.Load())
 	return k.Store.Record(ctx, ev)
 }
+
+// nextRun begins a run above atLeast. The order of its steps is what beginRun's
+// word rests on. A run of a suspended node, which serves nothing, is known to its
+// database alone: whoever brings a better one back finds the witnesses as they were.
+func (k *KME) nextRun(ctx context.Context, atLeast int64) error {
+	run, err := k.Store.BumpRun(ctx, k.Node, atLeast)
+	if err != nil {
+		return fmt.Errorf("beginning a run: %w", err)
+	}
+	k.run.Store(run)
+	if k.suspended() != "" {
+		return k.beginStore(ctx)
+	}
+	failpoint.Hit(failpoint.TakeoverBumped)
+	setCounter := func(ctx context.Context) error { return k.Token.SetCounter(ctx, runCounter(k.Node), run) }
+	if err := k.Store.Alone(ctx, tokenWriters, setCounter); err != nil {
+		return fmt.Errorf("keeping the run number in the token: %w", err)
+	}
+	if err := writeDurably(k.runFile(), []byte(strconv.FormatInt(run, 10)+"\n")); err != nil {
+		return err
+	}
+	return k.beginStore(ctx)
+}
+
+func (k *KME) beginStore(ctx context.Context) error {
+	if err := k.Store.Begin(ctx, k.run.Load()); err != nil {
+		return fmt.Errorf("beginning run %d: %w", k.run.Load(), err)
+	}
+	return nil
+}
+
+// runCounter names the token's counter of a node's run.
+func runCounter(node string) string { return "kme-run-" + node }
+
+func (k *KME) runFile() string { return filepath.Join(k.DataDir, "run") }
 
 // readNumber reads what writeDurably has left in a file: 0 if nothing yet.
 func readNumber(path string) (int64, error) {

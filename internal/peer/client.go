@@ -113,6 +113,12 @@ func (c *Client) Void(ctx context.Context, v handover.Void) error {
 	return err
 }
 
+// Burned says that nothing is left here of what was shared with the peer. It may be
+// said any number of times.
+func (c *Client) Burned(ctx context.Context, b handover.Burned) (handover.BurnedAnswer, error) {
+	return call[handover.BurnedAnswer](ctx, c, pathBurned, b, maxBody)
+}
+
 // Grant gives chunks to the peer. It may be said any number of times.
 func (c *Client) Grant(ctx context.Context, g handover.Grant) (handover.GrantAnswer, error) {
 	return call[handover.GrantAnswer](ctx, c, pathGrant, g, maxBody)

@@ -66,6 +66,10 @@ func (s *site) Void(_ context.Context, from identity.KME, v handover.Void) error
 	return s.note(from, v)
 }
 
+func (s *site) Burned(_ context.Context, from identity.KME, b handover.Burned) (handover.BurnedAnswer, error) {
+	return handover.BurnedAnswer{Links: []handover.LinkSession{{Link: "l1", Session: 7}}}, s.note(from, b)
+}
+
 func (s *site) Grant(_ context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
 	return handover.GrantAnswer(g), s.note(from, g)
 }
@@ -157,7 +161,11 @@ func TestEveryMessageArrives(t *testing.T) {
 	if got, err := c.Run(ctx, run); err != nil || !cmp.Equal(got, s.assigned, unexported) {
 		t.Errorf("Run: %+v, %v", got, err)
 	}
-	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run}, s.asked, unexported); diff != "" {
+	burned := handover.Burned{Origin: 2}
+	if got, err := c.Burned(ctx, burned); err != nil || len(got.Links) != 1 || got.Links[0] != (handover.LinkSession{Link: "l1", Session: 7}) {
+		t.Errorf("Burned: %+v, %v", got, err)
+	}
+	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, burned}, s.asked, unexported); diff != "" {
 		t.Errorf("what the Backend was asked (-want +got):\n%s", diff)
 	}
 	if s.from != mustKME(t, "km1") {

@@ -44,6 +44,8 @@ var parsers = map[string]func(*testing.T, []byte) bool{
 	"announce":        reparse[handover.Announce],
 	"announce-answer": reparse[handover.AnnounceAnswer],
 	"void":            reparse[handover.Void],
+	"burned":          reparse[handover.Burned],
+	"burned-answer":   reparse[handover.BurnedAnswer],
 	"grant":           reparse[handover.Grant],
 	"grant-answer":    reparse[handover.GrantAnswer],
 	"run":             reparse[handover.RunStarted],
@@ -100,6 +102,8 @@ func FuzzHeld(f *testing.F)           { fuzz(f, "held") }
 func FuzzAnnounce(f *testing.F)       { fuzz(f, "announce") }
 func FuzzAnnounceAnswer(f *testing.F) { fuzz(f, "announce-answer") }
 func FuzzVoid(f *testing.F)           { fuzz(f, "void") }
+func FuzzBurned(f *testing.F)         { fuzz(f, "burned") }
+func FuzzBurnedAnswer(f *testing.F)   { fuzz(f, "burned-answer") }
 func FuzzGrant(f *testing.F)          { fuzz(f, "grant") }
 func FuzzGrantAnswer(f *testing.F)    { fuzz(f, "grant-answer") }
 func FuzzRun(f *testing.F)            { fuzz(f, "run") }

@@ -76,6 +76,7 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 		rows, err := b.Run(ctx, from, run)
 		return runAnswer{rows}, err
 	}))
+	r.Post(pathBurned, serve(d, pathBurned, b.Burned))
 	r.Post(pathGrant, serve(d, pathGrant, func(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
 		answer, err := b.Grant(ctx, from, g)
 		failpoint.Hit(failpoint.PeerGrantCommitted)

@@ -21,6 +21,7 @@ const (
 	pathVoid     = "/peer/v1/void"
 	pathRun      = "/peer/v1/run"
 	pathGrant    = "/peer/v1/grant"
+	pathBurned   = "/peer/v1/burned"
 )
 
 // heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.

@@ -120,7 +120,7 @@ func (w *assign) weight() int {
 }
 
 const (
-	readPeerRun = "SELECT run, last FROM peer_run WHERE peer = $1 AND node = $2"
+	readPeerRun = "SELECT run, last, anew FROM peer_run WHERE peer = $1 AND node = $2"
 	readPooled  = `SELECT k.id, k.index, c.id, c.owner, b.link, b.session, b.id, b.state FROM %s k JOIN chunk c ON c.id = k.chunk
 		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block WHERE k.id = ANY($1::uuid[])`
 )
@@ -181,7 +181,7 @@ func (w *assign) settleBelieving(a *attempt) error {
 func (w *assign) ask(a *attempt) error {
 	w.known, w.pool, w.chunks = handover.PeerRun{}, make(map[key.ID]pooled), nil
 	a.reads.Queue(readPeerRun+" FOR UPDATE", w.Peer.String(), w.Announce.Node).Query(func(rows pgx.Rows) error {
-		_, err := pgx.ForEachRow(rows, []any{&w.known.Run, &w.known.Last}, func() error { return nil })
+		_, err := pgx.ForEachRow(rows, []any{&w.known.Run, &w.known.Last, &w.known.Anew}, func() error { return nil })
 		return err
 	})
 	if w.believe() {
@@ -256,7 +256,7 @@ func (w *assign) fresh(a *attempt) []key.ID {
 			a.record(w.Ready(ref))
 		}
 	}
-	a.writes.Queue("UPDATE peer_run SET last = $3 WHERE peer = $1 AND node = $2", w.Peer.String(), w.Announce.Node, w.Announce.Batch)
+	a.writes.Queue("UPDATE peer_run SET last = $3, anew = false WHERE peer = $1 AND node = $2", w.Peer.String(), w.Announce.Node, w.Announce.Batch)
 	return ids
 }
 

@@ -3,7 +3,6 @@ package store
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -17,7 +16,7 @@ import (
 // ExpireDue ends up to limit assigned keys whose lifetime was over at now, and
 // returns how many. event makes the one event of those that ended.
 func (db *DB) ExpireDue(ctx context.Context, now time.Time, limit int, event func(rows []DueRef) audit.Event) (n int, err error) {
-	w := &expire{event: event}
+	w := &expire{event: event, how: GoneExpired}
 	for _, e := range db.epochs.upTo(key.EpochAt(now, db.cfg.EpochLength)) {
 		if left := limit - len(w.rows); left > 0 {
 			if err := db.overdue(ctx, e, now, left, w); err != nil && !missingTable(err) {
@@ -68,6 +67,7 @@ type overdueRow struct {
 type expire struct {
 	rows  []overdueRow
 	event func([]DueRef) audit.Event
+	how   string
 	ended int
 }
 
@@ -81,7 +81,7 @@ func (w *expire) weight() int { return len(w.rows) }
 
 func (w *expire) ask(a *attempt) error {
 	for _, r := range w.rows {
-		a.empty[r.epoch] = append(a.empty[r.epoch], emptying{r.dueKey, GoneExpired})
+		a.empty[r.epoch] = append(a.empty[r.epoch], emptying{r.dueKey, w.how})
 	}
 	return nil
 }
@@ -117,30 +117,13 @@ func (db *DB) ExpirePool(ctx context.Context, before key.Epoch, event func(link 
 		return 0, nil
 	}
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		n = 0
-		chunks, err := lockOldChunks(ctx, a, before)
+		chunks, err := lockChunks(ctx, a, `epoch < $1 AND remaining > 0 AND (node IS NULL OR node = $3 AND run = $4)
+			ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks, a.c.db.cfg.Node, a.c.run)
 		if err != nil {
 			return err
 		}
-		parts := make(map[key.Epoch][]int64)
-		for id, c := range chunks {
-			parts[c.epoch] = append(parts[c.epoch], id)
-		}
-		links := make(map[string][]audit.Atoms)
-		for _, e := range slices.Sorted(maps.Keys(parts)) {
-			gone, err := emptyChunks(ctx, a, e, parts[e])
-			if err != nil {
-				return err
-			}
-			n += len(gone)
-			for _, r := range ranges(gone, chunks) {
-				links[r.Link] = append(links[r.Link], r)
-			}
-		}
-		for _, link := range slices.Sorted(maps.Keys(links)) {
-			a.record(event(link, links[link]))
-		}
-		return nil
+		n, err = emptyOld(ctx, a, chunks, event)
+		return err
 	}), nil)
 	if err != nil {
 		return 0, fmt.Errorf("expiring the pool: %w", err)
@@ -154,10 +137,8 @@ type oldChunk struct {
 	epoch       key.Epoch
 }
 
-func lockOldChunks(ctx context.Context, a *attempt, before key.Epoch) (map[int64]oldChunk, error) {
-	rows, _ := a.conn.Query(ctx, `SELECT id, link, session, block, epoch FROM chunk WHERE epoch < $1 AND remaining > 0
-		AND (node IS NULL OR node = $3 AND run = $4)
-		ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks, a.c.db.cfg.Node, a.c.run)
+func lockChunks(ctx context.Context, a *attempt, which string, args ...any) (map[int64]oldChunk, error) {
+	rows, _ := a.conn.Query(ctx, "SELECT id, link, session, block, epoch FROM chunk WHERE "+which, args...)
 	chunks := make(map[int64]oldChunk)
 	var id int64
 	var c oldChunk

@@ -92,7 +92,7 @@ func (db *DB) EndTakeover(ctx context.Context, node string, run int64, events ..
 // PeerRun is what is known of a node of a peer: zero if nothing is.
 func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (handover.PeerRun, error) {
 	var p handover.PeerRun
-	err := db.pool.QueryRow(ctx, readPeerRun, peer.String(), node).Scan(&p.Run, &p.Last)
+	err := db.pool.QueryRow(ctx, readPeerRun, peer.String(), node).Scan(&p.Run, &p.Last, &p.Anew)
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return p, away("reading a peer's run", err)
 	}
@@ -107,12 +107,12 @@ func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (hand
 // burned.
 func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (rows []handover.Assigned, ok bool, err error) {
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		_, err := a.conn.Exec(ctx, "INSERT INTO peer_run (peer, node, run, last) VALUES ($1, $2, 0, 0) ON CONFLICT DO NOTHING", peer.String(), r.Node)
+		_, err := a.conn.Exec(ctx, "INSERT INTO peer_run (peer, node, run, last, anew) SELECT $1, $2, 0, 0, origin > 1 FROM settings ON CONFLICT DO NOTHING", peer.String(), r.Node)
 		if err != nil {
 			return err
 		}
 		var p handover.PeerRun
-		if err := a.conn.QueryRow(ctx, readPeerRun+" FOR UPDATE", peer.String(), r.Node).Scan(&p.Run, &p.Last); err != nil {
+		if err := a.conn.QueryRow(ctx, readPeerRun+" FOR UPDATE", peer.String(), r.Node).Scan(&p.Run, &p.Last, &p.Anew); err != nil {
 			return err
 		}
 		if p, ok = p.Hear(r.Run); !ok {

@@ -17,7 +17,7 @@ const (
 	GoneTaken    = "taken"    // handed to its SAE
 	GoneConsumed = "consumed" // erased at the word of its SAE
 	GoneExpired  = "expired"
-	GoneVoid     = "void" // taken back by the initiator
+	GoneVoid     = "void" // taken back by the initiator, or ended by a recovery here
 )
 
 // DueRef names the row of an assigned key; the SAE is known from elsewhere.
