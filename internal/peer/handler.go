@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
@@ -34,19 +35,26 @@ type door struct {
 // away before it is read, so that a peer that does not is no burden on anybody else.
 const maxAtOnce = 64
 
+// placeTime is how long a message waits for a place before it is turned away, so that
+// whoever does not wait for answers is at least slow.
+const placeTime = 250 * time.Millisecond
+
 // enter finds a place for a message, or says that there is none.
-func (d *door) enter(from identity.KME) (leave func(), ok bool) {
+func (d *door) enter(ctx context.Context, from identity.KME) (leave func(), ok bool) {
 	v, ok := d.places.Load(from)
 	if !ok {
 		v, _ = d.places.LoadOrStore(from, make(chan struct{}, maxAtOnce))
 	}
 	places := v.(chan struct{})
+	t := time.NewTimer(placeTime)
+	defer t.Stop()
 	select {
 	case places <- struct{}{}:
 		return func() { <-places }, true
-	default:
-		return nil, false
+	case <-t.C:
+	case <-ctx.Done():
 	}
+	return nil, false
 }
 
 // Handler serves the messages of peers. identify makes the caller from the
@@ -97,7 +105,7 @@ func serve[Q, A message](d *door, path string, act func(context.Context, identit
 			d.refuse(w, r, caller, route, err)
 			return
 		}
-		leave, ok := d.enter(from)
+		leave, ok := d.enter(r.Context(), from)
 		if !ok {
 			d.turnAway(w, r, caller, route, http.StatusTooManyRequests, problem.Because(problem.Unavailable, ErrTooMany))
 			return
