@@ -236,6 +236,7 @@ func (k *KME) beat(ctx context.Context) {
 	}
 	if err := k.Store.Healthy(); err != nil {
 		k.raise(ctx, "database", "the database does not answer: "+err.Error())
+		k.tryDatabase(ctx, err)
 	} else {
 		k.clear(ctx, "database")
 		k.watchPast(ctx)
@@ -257,6 +258,16 @@ func (k *KME) beat(ctx context.Context) {
 	} else {
 		k.clear(ctx, "hsm-slow")
 	}
+}
+
+// tryDatabase records an event that says that the database is not well: one that answers
+// and cannot commit (its disk is full) is well again when it can commit that.
+func (k *KME) tryDatabase(ctx context.Context, why error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	ev := k.own(audit.Alarm)
+	ev.Outcome, ev.Reason = audit.Failed, "database: "+why.Error()
+	_ = k.Store.Record(ctx, ev) // the alarm stands
 }
 
 // hsmSlow is a time for a heartbeat, which is a few operations, beyond which requests

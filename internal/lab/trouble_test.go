@@ -442,7 +442,7 @@ func databaseFull(t *testing.T, l *Lab) {
 		wantAway(t, "dec_keys", err)
 		wantAway(t, "enc_keys at the peer", enc(t.Context(), bob, alice))
 	}
-	if n := peerBatches(t, l); n != before {
+	if n := peerBatches(t, l); n > before+2 { // one a second, if there is room for an event and none for more
 		t.Errorf("the peer was announced %d batches by a KME that cannot commit", n-before)
 	}
 	empty()

@@ -18,6 +18,10 @@ const (
 	// maxTries bounds how often a batch is tried again as it is.
 	maxTries = 5
 
+	// fullTime is how long a database that could not do a batch is not well at the
+	// least: an event may find a place where a batch of keys does not.
+	fullTime = time.Second
+
 	reconnectMin = 20 * time.Millisecond
 	reconnectMax = time.Second
 )
@@ -86,6 +90,7 @@ func (c *committer) commit(jobs []*job) {
 			return
 		case verdictFail:
 			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+			c.failed = time.Now()
 			c.full.Store(&downReason{err})
 			c.finish(err, jobs...)
 			return
@@ -115,7 +120,9 @@ func (c *committer) refuse(jobs []*job, refused map[*job]error) []*job {
 func (c *committer) advance(a *attempt) {
 	c.mark, c.head = a.mark, a.head
 	c.db.untaken.add(a.untaken)
-	c.full.Store(nil)
+	if time.Since(c.failed) > fullTime {
+		c.full.Store(nil)
+	}
 	c.db.cfg.Witness.note(c.run, c.head)
 	for e := range a.due {
 		c.db.epochs.refill(e)

@@ -104,6 +104,7 @@ type committer struct {
 	busy   atomic.Pointer[time.Time] // since when the batch under way is
 
 	// ---
+	failed time.Time // when the last batch failed: see full
 	config *pgx.ConnConfig
 	conn   *pgx.Conn
 	run    int64
