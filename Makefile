@@ -50,12 +50,7 @@ lint:
 
 ## fuzz: every fuzz target for FUZZTIME
 fuzz:
-	@for pkg in $$($(GO) list -tags $(TAGS) ./...); do \
-		for target in $$($(GO) test -tags $(TAGS) -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
-			echo "== $$pkg $$target"; \
-			$(GO) test -tags $(TAGS) -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$pkg || exit 1; \
-		done; \
-	done
+	@.ci/fuzz $(FUZZTIME)
 
 ## tools: the step CLI at its pinned version, in bin/
 tools: $(BIN)/step

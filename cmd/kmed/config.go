@@ -124,14 +124,19 @@ type LinkConfig struct {
 // anything is opened. Its error has a line for each thing that is wrong, and says
 // where it stands.
 func LoadConfig(path string) (Config, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("reading the configuration: %w", err)
+	}
+	return parseConfig(path, text)
+}
+
+// parseConfig is LoadConfig of a file with that text.
+func parseConfig(path string, text []byte) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Legacy: LegacyConfig{Reread: untilConsumed},
 		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000},
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return c, fmt.Errorf("reading the configuration: %w", err)
 	}
 	doc, err := decode(path, text, &c)
 	if err != nil {

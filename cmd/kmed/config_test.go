@@ -9,7 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 const example = "../../deploy/kmed.yaml"
@@ -99,7 +101,7 @@ func TestRelativePaths(t *testing.T) {
 	}
 }
 
-func read(t *testing.T, path string) string {
+func read(t testing.TB, path string) string {
 	t.Helper()
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -115,4 +117,30 @@ func write(t *testing.T, text string) (path string) {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// FuzzConfig: a configuration that is accepted, written out, is the same again.
+func FuzzConfig(f *testing.F) {
+	text := read(f, example)
+	f.Add(text)
+	f.Add(optional.ReplaceAllString(text, "$1$2"))
+	f.Add("kme: &a [*a]\n")
+	f.Add("kme: km1\nkme: km2\n---\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := parseConfig("/etc/kmed/kmed.yaml", []byte(text))
+		if err != nil {
+			return
+		}
+		again, err := yaml.Marshal(c)
+		if err != nil {
+			t.Fatalf("accepted, but not written: %v", err)
+		}
+		got, err := parseConfig("/etc/kmed/kmed.yaml", again)
+		if err != nil {
+			t.Fatalf("what was written is refused: %v\n%s", err, again)
+		}
+		if diff := cmp.Diff(c, got, cmpopts.EquateEmpty()); diff != "" {
+			t.Errorf("it changed on the way (-first +second):\n%s", diff)
+		}
+	})
 }

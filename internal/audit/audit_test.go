@@ -156,3 +156,35 @@ func TestChainShowsEveryChange(t *testing.T) {
 		}
 	}
 }
+
+// FuzzText: whatever strings stand in an event, its text is one line of JSON that
+// says them, up to bytes that are not UTF-8, and writes itself again.
+func FuzzText(f *testing.F) {
+	f.Add("km1", "unauthorized: \"carol\" \\ is\nnot named \x7f \u00e9 \u2028", "alice", int64(7))
+	f.Add("\xff\x00", "</script>", "\ufffd", int64(-1))
+	f.Fuzz(func(t *testing.T, site, reason, who string, n int64) {
+		type text struct {
+			Site, Reason, Peer string
+			Actor              struct{ ID string }
+			Slaves             []string
+			Batch              int64
+		}
+		write := func(site, reason, who string) []byte {
+			e := Event{Site: site, Reason: reason, Peer: who, Actor: Actor{ID: who}, Slaves: []string{who, reason}, Batch: n}
+			return e.AppendText(nil)
+		}
+		body := write(site, reason, who)
+		var back text
+		if err := json.Unmarshal(body, &back); err != nil || bytes.ContainsAny(body, "\n\r\x00\x7f") {
+			t.Fatalf("%v in %q", err, body)
+		}
+		valid := func(s string) string { return string([]rune(s)) }
+		if back.Site != valid(site) || back.Reason != valid(reason) || back.Peer != valid(who) || back.Actor.ID != valid(who) ||
+			len(back.Slaves) != 2 || back.Slaves[1] != valid(reason) || back.Batch != n {
+			t.Fatalf("%s says %+v", body, back)
+		}
+		if again := write(back.Site, back.Reason, back.Actor.ID); !bytes.Equal(again, body) {
+			t.Fatalf("%s was written again as %s", body, again)
+		}
+	})
+}

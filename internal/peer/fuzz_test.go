@@ -99,6 +99,7 @@ func fuzz(f *testing.F, name string) {
 
 func FuzzHello(f *testing.F)          { fuzz(f, "hello") }
 func FuzzHeld(f *testing.F)           { fuzz(f, "held") }
+func FuzzHeldAnswer(f *testing.F)     { fuzz(f, "held-answer") }
 func FuzzAnnounce(f *testing.F)       { fuzz(f, "announce") }
 func FuzzAnnounceAnswer(f *testing.F) { fuzz(f, "announce-answer") }
 func FuzzVoid(f *testing.F)           { fuzz(f, "void") }
