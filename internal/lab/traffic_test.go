@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,11 +15,13 @@ import (
 
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/legacy"
 )
 
 // traffic is SAEs that ask for keys and take them, without end and whatever
 // happens, and what they got by their own account: a key is counted by nobody else.
 type traffic struct {
+	mix
 	lab    *Lab
 	routes []*route
 	stop   chan struct{}
@@ -31,8 +34,10 @@ type traffic struct {
 	wrong []string                     // what no client may ever see
 }
 
-// route is a master at its KME and a slave at the other one.
+// route is a master at its KME and a slave at the other one, or at the same.
 type route struct {
+	also              []*route  // to further slaves that are named in each request
+	legacy            bool      // keys are asked for, and read again and again, by QuteMail's routes
 	master, slave     *Person
 	masters, slaves   []*Person // the same at each node of their sites
 	at, from          *Site     // of the master, of the slave
@@ -62,51 +67,82 @@ func (c *client) answered(err error) {
 	}
 }
 
+// all is the route and those to further slaves.
+func (r *route) all() []*route { return append(slices.Clone(r.also), r) }
+
 func (r *route) String() string { return fmt.Sprintf("%s -> %s", r.master.ID, r.slave.ID) }
 
-// account is what the clients know of one key.
+// account is what the clients know of one key for one slave.
 type account struct {
 	route  *route
+	copies []*account        // for further slaves
 	master [sha256.Size]byte // of the bytes that the master got
 	tries  int               // takes whose outcome the slave was not told
 	taken  bool              // by the slave, once
 	gone   bool              // the KME says so: one of those tries took it
 }
 
-// clientsPerRoute ask, and as many take.
-const clientsPerRoute = 3
+// mix is what traffic is made of.
+type mix struct {
+	clients int           // of each route ask, and as many take
+	number  int           // of keys that a request may name
+	bits    []int         // of a key: one of these
+	pace    time.Duration // the rest of a client between two requests
+	patient bool          // nobody asks for more than is taken
+}
 
-// pace is the rest of a client between two requests: there is to be load, and room
-// for the daemons to start again beside it.
-const pace = 4 * time.Millisecond
+// light leaves room for the daemons to start again beside it.
+var light = mix{clients: 3, number: 3, bits: []int{256}, pace: 4 * time.Millisecond}
 
-// begin starts traffic between alice and bob and between the two mail users, in both directions.
+// begin starts light traffic between alice and bob and between the two mail users, in
+// both directions.
 func begin(t testing.TB, l *Lab) *traffic {
 	t.Helper()
-	f := &traffic{lab: l, stop: make(chan struct{}), keys: make(map[key.ID]*account), ids: make(map[[sha256.Size]byte]key.ID)}
+	f := newTraffic(l, light)
 	for _, names := range [][2]string{
 		{"alice", "bob"},
 		{"bob", "alice"},
 		{"alice@qutemail.example", "bob@qutemail.example"},
 		{"bob@qutemail.example", "alice@qutemail.example"},
 	} {
-		master, slave := sae(t, l, names[0]), sae(t, l, names[1])
-		r := &route{master: master, slave: slave, at: l.KM1, from: l.KM2, asked: make(chan []key.ID, 64)}
-		if people[names[0]] == l.KM2.Name {
-			r.at, r.from = l.KM2, l.KM1
-		}
-		for i, n := range r.at.Nodes {
-			r.masters = append(r.masters, saeAt(t, l, names[0], n.Name))
-			r.slaves = append(r.slaves, saeAt(t, l, names[1], r.from.Nodes[i].Name))
-		}
-		f.routes = append(f.routes, r)
-		for range clientsPerRoute {
+		f.add(newRoute(t, l, names[0], names[1]))
+	}
+	f.begin(t)
+	return f
+}
+
+func newTraffic(l *Lab, m mix) *traffic {
+	return &traffic{lab: l, mix: m, stop: make(chan struct{}), keys: make(map[key.ID]*account), ids: make(map[[sha256.Size]byte]key.ID)}
+}
+
+// newRoute leads from a master to a slave, each at all nodes of its home.
+func newRoute(t testing.TB, l *Lab, master, slave string) *route {
+	t.Helper()
+	site := map[string]*Site{"km1": l.KM1, "km2": l.KM2}
+	r := &route{master: sae(t, l, master), slave: sae(t, l, slave), at: site[people[master]], from: site[people[slave]], asked: make(chan []key.ID, 64)}
+	for _, n := range r.at.Nodes {
+		r.masters = append(r.masters, saeAt(t, l, master, n.Name))
+	}
+	for _, n := range r.from.Nodes {
+		r.slaves = append(r.slaves, saeAt(t, l, slave, n.Name))
+	}
+	return r
+}
+
+func (f *traffic) add(r *route) { f.routes = append(f.routes, r) }
+
+// begin starts the clients.
+func (f *traffic) begin(t testing.TB) {
+	t.Helper()
+	for _, r := range f.routes {
+		for range f.clients {
 			f.ended.Go(func() { f.ask(r) })
-			f.ended.Go(func() { f.take(r) })
+			for _, to := range r.all() {
+				f.ended.Go(func() { f.take(to) })
+			}
 		}
 	}
 	t.Cleanup(f.end)
-	return f
 }
 
 // end stops the clients, each after the request it is at.
@@ -123,7 +159,7 @@ func (f *traffic) stopped() bool {
 	select {
 	case <-f.stop:
 		return true
-	case <-time.After(pace):
+	case <-time.After(f.pace):
 		return false
 	}
 }
@@ -138,12 +174,29 @@ func (f *traffic) violation(format string, args ...any) {
 func (f *traffic) ask(r *route) {
 	c := newClient(r.masters)
 	for !f.stopped() {
-		if ids := f.askOnce(r, c); ids != nil {
-			select {
-			case r.asked <- ids:
-			default: // they wait until the end
-			}
+		ids := f.askOnce(r, c)
+		if ids == nil {
+			continue
 		}
+		for _, to := range r.all() {
+			f.hand(to, ids)
+		}
+	}
+}
+
+// hand leaves keys to the slave's clients. Those that have no room wait until the
+// end, unless the mix is patient.
+func (f *traffic) hand(to *route, ids []key.ID) {
+	if f.patient {
+		select {
+		case to.asked <- ids:
+		case <-f.stop:
+		}
+		return
+	}
+	select {
+	case to.asked <- ids:
+	default:
 	}
 }
 
@@ -151,7 +204,7 @@ func (f *traffic) ask(r *route) {
 func (f *traffic) askOnce(r *route, c *client) []key.ID {
 	f.rest.RLock()
 	defer f.rest.RUnlock()
-	got, err := c.person().Client.EncKeys(context.Background(), r.slave.ID, etsi014.KeyRequest{Number: 1 + rand.IntN(3)})
+	got, err := f.request(r, c.person())
 	c.answered(err)
 	if err != nil {
 		r.unserved.Add(1)
@@ -162,6 +215,30 @@ func (f *traffic) askOnce(r *route, c *client) []key.ID {
 	}
 	r.served.Add(1)
 	return f.give(r, got)
+}
+
+// request asks for keys as the route does it.
+func (f *traffic) request(r *route, master *Person) (etsi014.Container, error) {
+	if r.legacy {
+		k, err := master.Legacy.RequestKey(context.Background(), master.ID, r.slave.ID, 0, 0)
+		if err != nil {
+			return etsi014.Container{}, legacyError(err)
+		}
+		return etsi014.Container{Keys: []etsi014.Key{{ID: k.ID, Material: k.Material}}}, nil
+	}
+	q := etsi014.KeyRequest{Number: 1 + rand.IntN(f.number), Bits: f.bits[rand.IntN(len(f.bits))]}
+	for _, to := range r.also {
+		q.AdditionalSlaves = append(q.AdditionalSlaves, to.slave.ID)
+	}
+	return master.Client.EncKeys(context.Background(), r.slave.ID, q)
+}
+
+// legacyError is an answer of QuteMail's routes as 014 would have given it.
+func legacyError(err error) error {
+	if answer := (*legacy.APIError)(nil); errors.As(err, &answer) {
+		return &etsi014.APIError{Status: answer.Status, Message: answer.Message}
+	}
+	return err
 }
 
 // give enters keys that a master got.
@@ -178,7 +255,11 @@ func (f *traffic) give(r *route, got etsi014.Container) []key.ID {
 		if other, ok := f.ids[sum]; ok {
 			f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s has the bytes of %s", r, k.ID, other))
 		}
-		f.keys[k.ID], f.ids[sum], ids[i] = &account{route: r, master: sum}, k.ID, k.ID
+		a := &account{route: r, master: sum}
+		for _, to := range r.also {
+			a.copies = append(a.copies, &account{route: to, master: sum})
+		}
+		f.keys[k.ID], f.ids[sum], ids[i] = a, k.ID, k.ID
 	}
 	return ids
 }
@@ -204,10 +285,42 @@ func (f *traffic) take(r *route) {
 	}
 }
 
+// of is the account of a key for the slave of a route. The caller holds mu.
+func (f *traffic) of(r *route, id key.ID) *account {
+	a := f.keys[id]
+	for _, c := range a.copies {
+		if c.route == r {
+			return c
+		}
+	}
+	return a
+}
+
+// read has the slave read a key that it may read again.
+func (f *traffic) read(r *route, c *client, id key.ID) {
+	k, err := c.person().Legacy.RetrieveKey(context.Background(), r.slave.ID, id)
+	if c.answered(err); err != nil {
+		return // what is wrong with it shows when it is taken
+	}
+	defer k.Material.Wipe()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if a := f.of(r, id); sha256.Sum256(k.Material.Reveal()) != a.master {
+		f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s has other bytes for its reader", r, id))
+	} else if a.taken {
+		f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s was read after it was taken", r, id))
+	}
+}
+
 // takeOnce has the slave take keys, and says whether it need not try again.
 func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 	f.rest.RLock()
 	defer f.rest.RUnlock()
+	if r.legacy {
+		for range rand.IntN(3) {
+			f.read(r, c, ids[0])
+		}
+	}
 	got, err := c.person().Client.DecKeys(context.Background(), r.master.ID, ids)
 	c.answered(err)
 	defer got.Wipe()
@@ -216,7 +329,7 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 	if err == nil {
 		r.taken.Add(1)
 		for _, k := range got.Keys {
-			a := f.keys[k.ID]
+			a := f.of(r, k.ID)
 			if a.taken || a.gone {
 				f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s was handed to its slave twice", r, k.ID))
 			}
@@ -231,12 +344,12 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 	answer := (*etsi014.APIError)(nil)
 	if !errors.As(err, &answer) || answer.Status == http.StatusServiceUnavailable {
 		for _, id := range ids {
-			f.keys[id].tries++
+			f.of(r, id).tries++
 		}
 		return false
 	}
 	for _, id := range ids {
-		a := f.keys[id]
+		a := f.of(r, id)
 		if answer.Status != http.StatusBadRequest || a.tries == 0 {
 			f.wrong = append(f.wrong, fmt.Sprintf("%v: the slave cannot take key %s, which its master has: %v", r, id, err))
 		}
