@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha bench lint fuzz tools prerequisites clean
+.PHONY: all run build test test-ha storm bench lint fuzz tools prerequisites clean
 
 all: build
 
@@ -47,6 +47,11 @@ lint:
 	CGO_ENABLED=0 $(GO) vet -tags $(TAGS) ./hsm ./cmd/kmectl
 	$(GO) run $(STATICCHECK) -tags $(TAGS) ./...
 	@unformatted=$$($(GO) run $(GOFUMPT) -l .); test -z "$$unformatted" || { echo "gofumpt would change:"; echo "$$unformatted"; exit 1; }
+
+## storm: everything dies now and then for STORM_TIME, under load
+STORM_TIME ?= 10m
+storm: prerequisites build
+	KME_STORM_TIME=$(STORM_TIME) KME_STORM_FILLER=$${KME_STORM_FILLER-16384} $(GO) test -tags $(TAGS) -run '^TestStorm$$' -timeout 2h -v ./internal/lab
 
 ## fuzz: every fuzz target for FUZZTIME
 fuzz:

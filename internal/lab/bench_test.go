@@ -34,8 +34,18 @@ import (
 // of-null is the share of the rate at which the same clients are answered a key, over
 // the same TLS, by a process that does nothing for it; cpu-of-null the same of the
 // work of processors, which holds also while the machine has other things to do.
-func BenchmarkEncKeys(b *testing.B) {
-	r := newRig(b)
+func BenchmarkEncKeys(b *testing.B) { benchmarkEncKeys(b, 0, loads) }
+
+// BenchmarkEncKeysFar is BenchmarkEncKeys with a peer that is farLatency away, there
+// and back.
+func BenchmarkEncKeysFar(b *testing.B) {
+	benchmarkEncKeys(b, farLatency, []benchLoad{{64, 1}, {64, 64}})
+}
+
+const farLatency = 10 * time.Millisecond
+
+func benchmarkEncKeys(b *testing.B, latency time.Duration, loads []benchLoad) {
+	r := newRig(b, latency)
 	for _, load := range loads {
 		b.Run(load.String(), func(b *testing.B) {
 			ask := func(c *etsi014.Client, _ int) error {
@@ -53,7 +63,7 @@ func BenchmarkEncKeys(b *testing.B) {
 
 // BenchmarkDecKeys has clients take at KM2 the keys that alice got at KM1 before.
 func BenchmarkDecKeys(b *testing.B) {
-	r := newRig(b)
+	r := newRig(b, 0)
 	for _, load := range loads {
 		b.Run(load.String(), func(b *testing.B) {
 			compared := r.measure(b, r.connect(b, "bob", r.null, load.clients), func(c *etsi014.Client, _ int) error {
@@ -91,10 +101,16 @@ type rig struct {
 	nullPID int
 }
 
-func newRig(b *testing.B) *rig {
+func newRig(b *testing.B, latency time.Duration) *rig {
 	b.Helper()
-	r := &rig{Lab: start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond })}
+	r := &rig{Lab: start(b, func(c *Config) {
+		c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond
+		c.Proxy = latency > 0
+	})}
 	r.rests(b)
+	if latency > 0 {
+		r.KM2.Node.Proxy.Set(Trouble{Delay: latency / 2})
+	}
 	r.startNull(b)
 	return r
 }
