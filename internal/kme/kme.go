@@ -150,6 +150,7 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.payDebts(ctx) })
 	for _, l := range k.links {
 		g.Go(func() error { return l.announce(ctx) })
+		g.Go(func() error { return l.pool.stock(ctx) })
 		g.Go(func() error { return l.distil(ctx) })
 	}
 	started()

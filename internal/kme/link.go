@@ -71,6 +71,8 @@ func newLink(k *KME, c LinkConfig) *link {
 		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
 		fresh:  func(e key.Epoch) bool { return e >= k.usable() },
 		nodes:  k.alive,
+
+		wanting: make(chan struct{}, 1),
 	}
 	return l
 }

@@ -36,9 +36,13 @@ type pool struct {
 	fresh  func(key.Epoch) bool // false once atoms of that epoch are too old to be used
 	nodes  func() int           // that share the link's chunks
 
-	mu     sync.Mutex
-	leases []*held
-	used   time.Time // last time that somebody asked
+	stocking sync.Mutex // held while chunks are leased or given back; taken before mu
+
+	mu      sync.Mutex
+	leases  []*held
+	used    time.Time     // last time that somebody asked
+	low     int           // atoms in hand below which more are leased ahead of need
+	wanting chan struct{} // there are fewer: to whoever stocks
 }
 
 // held is a leased chunk and its atoms not yet lent, in index order.
@@ -48,24 +52,82 @@ type held struct {
 }
 
 // maxLease bounds how many chunks one refill takes.
-const maxLease = 32
+const maxLease = 64
 
 // take lends number keys of atoms consecutive atoms each, from the oldest epochs
 // first, or nothing at all: nil without an error means that the pool is too small.
+// Only those wait for the database for whom there is not enough in hand.
 func (p *pool) take(ctx context.Context, number, atoms int) ([]lent, error) {
+	if got, _ := p.lend(nil, number, atoms); got != nil {
+		return got, nil
+	}
+	p.stocking.Lock()
+	defer p.stocking.Unlock()
+	got, short := p.lend(nil, number, atoms)
+	for got == nil {
+		leases, err := p.more(ctx, short)
+		if err != nil || len(leases) == 0 {
+			return nil, err
+		}
+		got, short = p.lend(leases, number, atoms)
+	}
+	return got, nil
+}
+
+// lend adds leases, and lends all that is asked for, or nothing and says how many
+// atoms are missing.
+func (p *pool) lend(leases []store.Lease, number, atoms int) (got []lent, short int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.used = time.Now()
-	got := p.pick(nil, number, atoms)
-	for len(got) < number*atoms {
-		more, err := p.refill(ctx, number*atoms-len(got))
-		if err != nil || !more {
-			p.put(got)
-			return nil, err
-		}
-		got = p.pick(got, number-len(got)/atoms, atoms)
+	p.enter(leases)
+	if got = p.pick(nil, number, atoms); len(got) < number*atoms {
+		p.put(got)
+		return nil, number*atoms - len(got)
 	}
-	return got, nil
+	left := 0
+	for _, h := range p.leases {
+		left += len(h.left)
+	}
+	if left < p.low {
+		select {
+		case p.wanting <- struct{}{}:
+		default: // it is known, or nobody stocks
+		}
+	}
+	return got, 0
+}
+
+// enter takes new leases in hand. The caller holds mu.
+func (p *pool) enter(leases []store.Lease) {
+	if len(leases) == 0 {
+		return
+	}
+	p.low = 0
+	for i := range leases {
+		p.add(&held{Lease: leases[i], left: leases[i].Atoms})
+		p.low += len(leases[i].Atoms) / 4
+	}
+}
+
+// stock leases more whenever there is little in hand, so that nobody has to wait for
+// it, until ctx ends.
+func (p *pool) stock(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-p.wanting:
+		}
+		p.stocking.Lock()
+		leases, err := p.more(ctx, 1)
+		if err == nil { // otherwise the request that misses them says why
+			p.mu.Lock()
+			p.enter(leases)
+			p.mu.Unlock()
+		}
+		p.stocking.Unlock()
+	}
 }
 
 // pick moves up to number keys from the leases to got. The caller holds mu.
@@ -90,25 +152,15 @@ func (p *pool) pick(got []lent, number, atoms int) []lent {
 	return got
 }
 
-// refill leases more chunks, and says whether there were any. The caller holds mu.
-func (p *pool) refill(ctx context.Context, atoms int) (bool, error) {
+// more leases chunks for so many atoms at least, as far as there are any. The caller
+// holds stocking.
+func (p *pool) more(ctx context.Context, atoms int) ([]store.Lease, error) {
 	stored, err := p.stored(ctx)
-	if err != nil {
-		return false, err
-	}
-	if stored == 0 {
-		return false, nil
+	if err != nil || stored == 0 {
+		return nil, err
 	}
 	need := (atoms + key.ChunkAtoms - 1) / key.ChunkAtoms
-	want := max(need, min(maxLease, stored/(2*key.ChunkAtoms*p.nodes())))
-	leases, err := p.lease(ctx, want)
-	if err != nil {
-		return false, err
-	}
-	for i := range leases {
-		p.add(&held{Lease: leases[i], left: leases[i].Atoms})
-	}
-	return len(leases) > 0, nil
+	return p.lease(ctx, max(need, min(maxLease, stored/(2*key.ChunkAtoms*p.nodes()))))
 }
 
 // add puts a chunk into its place, oldest epoch first. The caller holds mu.
@@ -162,6 +214,8 @@ func (p *pool) put(atoms []lent) {
 
 // empty takes all leases out of the pool.
 func (p *pool) empty() []*held {
+	p.stocking.Lock()
+	defer p.stocking.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.drain()
@@ -175,6 +229,8 @@ func (p *pool) drain() []*held {
 
 // idle is empty if nobody has asked for a while, and otherwise nothing.
 func (p *pool) idle() []*held {
+	p.stocking.Lock()
+	defer p.stocking.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.used) < idleLease {

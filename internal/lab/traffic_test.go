@@ -36,8 +36,8 @@ type traffic struct {
 
 // route is a master at its KME and a slave at the other one, or at the same.
 type route struct {
-	also              []*route  // to further slaves that are named in each request
-	legacy            bool      // keys are asked for, and read again and again, by QuteMail's routes
+	also              []*route // to further slaves that are named in each request
+	legacy            bool     // keys are asked for, and read again and again, by QuteMail's routes
 	master, slave     *Person
 	masters, slaves   []*Person // the same at each node of their sites
 	at, from          *Site     // of the master, of the slave
