@@ -33,6 +33,7 @@ type fibre struct {
 type chunk struct {
 	store.Lease
 	leased bool
+	given  []store.Atom // with the lease
 }
 
 var errAway = errors.New("the database is away")
@@ -61,6 +62,7 @@ func (f *fibre) lease(_ context.Context, most int) ([]store.Lease, error) {
 			c.leased = true
 			l := c.Lease
 			l.Atoms = slices.DeleteFunc(slices.Clone(l.Atoms), func(a store.Atom) bool { return f.used[a.ID] })
+			c.given = l.Atoms
 			leases = append(leases, l)
 		}
 	}
@@ -202,7 +204,7 @@ func (f *fibre) release(t *rapid.T, most int) {
 		if !slices.Contains(chunks, c.Chunk) {
 			continue
 		}
-		for _, a := range c.Atoms {
+		for _, a := range c.given {
 			if _, held := f.lent[a.ID]; held || f.used[a.ID] {
 				t.Fatalf("untouched(%d): chunk %d, of which atom %d is lent or used", most, c.Chunk, a.Index)
 			}
