@@ -20,11 +20,19 @@ import (
 type balance struct {
 	calm         atomic.Int64 // atoms that the other end may use before it is worth looking again
 	given, taken atomic.Int64 // chunks, since the node started
+
+	// Of the goroutine that looks: when it last did, and how long that took.
+	looked time.Time
+	took   time.Duration
 }
 
 // balanceEvery is how often the ends' shares are looked at if nothing calls for it
 // earlier: other nodes of the site commit what the peer uses as well.
 const balanceEvery = time.Second
+
+// restTimes is how many times as long as a look takes the next one waits at least, if
+// nothing calls for it: of a pool of 10^7 atoms there are many chunks to count.
+const restTimes = 10
 
 // used notes what the peer has been assigned of its share.
 func (k *KME) used(requests []handover.Request, results []handover.Result) {
@@ -63,9 +71,13 @@ func (k *KME) balance(ctx context.Context) {
 // If the process dies after the commit, the chunks are the other end's, which will
 // be told so by the next process or another node of this site.
 func (l *link) even(ctx context.Context) error {
-	k := l.k
-	from := k.usable()
+	k, mine := l.k, &l.balance
+	if mine.calm.Load() > 0 && time.Since(mine.looked) < restTimes*mine.took {
+		return nil
+	}
+	from, began := k.usable(), time.Now()
 	b, err := k.Store.Balance(ctx, l.ID, from)
+	mine.looked, mine.took = began, time.Since(began)
 	if err != nil {
 		return err
 	}
@@ -77,28 +89,14 @@ func (l *link) even(ctx context.Context) error {
 	}
 	if b.Given > 0 {
 		failpoint.Hit(failpoint.GrantCommitted)
-		l.balance.given.Add(int64(b.Given))
+		mine.given.Add(int64(b.Given))
 		k.hurry()
 	}
-	l.balance.calm.Store(int64(max(b.There-b.Here/2, b.There/2)))
-	if more := handover.Surplus(b.Here, b.There); more > 0 && (b.Given == handover.MaxGranted || l.release(ctx, more)) {
+	mine.calm.Store(int64(max(b.There-b.Here/2, b.There/2)))
+	if handover.Surplus(b.Here, b.There) > 0 && (b.Given == handover.MaxGranted || l.giveBack(ctx, l.pool.empty())) {
 		k.rebalance()
 	}
 	return nil
-}
-
-// release gives up leases of chunks that no request has touched, so that they may
-// be given to the other end, and says whether there were any.
-func (l *link) release(ctx context.Context, most int) bool {
-	chunks := l.pool.untouched(most)
-	if len(chunks) == 0 {
-		return false
-	}
-	if err := l.k.Store.Release(ctx, l.ID, chunks); err != nil {
-		l.k.Log.Warn("releasing leases", "link", l.ID, "err", err) // they come with the next lease
-		return false
-	}
-	return true
 }
 
 func (l *link) givenEvent(chunks []audit.Atoms) audit.Event {

@@ -172,20 +172,6 @@ func (p *pool) add(h *held) int {
 	return at
 }
 
-// untouched gives up up to most chunks that no request has had an atom of, the
-// youngest first, and names them.
-func (p *pool) untouched(most int) (chunks []int64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for i := len(p.leases) - 1; i >= 0 && len(chunks) < most; i-- {
-		if h := p.leases[i]; len(h.left) == len(h.Atoms) {
-			chunks = append(chunks, h.Chunk)
-			p.leases = slices.Delete(p.leases, i, i+1)
-		}
-	}
-	return chunks
-}
-
 // forget drops all leases: their atoms are not in the database any more.
 func (p *pool) forget() {
 	p.mu.Lock()
@@ -250,10 +236,13 @@ func leasedOf(leases []*held) (list []store.Leased) {
 
 // share gives back what this node has leased and nobody asks it for: the site's
 // other nodes may have run out.
-func (l *link) share(ctx context.Context) {
-	leases := l.pool.idle()
+func (l *link) share(ctx context.Context) { l.giveBack(ctx, l.pool.idle()) }
+
+// giveBack gives back leases that were taken out of the pool, and says whether any
+// of their chunks is free now.
+func (l *link) giveBack(ctx context.Context, leases []*held) bool {
 	if len(leases) == 0 {
-		return
+		return false
 	}
 	// It waits for the outcome, until the node stops: what may have been given back
 	// must not be used.
@@ -261,10 +250,11 @@ func (l *link) share(ctx context.Context) {
 	if err != nil {
 		l.k.Log.Warn("giving back leases", "link", l.ID, "err", err)
 		if errors.Is(err, store.ErrDoubt) {
-			return
+			return false
 		}
 	}
 	l.pool.restore(leases, freed)
+	return len(freed) > 0
 }
 
 // restore puts back what was taken out and is not free.

@@ -33,7 +33,6 @@ type fibre struct {
 type chunk struct {
 	store.Lease
 	leased bool
-	given  []store.Atom // with the lease
 }
 
 var errAway = errors.New("the database is away")
@@ -62,7 +61,6 @@ func (f *fibre) lease(_ context.Context, most int) ([]store.Lease, error) {
 			c.leased = true
 			l := c.Lease
 			l.Atoms = slices.DeleteFunc(slices.Clone(l.Atoms), func(a store.Atom) bool { return f.used[a.ID] })
-			c.given = l.Atoms
 			leases = append(leases, l)
 		}
 	}
@@ -188,31 +186,6 @@ func (f *fibre) take(t *rapid.T, number, atoms int) []lent {
 	return got
 }
 
-// release has the pool give chunks up, of which no request may have had anything.
-func (f *fibre) release(t *rapid.T, most int) {
-	whole := 0
-	for _, h := range f.pool.leases {
-		if n := len(f.free(f.chunks[slices.IndexFunc(f.chunks, func(c *chunk) bool { return c.Chunk == h.Chunk })])); f.fresh(h.Epoch) && n == len(h.Atoms) {
-			whole++
-		}
-	}
-	chunks := f.pool.untouched(most)
-	if len(chunks) > most || len(chunks) < min(most, whole) {
-		t.Fatalf("untouched(%d): %d chunks, when %d are", most, len(chunks), whole)
-	}
-	for _, c := range f.chunks {
-		if !slices.Contains(chunks, c.Chunk) {
-			continue
-		}
-		for _, a := range c.given {
-			if _, held := f.lent[a.ID]; held || f.used[a.ID] {
-				t.Fatalf("untouched(%d): chunk %d, of which atom %d is lent or used", most, c.Chunk, a.Index)
-			}
-		}
-		c.leased = false
-	}
-}
-
 // check compares what the pool has with what it should have.
 func (f *fibre) check(t *rapid.T) {
 	seen := make(map[int64]bool)
@@ -240,7 +213,7 @@ func (f *fibre) check(t *rapid.T) {
 	}
 }
 
-// TestPool: whatever is asked for, given back, served, leased, released and grown too old, no
+// TestPool: whatever is asked for, given back, served, leased and grown too old, no
 // atom is lent twice and none is lost; a key is made of consecutive atoms of one
 // chunk; a request is filled whole, from the oldest epochs, or not at all, and only
 // if it cannot be.
@@ -289,7 +262,6 @@ func TestPool(t *testing.T) {
 					f.used[a.ID] = true
 				}
 			},
-			"release": func(t *rapid.T) { f.release(t, rapid.IntRange(1, 3).Draw(t, "most")) },
 			"share": func(t *rapid.T) {
 				leases := f.pool.empty()
 				if rapid.Bool().Draw(t, "late") { // what comes back meanwhile was lent when it began

@@ -97,7 +97,7 @@ func TestGiveChunks(t *testing.T) {
 
 	s.step(hour)
 	young := s.fill(db, 130, mine)
-	if err := db.Release(ctx, linkName, []int64{leases[0].Chunk}); err != nil {
+	if _, err := db.GiveBack(ctx, []Leased{{leases[0].Chunk, 64}}); err != nil {
 		t.Fatal(err)
 	}
 	job := giveJob(10)
@@ -125,30 +125,6 @@ func TestGiveChunks(t *testing.T) {
 	events := s.check()
 	if n := countOf(events, audit.GiveChunks); n != 2 {
 		t.Errorf("%d events, want 2", n)
-	}
-}
-
-// TestRelease ends leases of this run, and of no other.
-func TestRelease(t *testing.T) {
-	t.Parallel()
-	s := newSite(t)
-	one, two := s.open("n1"), s.open("n2")
-	s.fill(one, 64, mine)
-	leases, err := one.Lease(t.Context(), linkName, 1)
-	if err != nil || len(leases) != 1 {
-		t.Fatal(leases, err)
-	}
-	if err := two.Release(t.Context(), linkName, []int64{leases[0].Chunk}); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := two.Lease(t.Context(), linkName, 1); len(got) != 0 || err != nil {
-		t.Errorf("another node has released the chunk: %v, %v", got, err)
-	}
-	if _, err := two.BumpRun(t.Context(), "n1", 0); err != nil {
-		t.Fatal(err)
-	}
-	if err := one.Release(t.Context(), linkName, []int64{leases[0].Chunk}); err == nil {
-		t.Error("a zombie has released a chunk")
 	}
 }
 

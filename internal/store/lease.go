@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -57,28 +56,6 @@ func (db *DB) Lease(ctx context.Context, link string, maxChunks int) ([]Lease, e
 		return nil, away("loading leased chunks of link "+link, err)
 	}
 	return leases, nil
-}
-
-// Release ends the lease of chunks of a link that this run has leased and does not
-// use: no atom of theirs is lent, announced or parked. Those of a Release that is
-// not committed come with the next Lease again.
-func (db *DB) Release(ctx context.Context, link string, chunks []int64) error {
-	act := solo(func(ctx context.Context, a *attempt) error {
-		_, err := a.conn.Exec(ctx, "UPDATE chunk SET node = NULL, run = NULL WHERE id = ANY($1::bigint[]) AND node = $2 AND run = $3", chunks, db.cfg.Node, a.c.run)
-		return err
-	})
-	err := db.do(ctx, act, func(committed bool) {
-		if !committed {
-			db.setAside(link, chunks)
-		}
-	})
-	if err != nil && !errors.Is(err, ErrDoubt) {
-		db.setAside(link, chunks)
-	}
-	if err != nil {
-		return fmt.Errorf("releasing %d chunks of link %s: %w", len(chunks), link, err)
-	}
-	return nil
 }
 
 // setAside keeps chunks of a link that are leased by this run and that nobody uses.
