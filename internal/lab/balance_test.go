@@ -132,7 +132,7 @@ func balanced(t *testing.T, l *Lab) {
 	t.Helper()
 	settled(t, l)
 	check(t, l)
-	comparePools(t, l)
+	comparePools(t, l, time.Time{})
 	compareOwners(t, l)
 }
 
@@ -188,7 +188,7 @@ func TestCheckOwners(t *testing.T) {
 	} {
 		e := &evidence{site: &Site{Name: "km1"}, chunks: map[handover.ChunkRef]handover.Chunk{ref: tc.here}}
 		var r Report
-		e.checkOwners(&r, map[handover.ChunkRef]handover.Chunk{ref: tc.later}, "km2")
+		e.checkOwners(&r, map[handover.ChunkRef]handover.Chunk{ref: tc.later}, &evidence{site: &Site{Name: "km2"}})
 		if bad := len(r.Violations) > 0; bad != tc.bad {
 			t.Errorf("%s: %v", name, r.Violations)
 		}

@@ -66,8 +66,8 @@ func (l *Lab) Check(ctx context.Context) (Report, error) {
 		if err != nil {
 			return r, err
 		}
-		other.checkServedBlocks(&r, blocks, s.Name)
-		other.checkOwners(&r, chunks, s.Name)
+		other.checkServedBlocks(&r, blocks, evidence[i])
+		other.checkOwners(&r, chunks, evidence[i])
 	}
 	for _, e := range evidence {
 		e.checkOutcomes(&r)
@@ -90,6 +90,9 @@ type evidence struct {
 	parked int
 	counts map[string]int // of table untaken: live rows of due less what is counted, by pair
 	dues   int64          // rows of due that went with dropped partitions
+
+	origin     int64            // of the account: raised by each recovery
+	remembered map[string]int64 // by link: the first session after the last recovery; older ones may be forgotten
 }
 
 type block struct {
@@ -117,15 +120,16 @@ type dueRow struct {
 
 // event is what Check reads of an audit event: its own reading of the text.
 type event struct {
-	Node    string   `json:"node"`
-	Seq     int64    `json:"seq"`
-	Action  string   `json:"action"`
-	Outcome string   `json:"outcome"`
-	Request string   `json:"request"`
-	Slaves  []string `json:"slaves"`
-	Keys    []key.ID `json:"keys"`
-	Count   int      `json:"count"`
-	Reread  bool     `json:"reread"`
+	Node    string    `json:"node"`
+	Seq     int64     `json:"seq"`
+	Action  string    `json:"action"`
+	Outcome string    `json:"outcome"`
+	Request string    `json:"request"`
+	Slaves  []string  `json:"slaves"`
+	Keys    []key.ID  `json:"keys"`
+	Count   int       `json:"count"`
+	Reread  bool      `json:"reread"`
+	At      time.Time `json:"at"`
 	Actor   struct {
 		ID string `json:"id"`
 	} `json:"actor"`
@@ -209,6 +213,9 @@ func (e *evidence) readTables(ctx context.Context, tx pgx.Tx) error {
 	if e.chunks, err = readChunks(ctx, tx); err != nil {
 		return err
 	}
+	if err := e.readRecovery(ctx, tx); err != nil {
+		return err
+	}
 	rows, err := tx.Query(ctx, "SELECT k.id, c.link, c.session, c.block, k.index, k.kek, k.iv, k.ct FROM key k JOIN chunk c ON c.id = k.chunk")
 	if err != nil {
 		return err
@@ -245,6 +252,32 @@ func (e *evidence) readTables(ctx context.Context, tx pgx.Tx) error {
 		return err
 	}
 	return tx.QueryRow(ctx, "SELECT coalesce(sum(dropped_due), 0) FROM epoch").Scan(&e.dues)
+}
+
+// readRecovery reads which part of the past the site may have forgotten: that from
+// before its last recovery.
+func (e *evidence) readRecovery(ctx context.Context, tx pgx.Tx) error {
+	if err := tx.QueryRow(ctx, "SELECT origin FROM settings").Scan(&e.origin); err != nil {
+		return err
+	}
+	var at time.Time
+	for _, ev := range e.events {
+		if ev.Action == recovery && ev.Outcome == "done" && int64(ev.Count) == e.origin {
+			at = ev.At
+		}
+	}
+	if at.IsZero() != (e.origin == 1) {
+		return fmt.Errorf("I5 at %s: no event says how the account came to origin %d", e.site.Name, e.origin)
+	}
+	rows, err := tx.Query(ctx, "SELECT l.id, coalesce(min(s.id), l.session + 1) FROM link l LEFT JOIN session s ON s.link = l.id AND s.opened_at >= $1 GROUP BY l.id", at)
+	if err != nil {
+		return err
+	}
+	e.remembered = make(map[string]int64)
+	var link string
+	var session int64
+	_, err = pgx.ForEachRow(rows, []any{&link, &session}, func() error { e.remembered[link] = session; return nil })
+	return err
 }
 
 // readCounts reads for which pairs the nodes' counts of untaken keys do not add up.
@@ -318,6 +351,7 @@ const (
 	encKeys, decKeys, status, malformed = "enc_keys", "dec_keys", "status", "malformed"
 	consume, cleanup                    = "consume", "cleanup"
 	assign, burn, expire, lost          = "assign", "burn", "expire", "block-lost"
+	recovery                            = "recover"
 )
 
 // checkOutcomes is I4: a request that a handler saw has exactly one outcome event.
@@ -341,7 +375,7 @@ func (e *evidence) checkOutcomes(r *Report) {
 
 // checkServedBlocks is I7: nothing was handed out or assigned from a block that the
 // other site does not hold.
-func (e *evidence) checkServedBlocks(r *Report, there map[handover.BlockRef]block, other string) {
+func (e *evidence) checkServedBlocks(r *Report, there map[handover.BlockRef]block, other *evidence) {
 	seen := make(map[handover.BlockRef]bool)
 	for _, ev := range e.events {
 		if ev.Outcome != "done" || ev.Action != encKeys && ev.Action != assign {
@@ -355,12 +389,13 @@ func (e *evidence) checkServedBlocks(r *Report, there map[handover.BlockRef]bloc
 			seen[ref] = true
 			b, ok := there[ref]
 			switch {
+			case !ok && a.Session < other.remembered[a.Link]: // it has forgotten
 			case !ok:
-				r.fail("I7", e.site.Name, "keys of block %s are used, and %s does not know it", ref, other)
+				r.fail("I7", e.site.Name, "keys of block %s are used, and %s does not know it", ref, other.site.Name)
 			case b.state == "lost":
-				r.fail("I7", e.site.Name, "keys of block %s are used, and %s has dropped it", ref, other)
+				r.fail("I7", e.site.Name, "keys of block %s are used, and %s has dropped it", ref, other.site.Name)
 			case !bytes.Equal(b.digest, e.blocks[ref].digest):
-				r.fail("I7", e.site.Name, "keys of block %s are used, and %s holds another under this name", ref, other)
+				r.fail("I7", e.site.Name, "keys of block %s are used, and %s holds another under this name", ref, other.site.Name)
 			}
 		}
 	}
@@ -369,11 +404,16 @@ func (e *evidence) checkServedBlocks(r *Report, there map[handover.BlockRef]bloc
 // checkOwners is why I2 holds: a chunk, whose atoms its owner alone assigns, never
 // has two. When an end read as its owner has been given it for the n-th time, the
 // other, read later, knows of that grant, and if it is the owner by then, of one more.
-func (e *evidence) checkOwners(r *Report, later map[handover.ChunkRef]handover.Chunk, other string) {
+//
+// What either end has forgotten is burned at both, and nobody's.
+func (e *evidence) checkOwners(r *Report, later map[handover.ChunkRef]handover.Chunk, other *evidence) {
 	for ref, c := range e.chunks {
 		l, ok := later[ref]
+		if ref.Session < max(e.remembered[ref.Link], other.remembered[ref.Link]) {
+			continue
+		}
 		if c.Mine && ok && (l.Grants < c.Grants || l.Mine && l.Grants == c.Grants) {
-			r.fail("I2", e.site.Name, "chunk %s is owned here after %d grants, and %s knows of %d: owner there %v", ref, c.Grants, other, l.Grants, l.Mine)
+			r.fail("I2", e.site.Name, "chunk %s is owned here after %d grants, and %s knows of %d: owner there %v", ref, c.Grants, other.site.Name, l.Grants, l.Mine)
 		}
 	}
 }

@@ -139,7 +139,7 @@ func well(t *testing.T, f *traffic) {
 	defer f.rest.Unlock()
 	settled(t, f.lab)
 	check(t, f.lab)
-	comparePools(t, f.lab)
+	comparePools(t, f.lab, f.recovered)
 	compareOwners(t, f.lab)
 }
 

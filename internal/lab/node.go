@@ -96,6 +96,27 @@ func (n *Node) Faults(lines ...string) error {
 	return os.Rename(file+".new", file)
 }
 
+// Recover runs kmed recover with the node's configuration, and returns what it says.
+func (n *Node) Recover(ctx context.Context, flags ...string) (string, error) {
+	out := n.path("recover")
+	if err := os.RemoveAll(out); err != nil {
+		return "", err
+	}
+	env := []string{"SOFTHSM2_CONF=" + n.site.path("hsm", "softhsm2.conf")}
+	args := append([]string{"recover", "--config", n.path("kmed.yaml")}, flags...)
+	p, err := n.site.lab.nursery.start("kmed recover of "+n.Name, n.path(), out, env, filepath.Join(n.site.lab.Bin, "kmed"), args...)
+	if err != nil {
+		return "", err
+	}
+	select {
+	case <-p.exited:
+	case <-ctx.Done():
+		p.kill()
+	}
+	text, err := os.ReadFile(out)
+	return string(text), errors.Join(p.err, err)
+}
+
 // Running says whether the node runs.
 func (n *Node) Running() bool { return n.kmed.running() }
 

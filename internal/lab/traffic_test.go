@@ -29,9 +29,12 @@ type traffic struct {
 	rest   sync.RWMutex // held for reading during a request: whoever locks it has the clients rest
 
 	mu    sync.Mutex
+	since map[*Site]map[key.ID]bool // keys from before a recovery of the site, of which it may have forgotten what it did
 	keys  map[key.ID]*account
-	ids   map[[sha256.Size]byte]key.ID // by the key's bytes
-	wrong []string                     // what no client may ever see
+
+	recovered time.Time                    // when the last recovery of a site was over
+	ids       map[[sha256.Size]byte]key.ID // by the key's bytes
+	wrong     []string                     // what no client may ever see
 }
 
 // route is a master at its KME and a slave at the other one, or at the same.
@@ -80,6 +83,7 @@ type account struct {
 	tries  int               // takes whose outcome the slave was not told
 	taken  bool              // by the slave, once
 	gone   bool              // the KME says so: one of those tries took it
+	burned bool              // by a recovery of the slave's KME: it may never be taken
 }
 
 // mix is what traffic is made of.
@@ -330,7 +334,7 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 		r.taken.Add(1)
 		for _, k := range got.Keys {
 			a := f.of(r, k.ID)
-			if a.taken || a.gone {
+			if a.taken || a.gone || a.burned {
 				f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s was handed to its slave twice", r, k.ID))
 			}
 			if sha256.Sum256(k.Material.Reveal()) != a.master {
@@ -350,7 +354,7 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 	}
 	for _, id := range ids {
 		a := f.of(r, id)
-		if answer.Status != http.StatusBadRequest || a.tries == 0 {
+		if answer.Status != http.StatusBadRequest || a.tries == 0 && !a.burned {
 			f.wrong = append(f.wrong, fmt.Sprintf("%v: the slave cannot take key %s, which its master has: %v", r, id, err))
 		}
 		a.gone = true
