@@ -155,6 +155,9 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	}
 	started()
 	err := g.Wait()
+	if errors.Is(err, store.ErrFenced) { // whoever met it first says the least of why
+		err = k.fenced(context.WithoutCancel(ctx), err)
+	}
 	k.stopped()
 	if errors.Is(err, context.Canceled) {
 		return nil
@@ -163,15 +166,12 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 }
 
 // watchFence ends the node when another process has bumped its run, or when the
-// database was set back: the next process serves its doors, and nothing behind them.
+// database was set back.
 func (k *KME) watchFence(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-k.Store.Fenced():
-		if back := k.Store.SetBack(); back != "" {
-			return k.setBack(ctx, back)
-		}
 		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more: %w", k.Node, k.run.Load(), store.ErrFenced)
 	}
 }

@@ -129,9 +129,6 @@ func (k *KME) watchNodes(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, store.ErrFenced):
-			if now := k.standing(ctx); now.Origin > 0 && now.Run(k.Node) < k.run.Load() {
-				return k.setBack(ctx, fmt.Sprintf("node %s is in run %d, and was in run %d", k.Node, now.Run(k.Node), k.run.Load()))
-			}
 			return fmt.Errorf("node %s: run %d has no right to serve any more: %w", k.Node, k.run.Load(), err)
 		case err != nil:
 			k.Log.Warn("looking after the site's nodes", "err", err)

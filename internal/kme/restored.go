@@ -124,9 +124,22 @@ func (k *KME) suspend(ctx context.Context, why string) error {
 	return nil
 }
 
-// setBack suspends the site because its database has lost what this process had
-// committed, and returns why the process ends.
-func (k *KME) setBack(ctx context.Context, lost string) error {
+// fenced says why a node is fenced: taken over, as err says, or since its database
+// has lost what this process had committed. Then it suspends the site: the next
+// process serves its doors, and nothing behind them.
+func (k *KME) fenced(ctx context.Context, err error) error {
+	var lost string
+	select {
+	case <-k.Store.Fenced():
+		lost = k.Store.SetBack()
+	default: // the committer has not met it yet
+		if now, err := k.Store.Standing(ctx); err == nil && now.Run(k.Node) < k.run.Load() {
+			lost = fmt.Sprintf("node %s is in run %d, and was in run %d", k.Node, now.Run(k.Node), k.run.Load())
+		}
+	}
+	if lost == "" {
+		return err
+	}
 	why := "the database was set back while it was in use: " + lost
 	return errors.Join(fmt.Errorf("node %s: %s", k.Node, why), k.suspend(ctx, why))
 }
