@@ -34,10 +34,19 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	}
 	defer t.leave(a.Batch)
 	p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), full: make(map[string]bool), unusable: make(map[string][]key.ID), seen: make(map[key.ID]store.PooledAtom)}
-	if err := d.prepare(ctx, from, a, t, p); err != nil {
+	standing, err := d.judge(ctx, from, a, t)
+	if err != nil {
 		return k.decline(a, err), nil
 	}
-	t.turn(ctx, a.Run, a.Batch)
+	switch standing {
+	case handover.Ahead, handover.Stale: // whatever the store knows by now, nothing of it is done
+		return handover.AnnounceAnswer{Standing: standing}, nil
+	case handover.Fresh:
+		if err := d.prepare(ctx, from, a, p); err != nil {
+			return k.decline(a, err), nil
+		}
+		t.turn(ctx, a.Run, a.Batch)
+	}
 	answer, err := k.Store.Assign(ctx, store.AssignJob{
 		Peer: from, Announce: a, Due: p.due, Seen: p.seen,
 		Admit: func(r handover.Request) string { return p.refused[r.ID] },
@@ -90,26 +99,32 @@ type prepared struct {
 	seen     map[key.ID]store.PooledAtom
 }
 
-// prepare judges the requests of a batch and seals what they may have, if it is one
-// to come. An error is the HSM's or the database's.
-func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Announce, t *turnstile, p *prepared) error {
+// judge says what a batch is, as far as is known before it is its turn: Fresh also if
+// some before it may be on their way. An error is that this site cannot act on it now.
+func (d PeerDoor) judge(ctx context.Context, from identity.KME, a handover.Announce, t *turnstile) (handover.Standing, error) {
 	if err := d.k.able(); err != nil {
-		return err
+		return "", err
 	}
 	if err := d.k.servingPeer(from); err != nil {
-		return err
+		return "", err
 	}
 	known := t.knows()
-	if known.Run < a.Run { // of this process's first batch of that run
+	if known.Run < a.Run || known.Last+announceWindow < a.Batch { // this process's first batch of that run, or another node had those before
 		var err error
 		if known, err = d.k.Store.PeerRun(ctx, from, a.Node); err != nil {
-			return fmt.Errorf("reading the peer's run: %w", err)
+			return "", fmt.Errorf("reading the peer's run: %w", err)
 		}
 		t.learn(known)
 	}
-	if a.Run != known.Run || a.Batch <= known.Last || a.Batch > known.Last+announceWindow {
-		return nil // the store answers it from the rows, or has it come again
+	if a.Run == known.Run && known.Last < a.Batch && a.Batch <= known.Last+announceWindow {
+		return handover.Fresh, nil
 	}
+	return known.Judge(a.Run, a.Batch), nil
+}
+
+// prepare judges the requests of a batch that is to come and seals what they may
+// have. An error is the HSM's or the database's.
+func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Announce, p *prepared) error {
 	admitted, given := make(map[*link][]handover.Request), make(rooms)
 	for _, r := range a.Requests {
 		l, err := d.link(r.Link, from)
