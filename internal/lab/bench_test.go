@@ -177,7 +177,8 @@ func (s spent) all() time.Duration {
 func (s spent) less(t spent) spent {
 	return spent{
 		[2]time.Duration{s.kmed[0] - t.kmed[0], s.kmed[1] - t.kmed[1]},
-		[2]time.Duration{s.postgres[0] - t.postgres[0], s.postgres[1] - t.postgres[1]}, s.clients - t.clients, s.null - t.null,
+		[2]time.Duration{s.postgres[0] - t.postgres[0], s.postgres[1] - t.postgres[1]},
+		s.clients - t.clients, s.null - t.null,
 	}
 }
 

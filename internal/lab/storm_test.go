@@ -167,8 +167,14 @@ func (s *storm) disturb(context.Context) error {
 	site := s.site()
 	proxy := site.Nodes[s.rand.IntN(len(site.Nodes))].Proxy
 	troubles := []Trouble{
-		{Delay: 10 * time.Millisecond}, {Delay: 100 * time.Millisecond}, {Delay: time.Second},
-		{Cut: true}, {Hole: true}, {Lose: true}, {Twice: true}, {Swap: true},
+		{Delay: 10 * time.Millisecond},
+		{Delay: 100 * time.Millisecond},
+		{Delay: time.Second},
+		{Cut: true},
+		{Hole: true},
+		{Lose: true},
+		{Twice: true},
+		{Swap: true},
 	}
 	proxy.Set(troubles[s.rand.IntN(len(troubles))])
 	s.rest(500*time.Millisecond, 4*time.Second)
