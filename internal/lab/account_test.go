@@ -24,8 +24,9 @@ func (f *traffic) close(t testing.TB) {
 	left := 0
 	for id, a := range f.ofState(waiting) {
 		left++
+		c := newClient(a.route.slaves)
 		for range 3 { // a 503 is lawful, now and then
-			if f.takeOnce(a.route, newClient(a.route.slaves), []key.ID{id}) {
+			if f.takeOnce(a.route, c, []key.ID{id}) {
 				break
 			}
 		}

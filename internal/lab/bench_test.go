@@ -276,6 +276,7 @@ func (r *rig) measure(b *testing.B, clients []*etsi014.Client, request func(*ets
 	var all sync.WaitGroup
 	before := r.cpu(b)
 	b.ResetTimer()
+	b.StartTimer()
 	began := time.Now()
 	for _, c := range clients {
 		all.Go(func() {

@@ -115,7 +115,8 @@ func TestGiveBack(t *testing.T) {
 }
 
 // TestEpochOfAnotherNode: what lies in partitions that another node of the site has
-// made, since this one looked, is served, taken, burned and dropped like anything else.
+// made, since this one looked, is served, read, taken, burned and dropped like anything
+// else.
 func TestEpochOfAnotherNode(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -135,8 +136,13 @@ func TestEpochOfAnotherNode(t *testing.T) {
 	}
 	b := s.fill(one, 64, mine)
 	due := s.due(b.Atoms[0].ID, "bob", "alice")
+	due.Reread = true
 	if err := one.Serve(ctx, ServeJob{Atoms: ids(b.Atoms[:1]), Due: []Due{due}, Events: []audit.Event{served("r", b.BlockRef, b.Atoms[0])}}); err != nil {
 		t.Fatal(err)
+	}
+	forget()
+	if err := two.Read(ctx, ReadJob{SAE: sae("bob"), Row: due.ref(), Events: []audit.Event{{Action: audit.DecKeys, Outcome: audit.Done, Keys: ids(b.Atoms[:1]), Reread: true}}}); err != nil {
+		t.Errorf("reading: %v", err)
 	}
 	forget()
 	if err := two.Take(ctx, TakeJob{

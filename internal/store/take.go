@@ -98,6 +98,9 @@ type ReadJob struct {
 // was never there, or may not be read. The row is locked until the commit: of a read
 // and a take at once, at whichever nodes, either the read comes first or is short.
 func (db *DB) Read(ctx context.Context, j ReadJob) error {
+	if err := db.learn(ctx, j.Row.ExpiryEpoch); err != nil { // another node may have opened it
+		return away("reading a key", err)
+	}
 	return db.do(ctx, &read{ReadJob: j, db: db}, j.Late)
 }
 
