@@ -270,8 +270,8 @@ func faults(t *testing.T, s *Site, lines ...string) {
 func peersHSMSlow(t *testing.T, l *Lab) {
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
 	faults(t, l.KM2, "hsm 1500ms")
-	refusedInTime(t, alice, bob, 4)
 	untilAlarm(t, l.KM2, "hsm-slow", true)
+	refusedInTime(t, alice, bob, 4)
 	faults(t, l.KM2)
 	works(t, l)
 	settled(t, l)
