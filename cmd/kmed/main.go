@@ -55,7 +55,7 @@ const exitFenced = 3
 // collectAt is how much garbage, in percent of what lives, is gathered before it is
 // collected. A node's memory is small and short-lived: with Go's default of 100 a
 // fifth of its work under load is collecting. GOGC in the environment wins.
-const collectAt = 400
+const collectAt = 800
 
 func main() {
 	if os.Getenv("GOGC") == "" {

@@ -132,7 +132,11 @@ func (p *pool) stock(ctx context.Context) error {
 
 // pick moves up to number keys from the leases to got. The caller holds mu.
 func (p *pool) pick(got []lent, number, atoms int) []lent {
-	p.leases = slices.DeleteFunc(p.leases, func(h *held) bool { return len(h.left) == 0 || !p.fresh(h.Epoch) })
+	stale := 0 // the oldest come first
+	for stale < len(p.leases) && !p.fresh(p.leases[stale].Epoch) {
+		stale++
+	}
+	p.leases = slices.DeleteFunc(slices.Delete(p.leases, 0, stale), func(h *held) bool { return len(h.left) == 0 })
 	for _, h := range p.leases {
 		for i := 0; number > 0 && i+atoms <= len(h.left); {
 			if h.left[i+atoms-1].Index != h.left[i].Index+atoms-1 {
