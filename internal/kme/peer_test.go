@@ -130,3 +130,37 @@ func TestAccept(t *testing.T) {
 func terms(e key.Epoch, owners string) distill.Terms {
 	return distill.Terms{Epoch: int64(e), Owners: owners}
 }
+
+// TestJudgeBatch: what a batch is to a process that remembers the node's last one, or
+// remembers it wrongly because another node of the site has had those since.
+func TestJudgeBatch(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	k.hsmDown.Store("")
+	from := kmeID(t, "km2")
+	s.exec(s.name, "INSERT INTO kme.peer_run (peer, node, run, last) VALUES ('km2', 'b', 3, 40)")
+	for name, tt := range map[string]struct {
+		remembered handover.PeerRun
+		run, batch int64
+		want       handover.Standing
+	}{
+		"the next":                        {handover.PeerRun{Run: 3, Last: 40}, 3, 41, handover.Fresh},
+		"some before it are on their way": {handover.PeerRun{Run: 3, Last: 40}, 3, 40 + announceWindow, handover.Fresh},
+		"too many are missing":            {handover.PeerRun{Run: 3, Last: 40}, 3, 41 + announceWindow, handover.Ahead},
+		"committed before":                {handover.PeerRun{Run: 3, Last: 40}, 3, 40, handover.Repeat},
+		"another node had those before":   {handover.PeerRun{Run: 3, Last: 2}, 3, 41, handover.Fresh},
+		"another node had it":             {handover.PeerRun{Run: 3, Last: 2}, 3, 39, handover.Repeat},
+		"another node was told the run":   {handover.PeerRun{Run: 2, Last: 90}, 3, 41, handover.Fresh},
+		"nothing remembered":              {handover.PeerRun{}, 3, 41, handover.Fresh},
+		"a run taken over":                {handover.PeerRun{Run: 3, Last: 40}, 2, 41, handover.Stale},
+		"a run not told yet":              {handover.PeerRun{Run: 3, Last: 40}, 4, 1, handover.Ahead},
+	} {
+		ts := newTurnstile()
+		ts.learn(tt.remembered)
+		got, err := PeerDoor{k}.judge(t.Context(), from, handover.Announce{Node: "b", Run: tt.run, Batch: tt.batch}, ts)
+		if err != nil || got != tt.want {
+			t.Errorf("%s: %s, %v, want %s", name, got, err, tt.want)
+		}
+	}
+}
