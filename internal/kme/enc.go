@@ -152,7 +152,7 @@ func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.D
 	}()
 	c.ev.Batch = batch
 	owed := debt{link: l, lends: lends, request: c.ev.Request, batch: batch, void: c.ev.Keys}
-	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Due: here, Events: c.served(here), Late: func(committed bool) {
+	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Places: places(lends), Due: here, Events: c.served(here), Late: func(committed bool) {
 		c.late(committed)
 		if !committed {
 			l.k.owe(owed)

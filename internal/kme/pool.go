@@ -28,6 +28,15 @@ func atomIDs(lends []lent) []key.ID {
 	return ids
 }
 
+// places are where atoms lie in the store, in order.
+func places(lends []lent) []store.Place {
+	at := make([]store.Place, len(lends))
+	for i := range lends {
+		at[i] = lends[i].Place
+	}
+	return at
+}
+
 // pool is the part of a link's atoms that this node has leased: in memory, still
 // wrapped. Losing it loses nothing: a takeover frees the chunks.
 type pool struct {

@@ -148,8 +148,8 @@ func (w *assign) believe() bool {
 // askBelieving deletes all atoms at once. settle sees whether they were there and the
 // peer's; if not, or if not all of them go, the batch is tried again without belief.
 func (w *assign) askBelieving(a *attempt) {
-	for e, ids := range w.parts {
-		a.delete[e] = append(a.delete[e], ids...)
+	for _, id := range w.ids {
+		a.take(id, w.Seen[id].Place)
 	}
 	const owned = "SELECT id FROM chunk WHERE id = ANY($1::bigint[]) AND owner = 'peer' ORDER BY id FOR NO KEY UPDATE"
 	a.reads.Queue(owned, slices.Sorted(maps.Keys(w.chunks))).Query(func(rows pgx.Rows) error {

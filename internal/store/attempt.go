@@ -11,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/failpoint"
@@ -31,8 +32,9 @@ type attempt struct {
 	head audit.Head // after the events of this attempt
 
 	// What the first round trip does, and what came back.
-	delete  map[key.Epoch][]key.ID
-	deleted map[key.ID]int64 // the chunk of each atom that was there
+	delete  map[key.Epoch][]key.ID // by their IDs
+	placed  map[key.Epoch][]placed // by their places
+	deleted map[key.ID]int64       // the chunk of each atom that was there
 	empty   map[key.Epoch][]emptying
 	emptied map[dueKey]bool
 	reads   pgx.Batch
@@ -44,6 +46,12 @@ type attempt struct {
 	untaken map[pair]int64 // rows of due that came, less those that went
 	writes  pgx.Batch
 	events  []audit.Event
+}
+
+// placed is an atom that is to be deleted where it lay.
+type placed struct {
+	id key.ID
+	at pgtype.TID
 }
 
 // dueKey names an assigned key of one SAE.
@@ -61,7 +69,7 @@ type emptying struct {
 func (c *committer) newAttempt() *attempt {
 	return &attempt{
 		c: c, conn: c.conn, now: c.db.now(), mark: c.nextMark(), head: c.head,
-		delete: make(map[key.Epoch][]key.ID), deleted: make(map[key.ID]int64),
+		delete: make(map[key.Epoch][]key.ID), placed: make(map[key.Epoch][]placed), deleted: make(map[key.ID]int64),
 		empty: make(map[key.Epoch][]emptying), emptied: make(map[dueKey]bool),
 		removed: make(map[int64]int), due: make(map[key.Epoch][]dueRow), untaken: make(map[pair]int64),
 	}
@@ -69,6 +77,17 @@ func (c *committer) newAttempt() *attempt {
 
 // record adds events to the batch.
 func (a *attempt) record(events ...audit.Event) { a.events = append(a.events, events...) }
+
+// take has an atom deleted from the pool: where it lay, if that is known and the batch
+// was not tried so before.
+func (a *attempt) take(id key.ID, at Place) {
+	e := a.c.db.epochOf(id)
+	if at.Valid && !a.c.moved {
+		a.placed[e] = append(a.placed[e], placed{id, pgtype.TID(at)})
+	} else {
+		a.delete[e] = append(a.delete[e], id)
+	}
+}
 
 // remove counts an atom out of its chunk.
 func (a *attempt) remove(chunk int64, atoms int) { a.removed[chunk] += atoms }
@@ -156,13 +175,21 @@ func (a *attempt) openDay(ctx context.Context) error {
 
 // first is the first round trip: BEGIN, and one statement for each partition.
 func (a *attempt) first(ctx context.Context) error {
-	if len(a.delete)+len(a.empty)+a.reads.Len() == 0 {
+	if len(a.delete)+len(a.placed)+len(a.empty)+a.reads.Len() == 0 {
 		return nil
 	}
 	var b pgx.Batch
 	b.Queue("BEGIN")
 	for _, e := range slices.Sorted(maps.Keys(a.delete)) {
 		b.Queue(fmt.Sprintf(deleteAtoms, keyTable(e)), uuids(a.delete[e])).Query(a.readDeleted)
+	}
+	for _, e := range slices.Sorted(maps.Keys(a.placed)) {
+		atoms := a.placed[e]
+		at := make([]pgtype.TID, len(atoms))
+		for i := range atoms {
+			at[i] = atoms[i].at
+		}
+		b.Queue(fmt.Sprintf(deletePlaced, keyTable(e)), at).Query(func(rows pgx.Rows) error { return a.readPlaced(rows, atoms) })
 	}
 	for _, e := range slices.Sorted(maps.Keys(a.empty)) {
 		var ids [][16]byte
@@ -180,8 +207,9 @@ func (a *attempt) first(ctx context.Context) error {
 }
 
 const (
-	deleteAtoms = "DELETE FROM %s WHERE id = ANY($1::uuid[]) RETURNING id, chunk"
-	emptyDue    = `UPDATE %s AS d SET ct = NULL, iv = NULL, gone_at = $1, gone_how = w.how
+	deleteAtoms  = "DELETE FROM %s WHERE id = ANY($1::uuid[]) RETURNING id, chunk"
+	deletePlaced = "DELETE FROM %s WHERE ctid = ANY($1::tid[]) RETURNING id, chunk"
+	emptyDue     = `UPDATE %s AS d SET ct = NULL, iv = NULL, gone_at = $1, gone_how = w.how
 		FROM unnest($2::uuid[], $3::text[], $4::text[]) AS w (key_id, sae, how)
 		WHERE d.key_id = w.key_id AND d.sae = w.sae AND d.ct IS NOT NULL RETURNING d.key_id, d.sae, d.master`
 )
@@ -194,6 +222,27 @@ func (a *attempt) readDeleted(rows pgx.Rows) error {
 		return nil
 	})
 	return err
+}
+
+// readPlaced compares what was deleted with what was meant. If they differ, an atom
+// was taken by another, or the rows have been moved (VACUUM FULL): the batch is tried
+// again by ID, which tells.
+func (a *attempt) readPlaced(rows pgx.Rows, atoms []placed) error {
+	if err := a.readDeleted(rows); err != nil {
+		return err
+	}
+	for _, p := range atoms {
+		if _, ok := a.deleted[p.id]; !ok {
+			a.c.moved = true
+		}
+	}
+	if int(rows.CommandTag().RowsAffected()) != len(atoms) {
+		a.c.moved = true
+	}
+	if a.c.moved {
+		return errConflict
+	}
+	return nil
 }
 
 func (a *attempt) readEmptied(rows pgx.Rows) error {

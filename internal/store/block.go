@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
@@ -80,7 +81,13 @@ type Atom struct {
 	KEK   int64
 	IV    [12]byte
 	CT    []byte // ciphertext and tag
+	Place Place  // where its row lies; zero before it is stored
 }
+
+// Place is where the row of an atom lay when it was read. Deleting it there spares the
+// index on key_IDs, in which atoms of one block lie far apart. It is a hint: whoever
+// uses it compares the key_ID.
+type Place pgtype.TID
 
 // Block is a block as it comes from the link, every atom wrapped.
 type Block struct {

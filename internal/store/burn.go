@@ -48,9 +48,9 @@ func (b *burn) claims(claimed func(claim)) {
 func (b *burn) weight() int { return 1 + len(b.Atoms) }
 
 func (b *burn) ask(a *attempt) error {
-	for e, ids := range b.db.byEpoch(b.Atoms) {
-		if b.db.epochs.has(e) { // otherwise they are gone
-			a.delete[e] = append(a.delete[e], ids...)
+	for _, id := range b.Atoms {
+		if b.db.epochs.has(b.db.epochOf(id)) { // otherwise it is gone
+			a.take(id, Place{})
 		}
 	}
 	return nil

@@ -36,6 +36,7 @@ var errConflict = errors.New("a row changed between two statements")
 
 // commit gets jobs committed or refused, each.
 func (c *committer) commit(jobs []*job) {
+	c.moved = false
 	for tries := 1; len(jobs) > 0; tries++ {
 		if errors.Is(c.health(), ErrFenced) {
 			c.finish(ErrFenced, jobs...)

@@ -113,6 +113,7 @@ type committer struct {
 	head   audit.Head // after that commit
 	back   string     // how the database is behind mark; to be read by others after fenced
 	days   map[string]bool
+	moved  bool // the batch's atoms were not found at their places
 
 	warning string // the server's last, if it may be about a commit
 }

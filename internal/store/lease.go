@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
@@ -88,12 +89,12 @@ func (db *DB) loadLeases(ctx context.Context, link string, chunks []int64) ([]Le
 		return nil, err
 	}
 	for e, ids := range parts {
-		rows, _ := db.pool.Query(ctx, "SELECT chunk, id, index, kek, iv, ct FROM "+keyTable(e)+" WHERE chunk = ANY($1::bigint[]) ORDER BY chunk, index", ids)
+		rows, _ := db.pool.Query(ctx, "SELECT chunk, id, index, kek, iv, ct, ctid FROM "+keyTable(e)+" WHERE chunk = ANY($1::bigint[]) ORDER BY chunk, index", ids)
 		for rows.Next() {
 			var chunk int64
 			var a Atom
 			var iv []byte
-			if err := rows.Scan(&chunk, (*[16]byte)(&a.ID), &a.Index, &a.KEK, &iv, &a.CT); err != nil {
+			if err := rows.Scan(&chunk, (*[16]byte)(&a.ID), &a.Index, &a.KEK, &iv, &a.CT, (*pgtype.TID)(&a.Place)); err != nil {
 				rows.Close()
 				return nil, err
 			}
@@ -171,7 +172,7 @@ func (db *DB) PoolAtoms(ctx context.Context, refs []handover.Key, link string) (
 func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link string, end handover.End, atoms map[key.ID]PooledAtom) error {
 	// The link is compared here: as a condition of the query it would have the
 	// planner read all chunks of the link.
-	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state, c.owner = 'here'
+	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, k.ctid, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state, c.owner = 'here'
 		FROM `+keyTable(e)+` k JOIN chunk c ON c.id = k.chunk
 		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block WHERE k.id = ANY($1::uuid[])`, uuids(ids))
 	defer rows.Close()
@@ -179,7 +180,7 @@ func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link stri
 		var p PooledAtom
 		var iv []byte
 		var ours bool
-		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &ours)
+		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, (*pgtype.TID)(&p.Place), &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &ours)
 		if err != nil {
 			return err
 		}

@@ -55,7 +55,7 @@ func TestHotStatementsReadFewRows(t *testing.T) {
 	const times = 8 // more often than a plan is made anew
 	for i := range times {
 		due := s.due(a[i].ID, "bob", "alice")
-		must(db.Serve(ctx, ServeJob{Atoms: ids(a[i : i+1]), Due: []Due{due}, Events: []audit.Event{served("r", leases[0].BlockRef, a[i])}}))
+		must(db.Serve(ctx, ServeJob{Atoms: ids(a[i : i+1]), Places: places(a[i : i+1]), Due: []Due{due}, Events: []audit.Event{served("r", leases[0].BlockRef, a[i])}}))
 		_, _, err := db.FindDue(ctx, sae("bob"), []key.ID{due.Key, key.NewLocalID(s.now())})
 		must(err)
 		must(db.Take(ctx, TakeJob{SAE: sae("bob"), Rows: []DueRef{due.ref()}, How: GoneTaken}))

@@ -36,6 +36,7 @@ type Due struct {
 // keys for SAEs that are homed here become due.
 type ServeJob struct {
 	Atoms  []key.ID
+	Places []Place // of the Atoms, in order; nil if they are not known
 	Due    []Due
 	Events []audit.Event
 	// Late, if not nil, is called once, on a goroutine of its own, if Serve
@@ -68,11 +69,15 @@ func (s *serve) ask(a *attempt) error {
 			return refuse(ErrExpired)
 		}
 	}
-	for e, ids := range s.db.byEpoch(s.Atoms) {
-		if !s.db.epochs.has(e) {
+	for i, id := range s.Atoms {
+		if !s.db.epochs.has(s.db.epochOf(id)) {
 			return refuse(ErrExpired)
 		}
-		a.delete[e] = append(a.delete[e], ids...)
+		var at Place
+		if s.Places != nil {
+			at = s.Places[i]
+		}
+		a.take(id, at)
 	}
 	return nil
 }

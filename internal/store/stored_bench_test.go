@@ -100,7 +100,7 @@ func (s *site) serveAll(b *testing.B, db *DB) {
 					atoms = take()
 				}
 				ev := audit.Event{Action: audit.EncKeys, Outcome: audit.Done, Keys: ids(atoms), Bits: 256}
-				if err := db.Serve(context.Background(), ServeJob{Atoms: ids(atoms), Events: []audit.Event{ev}}); err != nil {
+				if err := db.Serve(context.Background(), ServeJob{Atoms: ids(atoms), Places: places(atoms), Events: []audit.Event{ev}}); err != nil {
 					b.Error(err)
 					return
 				}
