@@ -74,6 +74,7 @@ const (
 	Forbidden   Reason = "forbidden"    // by the policies in the Decision
 	NoPolicy    Reason = "no-policy"    // none permits it
 	UnknownSAE  Reason = "unknown-sae"  // not in network.yaml
+	DisabledSAE Reason = "disabled-sae" // one of the two is switched off
 	PolicyError Reason = "policy-error" // the policies in the Decision cannot be evaluated
 )
 
@@ -104,6 +105,11 @@ type ruleSet struct {
 //
 // A Set never changes, so neither does its answer: the last ones are remembered.
 func (s *Set) Decide(q Question) Decision {
+	for _, sae := range [...]identity.SAE{q.Caller, q.Other} {
+		if _, off := s.off[sae]; off {
+			return Decision{Reason: DisabledSAE}
+		}
+	}
 	if d, ok := s.decided.get(q); ok {
 		return d
 	}

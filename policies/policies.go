@@ -49,7 +49,37 @@ type Set struct {
 	Digest     string // SHA-256 over all files' names and contents, hex
 
 	rules   ruleSet
-	decided decisions
+	decided *decisions
+	off     map[identity.SAE]string // SAEs that are switched off, by a row or since, and why
+}
+
+// Without is s with callers switched off besides, by identity.PrincipalKey and with
+// the reason. Nobody is switched on: what the files switch off stays off.
+func (s *Set) Without(off map[string]string) *Set {
+	less := *s
+	less.Principals = s.Principals.Without(off)
+	less.off = switchedOff(s.SAEs, less.Principals, off)
+	return &less
+}
+
+func switchedOff(saes map[identity.SAE]SAEEntry, m *identity.Map, besides map[string]string) map[identity.SAE]string {
+	off := make(map[identity.SAE]string)
+	rows := m.Principals()
+	for sae := range saes {
+		key := identity.PrincipalKey(identity.RoleSAE, sae.String())
+		if row, ok := rows[key]; ok && !row.Enabled {
+			off[sae] = row.Reason
+		} else if reason, ok := besides[key]; ok { // it may have no row: a gateway acts for it
+			off[sae] = reason
+		}
+	}
+	return off
+}
+
+// Disabled says whether sae is switched off, and why.
+func (s *Set) Disabled(sae identity.SAE) (reason string, off bool) {
+	reason, off = s.off[sae]
+	return reason, off
 }
 
 // Load reads the policies in dir.
@@ -76,7 +106,7 @@ func load(dir fs.FS) (*Set, error) {
 		files[name] = text
 		fmt.Fprintf(digest, "%s %d\n%s", name, len(text), text)
 	}
-	s := &Set{Digest: hex.EncodeToString(digest.Sum(nil))}
+	s := &Set{decided: new(decisions), Digest: hex.EncodeToString(digest.Sum(nil))}
 	if s.Network, err = parseNetwork(NetworkFile, files[NetworkFile]); err != nil {
 		return nil, err
 	}
@@ -86,6 +116,7 @@ func load(dir fs.FS) (*Set, error) {
 	if s.rules, err = parseRules(files, names, s.Network); err != nil {
 		return nil, err
 	}
+	s.off = switchedOff(s.SAEs, s.Principals, nil)
 	return s, nil
 }
 

@@ -1,12 +1,16 @@
 package policies
 
 import (
+	"bytes"
+	"crypto/x509"
+	"errors"
 	"io/fs"
 	"maps"
 	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -115,6 +119,87 @@ func TestDefaultPolicy(t *testing.T) {
 	}
 }
 
+// TestEveryPair goes through all pairs of the shipped network, and somebody whom it
+// does not have: who is in one group with another SAE may share keys with it and with
+// nobody else, whatever is asked.
+func TestEveryPair(t *testing.T) {
+	s, err := Load(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	everybody := append(slices.Collect(maps.Keys(s.SAEs)), sae("mallory"))
+	allowed := 0
+	for _, a := range everybody {
+		for _, b := range everybody {
+			together := a != b && slices.ContainsFunc(s.SAEs[a].Groups, func(g string) bool { return slices.Contains(s.SAEs[b].Groups, g) })
+			for _, action := range actions {
+				for _, p := range []key.Provenance{key.QKD, key.Simulated, key.LocalRNG} {
+					for _, n := range []int{1, 128} {
+						q := Question{Action: action, Caller: a, Other: b, Bits: 256, Number: n, Provenance: p}
+						if d := s.Decide(q); d.Allow != together {
+							t.Errorf("Decide(%+v): got %+v, want %t", q, d, together)
+						} else if d.Allow {
+							allowed++
+						}
+					}
+				}
+			}
+		}
+	}
+	if want := (4*3 + 2) * len(actions) * 3 * 2; allowed != want {
+		t.Errorf("%d questions are allowed, want %d", allowed, want)
+	}
+}
+
+// TestWithout: a caller that is switched off is refused as a caller and as the other,
+// whatever was decided of it before; what the files switch off stays off.
+func TestWithout(t *testing.T) {
+	files := shipped(t)
+	files[PrincipalsFile].Data = bytes.Replace(files[PrincipalsFile].Data, []byte("id: erin, enabled: true"), []byte(`id: erin, enabled: false, reason: "ticket 41"`), 1)
+	whole, err := load(files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(s *Set, a, b string) Reason {
+		return s.Decide(Question{Action: EncKeys, Caller: sae(a), Other: sae(b), Bits: 256, Number: 1}).Reason
+	}
+	less := whole.Without(map[string]string{"sae/bob": "lost laptop", "sae/erin": "again", "sae/nobody": "x", "operator/root": "left"})
+	for _, tt := range []struct {
+		set  *Set
+		a, b string
+		want Reason
+	}{
+		{whole, "alice", "bob", Permitted},
+		{whole, "alice", "erin", DisabledSAE},
+		{whole, "erin", "alice", DisabledSAE},
+		{less, "alice", "bob", DisabledSAE},
+		{less, "bob", "alice", DisabledSAE},
+		{less, "alice", "erin", DisabledSAE},
+		{less, "alice", "dave", Permitted},
+		{less.Without(nil), "alice", "bob", DisabledSAE},
+		{whole.Without(nil), "alice", "bob", Permitted},
+		{whole.Without(nil), "alice", "erin", DisabledSAE},
+	} {
+		if got := ask(tt.set, tt.a, tt.b); got != tt.want {
+			t.Errorf("%s with %s: got %s, want %s", tt.a, tt.b, got, tt.want)
+		}
+	}
+	if why, off := less.Disabled(sae("erin")); !off || why != "ticket 41" {
+		t.Errorf("erin: got %q, %t: the file's reason stands", why, off)
+	}
+	client := x509.ExtKeyUsageClientAuth
+	for _, tt := range []struct {
+		pool, id string
+		want     string
+	}{{"sae", "bob", "disabled"}, {"sae", "erin", "disabled"}, {"sae", "alice", ""}, {"operator", "root", "disabled"}, {"operator", "olga", ""}} {
+		leaf := certificate(t, tt.pool, strings.ToUpper(tt.pool), tt.id, client)
+		_, err := less.Principals.Judge(tt.pool, leaf, time.Now())
+		if denial, _ := errors.AsType[*identity.Denial](err); tt.want == "" && err != nil || tt.want != "" && (denial == nil || denial.Reason != tt.want) {
+			t.Errorf("%s: got %v, want %q", tt.id, err, tt.want)
+		}
+	}
+}
+
 // A policy that cannot be evaluated is not skipped: it may be the one that forbids.
 func TestPolicyErrorForbids(t *testing.T) {
 	files := shipped(t)
@@ -204,9 +289,18 @@ func TestLoadRefuses(t *testing.T) {
 		{"disabled without a reason", PrincipalsFile, "enabled: true", "enabled: false", "principals.yaml:18:21: principal sae/alice is disabled without"},
 		{"principal twice", PrincipalsFile, "id: bob,", "id: alice,", "principals.yaml:19:21: principal sae/alice is there twice"},
 		{"unknown SAE", PrincipalsFile, "id: bob,", "id: bbo,", `principals.yaml:19:21: SAE "bbo" is not in network.yaml`},
-		{"unknown KME", PrincipalsFile, "id: km2", "id: km3", `principals.yaml:26:21: KME "km3" is not in network.yaml`},
-		{"unknown role", PrincipalsFile, "role: operator, id", "role: admin, id", `principals.yaml:27:`},
-		{"operator in capitals", PrincipalsFile, "id: root", "id: Root", `principals.yaml:27:26: operator "Root"`},
+		{"unknown KME", PrincipalsFile, "id: km2", "id: km3", `principals.yaml:28:21: KME "km3" is not in network.yaml`},
+		{"unknown role", PrincipalsFile, "role: operator, id", "role: admin, id", `principals.yaml:30:`},
+		{"operator in capitals", PrincipalsFile, "id: root", "id: Root", `principals.yaml:30:26: operator "Root"`},
+		{"duty of an SAE", PrincipalsFile, "id: carol, enabled: true", "id: carol, enabled: true, duties: [viewer]", "principals.yaml:22:21: duties are for the role operator"},
+		{"unknown duty", PrincipalsFile, "[security-officer]", "[officer]", `principals.yaml:31:26: duty "officer" is none of`},
+		{"duty twice", PrincipalsFile, "[security-officer]", "[auditor, auditor]", "principals.yaml:31:26: duty auditor is there twice"},
+		{"gateway that is an SAE", PrincipalsFile, "id: qutemail,", "id: carol,", `principals.yaml:26:21: the gateway "carol" is an SAE`},
+		{"gateway of an operator", PrincipalsFile, "role: sae, id: qutemail", "role: operator, id: qutemail", "principals.yaml:26:26: gateway_for is for the role sae"},
+		{"gateway for nobody", PrincipalsFile, "gateway_for: [alice@qutemail.example, bob@qutemail.example]", "gateway_for: []", `principals.yaml:26:21: gateway_for of "qutemail" lists nobody`},
+		{"gateway for a stranger", PrincipalsFile, "[alice@qutemail.example,", "[mallory,", `SAE "mallory" is not in network.yaml`},
+		{"gateway for one twice", PrincipalsFile, "[alice@qutemail.example,", "[bob@qutemail.example,", `lists "bob@qutemail.example" twice`},
+		{"gateway by a pattern", PrincipalsFile, "[alice@qutemail.example,", "['*@qutemail.example',", `SAE "*@qutemail.example" is not in network.yaml`},
 
 		{"policy without ID", "default.cedar", `@id("same-group")`, "", "default.cedar:"},
 		{"policy ID twice", "default.cedar", "not-with-oneself", "same-group", "default.cedar:15:1: the policy ID same-group is used twice"},

@@ -3,6 +3,7 @@ package policies
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,6 +37,10 @@ type principalDoc struct {
 	ID      word  `yaml:"id"`
 	Enabled *bool `yaml:"enabled"`
 	Reason  word  `yaml:"reason"`
+
+	RequireHybrid bool   `yaml:"require_hybrid"` // with role sae
+	GatewayFor    []word `yaml:"gateway_for"`    // with role sae: the SAEs that it may act for
+	Duties        []word `yaml:"duties"`         // with role operator
 }
 
 // parsePrincipals reads principals.yaml against the network that it belongs to.
@@ -93,8 +98,18 @@ func checkHost(r ruleDoc, trustDomain string) error {
 }
 
 func addPrincipal(p principalDoc, network Network, principals map[string]identity.Principal) error {
-	if err := checkKnown(p, network); err != nil {
+	row := identity.Principal{Reason: p.Reason.text, RequireHybrid: p.RequireHybrid}
+	var err error
+	if row.GatewayFor, err = gatewayFor(p, network); err != nil {
 		return err
+	}
+	if row.Duties, err = dutiesOf(p); err != nil {
+		return err
+	}
+	if len(row.GatewayFor) == 0 {
+		if err := checkKnown(p, network); err != nil {
+			return err
+		}
 	}
 	key := identity.PrincipalKey(identity.Role(p.Role.text), p.ID.text)
 	if _, ok := principals[key]; ok {
@@ -106,8 +121,62 @@ func addPrincipal(p principalDoc, network Network, principals map[string]identit
 	if !*p.Enabled && p.Reason.text == "" {
 		return fmt.Errorf("principal %s is disabled without a reason", key)
 	}
-	principals[key] = identity.Principal{Enabled: *p.Enabled, Reason: p.Reason.text}
+	row.Enabled = *p.Enabled
+	principals[key] = row
 	return nil
+}
+
+// gatewayFor is whom a row lets act for others. A gateway is a name of its own: one
+// that is an SAE as well would be two callers with one certificate.
+func gatewayFor(p principalDoc, network Network) ([]identity.SAE, error) {
+	if p.GatewayFor == nil {
+		return nil, nil
+	}
+	self, err := identity.ParseSAE(p.ID.text)
+	if err != nil {
+		return nil, err
+	}
+	_, known := network.SAEs[self]
+	switch {
+	case identity.Role(p.Role.text) != identity.RoleSAE:
+		return nil, fmt.Errorf("gateway_for is for the role sae, not %q", p.Role.text)
+	case known:
+		return nil, fmt.Errorf("the gateway %q is an SAE of network.yaml: give it a name of its own", self)
+	case len(p.GatewayFor) == 0:
+		return nil, fmt.Errorf("gateway_for of %q lists nobody", self)
+	}
+	var list []identity.SAE
+	for _, w := range p.GatewayFor {
+		sae, err := identity.ParseSAE(w.text)
+		if err != nil {
+			return nil, err
+		}
+		if _, ok := network.SAEs[sae]; !ok {
+			return nil, fmt.Errorf("gateway_for of %q: SAE %q is not in network.yaml", self, sae)
+		}
+		if slices.Contains(list, sae) {
+			return nil, fmt.Errorf("gateway_for of %q lists %q twice", self, sae)
+		}
+		list = append(list, sae)
+	}
+	return list, nil
+}
+
+func dutiesOf(p principalDoc) ([]identity.Duty, error) {
+	var duties []identity.Duty
+	for _, w := range p.Duties {
+		d := identity.Duty(w.text)
+		switch {
+		case identity.Role(p.Role.text) != identity.RoleOperator:
+			return nil, fmt.Errorf("duties are for the role operator, not %q", p.Role.text)
+		case !slices.Contains(identity.Duties, d):
+			return nil, fmt.Errorf("duty %q is none of %v", d, identity.Duties)
+		case slices.Contains(duties, d):
+			return nil, fmt.Errorf("duty %s is there twice", d)
+		}
+		duties = append(duties, d)
+	}
+	return duties, nil
 }
 
 // checkKnown refuses an SAE or KME that network.yaml does not have: a name that is

@@ -71,6 +71,7 @@ func (e *Event) AppendText(b []byte) []byte {
 		w.b = append(w.b, '{')
 		w.text("role", e.Actor.Role)
 		w.text("id", e.Actor.ID)
+		w.text("gateway", e.Actor.Gateway)
 		w.text("rule", e.Actor.Rule)
 		w.text("serial", e.Actor.Serial)
 		w.text("issuer", e.Actor.Issuer)

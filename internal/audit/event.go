@@ -63,6 +63,7 @@ const (
 type Actor struct {
 	Role        string // sae, kme, operator, node, or "" if no rule named the caller
 	ID          string
+	Gateway     string // who spoke for it; "" if it spoke for itself
 	Rule        string // the principals rule that matched
 	Serial      string // certificate serial, decimal
 	Issuer      string // authority key identifier of the certificate, hex

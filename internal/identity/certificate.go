@@ -7,6 +7,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -23,12 +25,24 @@ type Certificate struct {
 // one, so a Caller with a role is a Caller that exactly one rule has named. The
 // zero Caller is nobody.
 type Caller struct {
-	role   Role
-	id     string
-	rule   string
-	cert   Certificate
-	remote string
+	role    Role
+	id      string
+	rule    string
+	gateway string     // who speaks for it, "" if it speaks for itself
+	row     *Principal // of whoever the certificate names; nil for a stranger
+	cert    Certificate
+	session Session
 }
+
+// Session is the connection that a caller uses.
+type Session struct {
+	Remote string    // address and port; "" if nobody knows
+	Group  string    // the key exchange of its TLS, such as X25519MLKEM768; "" if nobody knows
+	Since  time.Time // of its handshake
+}
+
+// Hybrid says whether the key exchange of s holds against a quantum computer, too.
+func (s Session) Hybrid() bool { return strings.Contains(s.Group, "MLKEM") }
 
 // Stranger is the Caller of a certificate that nothing names: its facts, for the
 // record, and no role. leaf may be nil.
@@ -62,12 +76,42 @@ func (c Caller) Rule() string { return c.rule }
 func (c Caller) Certificate() Certificate { return c.cert }
 
 // Remote is the address and port that c called from; "" if nobody set it.
-func (c Caller) Remote() string { return c.remote }
+func (c Caller) Remote() string { return c.session.Remote }
 
 // WithRemote returns c, calling from the given address and port.
 func (c Caller) WithRemote(remote string) Caller {
-	c.remote = remote
+	c.session.Remote = remote
 	return c
+}
+
+// Session is the connection that c uses.
+func (c Caller) Session() Session { return c.session }
+
+// WithSession returns c, using the given connection.
+func (c Caller) WithSession(s Session) Caller {
+	c.session = s
+	return c
+}
+
+// NeedsHybrid says whether c's row asks for a key exchange that is Hybrid.
+func (c Caller) NeedsHybrid() bool { return c.row != nil && c.row.RequireHybrid }
+
+// Has says whether c is an operator with the duty. Every operator may view.
+func (c Caller) Has(d Duty) bool {
+	return c.role == RoleOperator && (d == Viewer || slices.Contains(c.row.Duties, d))
+}
+
+// Gateway is who speaks for c; "" if c speaks for itself.
+func (c Caller) Gateway() string { return c.gateway }
+
+// For is the SAE for which the gateway c acts. It is false if c is no gateway, or if
+// its row does not list the SAE.
+func (c Caller) For(sae SAE) (Caller, bool) {
+	if c.role != RoleGateway || !slices.Contains(c.row.GatewayFor, sae) {
+		return Caller{}, false
+	}
+	c.role, c.id, c.gateway = RoleSAE, sae.id, c.id
+	return c, true
 }
 
 // SAE is c's ID if c is an SAE.

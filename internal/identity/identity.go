@@ -96,4 +96,22 @@ const (
 	RoleSAE      Role = "sae"
 	RoleKME      Role = "kme"
 	RoleOperator Role = "operator"
+
+	// RoleGateway is no role of a certificate: it is an SAE's, whose principal may act
+	// for others and is no SAE itself.
+	RoleGateway Role = "gateway"
 )
+
+// Duty is what an operator may do besides looking.
+type Duty string
+
+// The duties. Every operator may view.
+const (
+	Viewer          Duty = "viewer"
+	Operating       Duty = "operator"         // what runs the site day by day, and shutting a caller out
+	SecurityOfficer Duty = "security-officer" // letting a caller in again; with a second one, what destroys or exposes
+	Auditor         Duty = "auditor"          // reading who did what with whom
+)
+
+// Duties are all of them.
+var Duties = []Duty{Viewer, Operating, SecurityOfficer, Auditor}

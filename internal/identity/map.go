@@ -33,10 +33,13 @@ type Requirements struct {
 	MaxLifetime time.Duration // longest NotAfter - NotBefore; required
 }
 
-// Principal is the switch of one caller.
+// Principal is the row of one caller.
 type Principal struct {
-	Enabled bool
-	Reason  string // why it is disabled, for the record
+	Enabled       bool
+	Reason        string // why it is disabled, for the record
+	RequireHybrid bool   // refused over a key exchange that a quantum computer could break
+	GatewayFor    []SAE  // with role sae: it is no SAE, and may act for these
+	Duties        []Duty // with role operator, besides Viewer
 }
 
 // PrincipalKey is the key of a caller in the principals of NewMap: callers of two
@@ -67,6 +70,8 @@ const (
 	CNMismatch       = "cn-mismatch"
 	UnknownPrincipal = "unknown-principal"
 	Disabled         = "disabled"
+	Revoked          = "revoked"    // or nobody knows any more whether it is
+	NotHybrid        = "not-hybrid" // a key exchange that the caller's row does not allow
 )
 
 // Error is the reason and its detail.
@@ -109,6 +114,25 @@ func NewMap(rules []Rule, req Requirements, principals map[string]Principal) (*M
 	}
 	return m, nil
 }
+
+// Without is m with callers switched off besides, by PrincipalKey and with the reason.
+// It switches nobody on.
+func (m *Map) Without(off map[string]string) *Map {
+	less := &Map{pools: make(map[string]*pool, len(m.pools)), req: m.req, principals: maps.Clone(m.principals)}
+	for key, reason := range off {
+		if p, known := less.principals[key]; known && p.Enabled {
+			p.Enabled, p.Reason = false, reason
+			less.principals[key] = p
+		}
+	}
+	for name, p := range m.pools { // what was said of certificates is forgotten
+		less.pools[name] = &pool{role: p.role, rules: p.rules, verdicts: make(map[string]verdict)}
+	}
+	return less
+}
+
+// Principals lists the callers that there are rows for, by PrincipalKey.
+func (m *Map) Principals() map[string]Principal { return maps.Clone(m.principals) }
 
 // RuleError is the error of NewMap about one rule.
 type RuleError struct {
@@ -244,7 +268,10 @@ func (p *pool) judge(leaf *x509.Certificate, m *Map) (Caller, *Denial) {
 	case !principal.Enabled:
 		return c, &Denial{Disabled, fmt.Sprintf("%s: %s", PrincipalKey(p.role, id), principal.Reason)}
 	}
-	c.role, c.id, c.rule = p.role, id, rule
+	c.role, c.id, c.rule, c.row = p.role, id, rule, &principal
+	if len(principal.GatewayFor) > 0 {
+		c.role = RoleGateway
+	}
 	return c, nil
 }
 

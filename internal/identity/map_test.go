@@ -389,3 +389,40 @@ func BenchmarkJudge(b *testing.B) {
 		}
 	})
 }
+
+// TestGateway: a gateway is no SAE; it becomes one of those that its row lists, and
+// the record keeps both names.
+func TestGateway(t *testing.T) {
+	t.Parallel()
+	bob, carol := SAE{"bob"}, SAE{"carol"}
+	m, err := NewMap(testRules(), testRequirements(), map[string]Principal{
+		"sae/alice": {Enabled: true, GatewayFor: []SAE{bob}}, "operator/root": {Enabled: true, Duties: []Duty{Auditor}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := m.Judge("sae", recipe{uris: []string{alice}, subject: cn("alice")}.make(t), now)
+	if _, isSAE := c.SAE(); err != nil || isSAE || c.Role() != RoleGateway || c.Gateway() != "" {
+		t.Errorf("a gateway: got %+v, %v", c, err)
+	}
+	acting, ok := c.For(bob)
+	if got, isSAE := acting.SAE(); !ok || !isSAE || got != bob || acting.Gateway() != "alice" || acting.Certificate() != c.Certificate() {
+		t.Errorf("for bob: got %+v, %t", acting, ok)
+	}
+	if got, ok := c.For(carol); ok || got.Role() != RoleNone {
+		t.Errorf("for carol: got %+v, %t", got, ok)
+	}
+	if got, ok := acting.For(bob); ok || got.Role() != RoleNone {
+		t.Errorf("bob for himself: got %+v, %t", got, ok)
+	}
+	if got, ok := (Caller{}).For(bob); ok || got.Role() != RoleNone {
+		t.Errorf("nobody for bob: got %+v, %t", got, ok)
+	}
+	root, err := m.Judge("operator", recipe{uris: []string{"qkd://operator.lab.test/root"}, subject: cn("root")}.make(t), now)
+	if err != nil || !root.Has(Viewer) || !root.Has(Auditor) || root.Has(Operating) || root.Has(SecurityOfficer) {
+		t.Errorf("root: got %+v, %v", root, err)
+	}
+	if c.Has(Viewer) || (Caller{}).Has(Viewer) {
+		t.Error("who is no operator has no duty")
+	}
+}

@@ -33,7 +33,7 @@ func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identit
 	return &call{k: k, sae: sae, ev: audit.Event{
 		Action: a, Request: rid, Peer: other.String(),
 		Actor: audit.Actor{
-			Role: string(c.Role()), ID: c.ID(), Rule: c.Rule(), Remote: c.Remote(),
+			Role: string(c.Role()), ID: c.ID(), Gateway: c.Gateway(), Rule: c.Rule(), Remote: c.Remote(),
 			Serial: cert.Serial, Issuer: cert.Issuer, Fingerprint: cert.Fingerprint,
 		},
 	}}
@@ -41,11 +41,14 @@ func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identit
 
 // atHome is nil if the caller is an SAE that is served here.
 func (c *call) atHome() error {
+	why, off := c.k.Policies().Disabled(c.sae)
 	switch {
 	case c.sae == identity.SAE{}:
 		return problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE"))
 	case !c.k.Policies().Homed(c.sae, c.k.Self):
 		return problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is not homed at %s", c.sae, c.k.Self))
+	case off: // its own certificate would have ended at the door: a gateway's has not
+		return problem.Because(problem.Unauthorized, fmt.Errorf("SAE %s is disabled: %s", c.sae, why))
 	}
 	return nil
 }

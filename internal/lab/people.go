@@ -22,10 +22,11 @@ import (
 var people = map[string]string{
 	"alice": "km1", "bob": "km2", "erin": "km2", "carol": "km2",
 	"alice@qutemail.example": "km1", "bob@qutemail.example": "km2",
+	"qutemail": "km1", // the mail server, which acts for the two before it
 }
 
 // operators of a lab.
-var operators = []string{"root"}
+var operators = []string{"root", "olga"}
 
 // startCAs makes the authorities if there are none and serves each in a process.
 func (l *Lab) startCAs(ctx context.Context) error {

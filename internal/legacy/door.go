@@ -110,7 +110,7 @@ func (d *Door) request(x *exchange) (answer, error) {
 	if err != nil {
 		return answer{}, refusal{err}
 	}
-	q, err := parseRequest(x.r.Header.Get("Content-Type"), body, x.self, d.Limits)
+	q, err := parseRequest(x.r.Header.Get("Content-Type"), body, x.speak, d.Limits)
 	if err != nil {
 		return answer{}, refusal{err}
 	}
@@ -123,7 +123,7 @@ func (d *Door) request(x *exchange) (answer, error) {
 }
 
 func (d *Door) retrieve(x *exchange) (answer, error) {
-	id, err := parseRetrieve(chi.URLParam(x.r, "key_id"), x.r.URL.RawQuery, x.self)
+	id, err := parseRetrieve(chi.URLParam(x.r, "key_id"), x.r.URL.RawQuery, x.speak)
 	if err != nil {
 		return answer{}, refusal{err}
 	}
@@ -140,7 +140,7 @@ func (d *Door) consume(x *exchange) (answer, error) {
 	if err != nil {
 		return answer{}, refusal{err}
 	}
-	id, err := parseConsume(x.r.Header.Get("Content-Type"), body, x.self)
+	id, err := parseConsume(x.r.Header.Get("Content-Type"), body, x.speak)
 	if err != nil {
 		return answer{}, refusal{err}
 	}
@@ -163,7 +163,6 @@ type exchange struct {
 	rid    string
 	route  string
 	caller identity.Caller
-	self   identity.SAE // the caller
 	began  time.Time
 }
 
@@ -177,16 +176,36 @@ func (d *Door) begin(w http.ResponseWriter, r *http.Request, route string) *exch
 	return x
 }
 
-// identify sets the caller, who must be an SAE.
+// identify sets the caller, who must be an SAE, or a gateway that speaks for some.
 func (x *exchange) identify() error {
 	var err error
 	if x.caller, err = x.d.Identify(x.r); err != nil {
 		return refusal{problem.Because(problem.Unauthorized, err)}
 	}
-	var ok bool
-	if x.self, ok = x.caller.SAE(); !ok {
-		return refusal{problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no SAE", x.caller.Role()))}
+	if role := x.caller.Role(); role != identity.RoleSAE && role != identity.RoleGateway {
+		return refusal{problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no SAE", role))}
 	}
+	return nil
+}
+
+// speak is the speaker of the request. An SAE speaks for itself; a gateway becomes
+// the SAE that it names, if its row lists that.
+func (x *exchange) speak(said string) error {
+	if x.caller.Role() == identity.RoleSAE {
+		if said != x.caller.ID() {
+			return notTheirs(said, "requester_sae is not the SAE that the certificate names")
+		}
+		return nil
+	}
+	sae, err := identity.ParseSAE(said)
+	if err != nil {
+		return invalid(err, "requester_sae is not an SAE ID")
+	}
+	acting, ok := x.caller.For(sae)
+	if !ok {
+		return notTheirs(said, "requester_sae is not an SAE that this gateway acts for")
+	}
+	x.caller = acting
 	return nil
 }
 

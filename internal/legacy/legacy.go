@@ -7,7 +7,9 @@
 // it knows no rule of key delivery. Where it differs from the seed on purpose:
 // requester_sae must be the certificate's SAE (403), a malformed request is a 400
 // and not a 500, status tells the truth (503), cleanup is for operators, at their own
-// door (403 here), and there is no CORS.
+// door (403 here), and there is no CORS. A gateway, which is one server for all its
+// users, may name any SAE that its row in principals.yaml lists; the Caller that a
+// Backend sees is then that SAE, and knows its gateway.
 //
 // It must never believe requester_sae, keep key material beyond an answer, or list
 // keys.

@@ -50,8 +50,9 @@ type consumeObject struct {
 	Requester *string `json:"requester_sae"`
 }
 
-// parseConsume reads the body of a request of self to consume a key.
-func parseConsume(contentType string, body []byte, self identity.SAE) (key.ID, error) {
+// parseConsume reads the body of a request to consume a key. speak is told who makes
+// the request by its own word, before anything else of it is looked at.
+func parseConsume(contentType string, body []byte, speak speaker) (key.ID, error) {
 	var o consumeObject
 	if err := decode(contentType, body, &o); err != nil {
 		return key.ID{}, err
@@ -59,14 +60,14 @@ func parseConsume(contentType string, body []byte, self identity.SAE) (key.ID, e
 	if o.KeyID == nil || *o.KeyID == "" || o.Requester == nil || *o.Requester == "" {
 		return key.ID{}, problem.New(problem.Invalid, "key_id and requester_sae are required")
 	}
-	if err := checkRequester(*o.Requester, self); err != nil {
+	if err := speak(*o.Requester); err != nil {
 		return key.ID{}, err
 	}
 	return parseKeyID(*o.KeyID)
 }
 
-// parseRequest reads the body of a request for a key by self.
-func parseRequest(contentType string, body []byte, self identity.SAE, l Limits) (keyRequest, error) {
+// parseRequest reads the body of a request for a key, as parseConsume does.
+func parseRequest(contentType string, body []byte, speak speaker, l Limits) (keyRequest, error) {
 	var o requestObject
 	if err := decode(contentType, body, &o); err != nil {
 		return keyRequest{}, err
@@ -74,7 +75,7 @@ func parseRequest(contentType string, body []byte, self identity.SAE, l Limits) 
 	if o.Requester == nil || *o.Requester == "" || o.Recipient == nil || *o.Recipient == "" {
 		return keyRequest{}, problem.New(problem.Invalid, "requester_sae and recipient_sae are required")
 	}
-	if err := checkRequester(*o.Requester, self); err != nil {
+	if err := speak(*o.Requester); err != nil {
 		return keyRequest{}, err
 	}
 	recipient, err := identity.ParseSAE(*o.Recipient)
@@ -97,8 +98,9 @@ func parseRequest(contentType string, body []byte, self identity.SAE, l Limits) 
 	return r, nil
 }
 
-// parseRetrieve reads the path and the query of GET /api/v1/keys/{key_id} by self.
-func parseRetrieve(keyID, query string, self identity.SAE) (key.ID, error) {
+// parseRetrieve reads the path and the query of GET /api/v1/keys/{key_id}, as
+// parseConsume does.
+func parseRetrieve(keyID, query string, speak speaker) (key.ID, error) {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return key.ID{}, invalid(err, "the query is malformed")
@@ -106,7 +108,7 @@ func parseRetrieve(keyID, query string, self identity.SAE) (key.ID, error) {
 	if v := values["requester_sae"]; len(v) != 1 || v[0] == "" {
 		return key.ID{}, problem.New(problem.Invalid, "requester_sae is required, once")
 	}
-	if err := checkRequester(values.Get("requester_sae"), self); err != nil {
+	if err := speak(values.Get("requester_sae")); err != nil {
 		return key.ID{}, err
 	}
 	return parseKeyID(keyID)
@@ -133,15 +135,13 @@ func parseKeyID(s string) (key.ID, error) {
 	return id, nil
 }
 
-// checkRequester holds what a request says of its maker to what the certificate says.
-func checkRequester(said string, self identity.SAE) error {
-	if said != self.String() {
-		return &problem.Error{
-			Kind: problem.Forbidden, Detail: "requester_sae is not the SAE that the certificate names",
-			Err: fmt.Errorf("requester_sae %.100q", said),
-		}
-	}
-	return nil
+// speaker holds what a request says of its maker to what the certificate says: nil,
+// or the refusal.
+type speaker func(said string) error
+
+// notTheirs refuses a request that is made in the name of somebody else.
+func notTheirs(said, why string) error {
+	return &problem.Error{Kind: problem.Forbidden, Detail: why, Err: fmt.Errorf("requester_sae %.100q", said)}
 }
 
 // decode reads one JSON object into what into points at: exact member names, none

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -21,6 +22,9 @@ import (
 
 // Stranger is the caller whose certificate no rule names.
 const Stranger = "stranger"
+
+// Gateway is the caller who acts for the SAEs that are mail addresses.
+const Gateway = "qutemail"
 
 // Stage is where a door can be tested without a KME behind it: TLS servers on the
 // loopback interface, a certificate authority that lives as long as the Stage, and
@@ -39,8 +43,19 @@ type Stage struct {
 // NewStage returns a Stage for the SAEs named.
 func NewStage(saes ...string) (*Stage, error) {
 	principals := make(map[string]identity.Principal)
+	var users []identity.SAE
 	for _, sae := range saes {
 		principals[identity.PrincipalKey(identity.RoleSAE, sae)] = identity.Principal{Enabled: true}
+		if strings.Contains(sae, "@") {
+			id, err := identity.ParseSAE(sae)
+			if err != nil {
+				return nil, err
+			}
+			users = append(users, id)
+		}
+	}
+	if len(users) > 0 {
+		principals[identity.PrincipalKey(identity.RoleSAE, Gateway)] = identity.Principal{Enabled: true, GatewayFor: users}
 	}
 	rules, err := identity.NewMap(
 		[]identity.Rule{{ID: "sae", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://sae.lab.test/{id}", Principal: "{id}"}},
