@@ -18,7 +18,7 @@ func newAskLink() *link {
 	f := newFibre()
 	f.grow(1, ^uint64(0))
 	l := &link{LinkConfig: LinkConfig{ID: "fibre"}, asks: make(chan *ask, askQueue)}
-	l.pool.lease, l.pool.stored, l.pool.fresh, l.pool.nodes = f.lease, f.stored, f.fresh, one
+	l.pool.lease, l.pool.free, l.pool.fresh, l.pool.nodes = f.lease, f.free, f.fresh, one
 	return l
 }
 

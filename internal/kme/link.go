@@ -67,10 +67,10 @@ func newLink(k *KME, c LinkConfig) *link {
 	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue), committed: make(chan struct{}, 1)}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
-		lease:  func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
-		stored: func(ctx context.Context) (int, error) { return k.Store.Stored(ctx, c.ID) },
-		fresh:  func(e key.Epoch) bool { return e >= k.usable() },
-		nodes:  k.alive,
+		lease: func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
+		free:  func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
+		fresh: func(e key.Epoch) bool { return e >= k.usable() },
+		nodes: k.alive,
 
 		wanting: make(chan struct{}, 1),
 	}

@@ -40,10 +40,10 @@ func places(lends []lent) []store.Place {
 // pool is the part of a link's atoms that this node has leased: in memory, still
 // wrapped. Losing it loses nothing: a takeover frees the chunks.
 type pool struct {
-	lease  func(ctx context.Context, chunks int) ([]store.Lease, error)
-	stored func(ctx context.Context) (int, error)
-	fresh  func(key.Epoch) bool // false once atoms of that epoch are too old to be used
-	nodes  func() int           // that share the link's chunks
+	lease func(ctx context.Context, chunks int) ([]store.Lease, error)
+	free  func(ctx context.Context, most int) (chunks int, err error) // that can be leased, counted no further than most
+	fresh func(key.Epoch) bool                                        // false once atoms of that epoch are too old to be used
+	nodes func() int                                                  // that share the link's chunks
 
 	stocking sync.Mutex // held while chunks are leased or given back; taken before mu
 
@@ -165,15 +165,20 @@ func (p *pool) pick(got []lent, number, atoms int) []lent {
 	return got
 }
 
-// more leases chunks for so many atoms at least, as far as there are any. The caller
-// holds stocking.
+// more leases chunks for so many atoms at least, as far as there are any: at most
+// half of what this node would have if the nodes shared it all. The caller holds
+// stocking.
 func (p *pool) more(ctx context.Context, atoms int) ([]store.Lease, error) {
-	stored, err := p.stored(ctx)
-	if err != nil || stored == 0 {
+	sharers := 2 * p.nodes()
+	free, err := p.free(ctx, maxLease*sharers)
+	if err != nil || free == 0 {
 		return nil, err
 	}
+	p.mu.Lock()
+	all := free + len(p.leases)
+	p.mu.Unlock()
 	need := (atoms + key.ChunkAtoms - 1) / key.ChunkAtoms
-	return p.lease(ctx, max(need, min(maxLease, stored/(2*key.ChunkAtoms*p.nodes()))))
+	return p.lease(ctx, max(need, min(maxLease, all/sharers)))
 }
 
 // add puts a chunk into its place, oldest epoch first. The caller holds mu.

@@ -41,7 +41,7 @@ func one() int { return 1 }
 
 func newFibre() *fibre {
 	f := &fibre{lent: make(map[key.ID]lent), used: make(map[key.ID]bool)}
-	f.pool = pool{lease: f.lease, stored: f.stored, fresh: f.fresh, nodes: one}
+	f.pool = pool{lease: f.lease, free: f.free, fresh: f.fresh, nodes: one}
 	return f
 }
 
@@ -67,15 +67,14 @@ func (f *fibre) lease(_ context.Context, most int) ([]store.Lease, error) {
 	return leases, nil
 }
 
-func (f *fibre) stored(context.Context) (atoms int, err error) {
+// free does what store.Free promises.
+func (f *fibre) free(_ context.Context, most int) (chunks int, err error) {
 	for _, c := range f.chunks {
-		for _, a := range c.Atoms {
-			if !f.used[a.ID] {
-				atoms++
-			}
+		if !c.leased && slices.ContainsFunc(c.Atoms, func(a store.Atom) bool { return !f.used[a.ID] }) {
+			chunks++
 		}
 	}
-	return atoms, nil
+	return min(chunks, most), nil
 }
 
 // grow adds a chunk of the epoch with those of its 64 atoms whose bits are set.
@@ -112,8 +111,8 @@ func (f *fibre) giveBack(leased []store.Leased) (freed []int64) {
 	return freed
 }
 
-// free are the indices of the atoms of a chunk that could be lent, ascending.
-func (f *fibre) free(c *chunk) (indices []int) {
+// left are the indices of the atoms of a chunk that could be lent, ascending.
+func (f *fibre) left(c *chunk) (indices []int) {
 	if !f.fresh(c.Epoch) {
 		return nil
 	}
@@ -130,7 +129,7 @@ func (f *fibre) free(c *chunk) (indices []int) {
 func (f *fibre) keys(atoms int, leasedAlone bool) (n int) {
 	for _, c := range f.chunks {
 		if c.leased || !leasedAlone {
-			n += keysIn(f.free(c), atoms)
+			n += keysIn(f.left(c), atoms)
 		}
 	}
 	return n
@@ -179,7 +178,7 @@ func (f *fibre) take(t *rapid.T, number, atoms int) []lent {
 		newest = max(newest, a.from.Epoch)
 	}
 	for _, c := range before {
-		if left := keysIn(f.free(c), atoms); c.Epoch < newest && left > 0 {
+		if left := keysIn(f.left(c), atoms); c.Epoch < newest && left > 0 {
 			t.Fatalf("take(%d, %d): of epoch %d, with %d keys of epoch %d left", number, atoms, newest, left, c.Epoch)
 		}
 	}
@@ -207,7 +206,7 @@ func (f *fibre) check(t *rapid.T) {
 				}
 			}
 		}
-		if want := f.free(c); !slices.Equal(has, want) {
+		if want := f.left(c); !slices.Equal(has, want) {
 			t.Fatalf("chunk %d has the atoms %v, want %v", c.Chunk, has, want)
 		}
 	}

@@ -30,9 +30,7 @@ func (db *DB) Lease(ctx context.Context, link string, maxChunks int) ([]Lease, e
 	var chunks []int64
 	act := solo(func(ctx context.Context, a *attempt) error {
 		rows, _ := a.conn.Query(ctx, `WITH pick AS (
-				SELECT c.id FROM chunk c JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block
-				WHERE c.link = $1 AND c.owner = 'here' AND c.node IS NULL AND c.remaining > 0 AND b.state = 'ready'
-				ORDER BY c.epoch, c.id LIMIT $2 FOR UPDATE OF c SKIP LOCKED)
+				SELECT c.id `+fromFree+` ORDER BY c.epoch, c.id LIMIT $2 FOR UPDATE OF c SKIP LOCKED)
 			UPDATE chunk SET node = $3, run = $4 FROM pick WHERE chunk.id = pick.id RETURNING chunk.id`,
 			link, maxChunks, db.cfg.Node, a.c.run)
 		picked, err := pgx.CollectRows(rows, pgx.RowTo[int64])
@@ -57,6 +55,20 @@ func (db *DB) Lease(ctx context.Context, link string, maxChunks int) ([]Lease, e
 		return nil, away("loading leased chunks of link "+link, err)
 	}
 	return leases, nil
+}
+
+const fromFree = `FROM chunk c JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block
+	WHERE c.link = $1 AND c.owner = 'here' AND c.node IS NULL AND c.remaining > 0 AND b.state = 'ready'`
+
+// Free is how many chunks of a link Lease would lease now, counted no further than most:
+// a pool may hold some hundred thousand.
+func (db *DB) Free(ctx context.Context, link string, most int) (chunks int, err error) {
+	if err := db.pool.QueryRow(ctx, "SELECT count(*) FROM (SELECT "+fromFree+" LIMIT $2) c", link, most).Scan(&chunks); err != nil {
+		return 0, away("counting what can be leased of link "+link, err)
+	}
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	return min(most, chunks+len(db.unclaimed[link])), nil
 }
 
 // setAside keeps chunks of a link that are leased by this run and that nobody uses.

@@ -32,6 +32,9 @@ func TestLifeOfKeys(t *testing.T) {
 	if n, err := db.Stored(ctx, linkName); n != 130 || err != nil {
 		t.Errorf("Stored: %d, %v; want 130", n, err)
 	}
+	if n, err := db.Free(ctx, linkName, 10); n != 1 || err != nil {
+		t.Errorf("Free: %d, %v; want 1", n, err)
+	}
 
 	atoms := leases[0].Atoms
 	due := s.due(atoms[0].ID, "bob", "alice")
