@@ -1,11 +1,12 @@
 #!/bin/sh
 # Installs what the lab and the tests need besides git, make, gcc and Go: the
-# Debian packages softhsm2, postgresql and curl, without a system-wide cluster.
+# Debian packages softhsm2, libnss3, postgresql and curl, without a system-wide cluster.
 # Does nothing, and asks for nothing, when they are there.
 set -eu
 
 missing=
 ls /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so >/dev/null 2>&1 || missing="$missing softhsm2"
+ls /usr/lib/*/libsoftokn3.so >/dev/null 2>&1 || missing="$missing libnss3" # the tests' second PKCS#11 module
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null 2>&1 || missing="$missing postgresql"
 command -v curl >/dev/null 2>&1 || missing="$missing curl" # the client of people without one; the tests ask with it too
 [ -n "$missing" ] || exit 0

@@ -3,8 +3,16 @@
 package hsm
 
 import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"slices"
 	"strings"
 
 	"github.com/miekg/pkcs11"
@@ -14,13 +22,13 @@ import (
 // token is not initialised. It refuses a label that is in use. It is for labs, tests
 // and the key ceremony (README), and owns the module of this process meanwhile.
 func InitToken(modulePath, label, soPIN, pin string) error {
-	m, err := load(modulePath)
+	m, err := load(modulePath, "")
 	if err != nil {
 		return fmt.Errorf("making token %q: %w", label, err)
 	}
 	defer m.unload()
-	if err := m.Initialize(); err != nil {
-		return fmt.Errorf("making token %q: %w", label, fault("C_Initialize", err))
+	if err := m.initialise(); err != nil {
+		return fmt.Errorf("making token %q: %w", label, err)
 	}
 	err = m.initToken(label, soPIN, pin)
 	if ferr := fault("C_Finalize", m.Finalize()); err == nil {
@@ -81,4 +89,85 @@ func (m *module) freeSlot(label string) (uint, error) {
 		return 0, fmt.Errorf("all %d slots have initialised tokens", len(slots))
 	}
 	return free, nil
+}
+
+// Keys lists every secret key in the token, ordered by label and ID, and looks at each.
+func (t *Token) Keys(ctx context.Context) ([]KeyStatus, error) {
+	var all []KeyStatus
+	err := t.with(ctx, "looking at the token's keys", func(s pkcs11.SessionHandle) error {
+		objects, err := t.m.find(s, tokenKeys())
+		for _, o := range objects {
+			info, err := t.m.identify(s, o)
+			if err != nil {
+				return err
+			}
+			_, err = t.m.inspect(s, o, true)
+			all = append(all, KeyStatus{info, err})
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	labels := make(map[string]int)
+	for _, k := range all {
+		labels[k.Label]++
+	}
+	for i, k := range all {
+		if n := labels[k.Label]; n > 1 {
+			all[i].Err = errors.Join(k.Err, fmt.Errorf("%d keys have this label", n))
+		}
+	}
+	slices.SortFunc(all, func(a, b KeyStatus) int {
+		return cmp.Or(cmp.Compare(a.Label, b.Label), bytes.Compare(a.ID, b.ID))
+	})
+	return all, nil
+}
+
+// Verify is nil if each of keks is in the token, once, with its check value and every
+// attribute that NewKEK gave it, and no key of the token shares a label with another.
+// The error names every key that is missing or wrong.
+func (t *Token) Verify(ctx context.Context, keks []KEKInfo) error {
+	all, err := t.Keys(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, want := range keks {
+		i := slices.IndexFunc(all, func(k KeyStatus) bool { return k.Label == want.Label && bytes.Equal(k.ID, want.ID) })
+		switch {
+		case i < 0:
+			errs = append(errs, fmt.Errorf("KEK %s: %w", want, ErrNoKEK))
+		case all[i].CheckValue != want.CheckValue:
+			errs = append(errs, fmt.Errorf("KEK %s: the check value of the key is %x: it is another key", want, all[i].CheckValue))
+		case all[i].Err != nil:
+			errs = append(errs, fmt.Errorf("KEK %s: %w", want, all[i].Err))
+		}
+	}
+	for i := 1; i < len(all); i++ {
+		if all[i].Label == all[i-1].Label {
+			errs = append(errs, fmt.Errorf("two keys have the label %q: ids %x and %x", all[i].Label, all[i-1].ID, all[i].ID))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// NewPIN returns the PIN in the file at path, which only its owner may read. If there
+// is no such file it makes a random PIN, of 128 bits in hex, and the file.
+func NewPIN(path string) (string, error) {
+	if pin, err := readSecretLine(path, 0o077); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return string(pin), err
+	}
+	var random [16]byte
+	_, _ = rand.Read(random[:]) // never fails: it ends the process instead
+	pin := hex.EncodeToString(random[:])
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err == nil {
+		_, err = f.WriteString(pin + "\n")
+		err = errors.Join(err, f.Sync(), f.Close())
+	}
+	if err != nil {
+		return "", fmt.Errorf("making a PIN: %w", err)
+	}
+	return pin, nil
 }

@@ -27,6 +27,9 @@ const (
 	cOpenSession  = 12
 	cCloseSession = 13
 	cLogin        = 18
+	cCreateObject = 20
+	cCopyObject   = 21
+	cGenerateKey  = 58
 	cEncryptInit  = 29
 	cEncrypt      = 30
 	cDecryptInit  = 33
@@ -196,17 +199,89 @@ func TestNoPlainBytesAfterFault(t *testing.T) {
 	}
 }
 
-// TestRefusedPINIsNotTriedAgain: an HSM locks after a few wrong PINs.
+// TestRefusedPINIsNotTriedAgain: an HSM locks after a few wrong PINs. Whoever comes
+// first has the PIN refused; after that nobody tries it, until there is another one.
 func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	t.Run("at start", func(t *testing.T) {
 		b := newBench(t)
 		f := newFaults(t, b)
-		b.writePIN(t, "9999", 0o400)
-		if _, err := Open(t.Context(), b.cfg); !isRV(err, pkcs11.CKR_PIN_INCORRECT) {
-			t.Errorf("Open: got %v", err)
+		logins := func() uint { return f[cLogin].load(&f[cLogin].calls) }
+		refused := func(what string, tries uint, cfg Config) {
+			t.Helper()
+			before := logins()
+			if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrPINRefused) {
+				t.Errorf("%s: got %v, want ErrPINRefused", what, err)
+			}
+			if n := logins() - before; n != tries {
+				t.Errorf("%s: %d logins, want %d", what, n, tries)
+			}
+		}
+		notes := filepath.Join(b.dir, "refused")
+		other := b.cfg // another node of the site
+		b.cfg.RefusalFile, other.RefusalFile = notes, filepath.Join(b.dir, "other")
+		b.writePIN(t, "wrong-1", 0o400)
+		refused("first try", 1, b.cfg)
+		refused("again", 0, b.cfg)
+		refused("the other node", 0, other)
+		b.writePIN(t, "wrong-1", 0o400)
+		refused("with the file written anew", 0, other)
+		b.writePIN(t, "wrong-2", 0o400)
+		refused("another wrong one", 1, other)
+		b.writePIN(t, "wrong-1", 0o400)
+		refused("the first one again", 0, other)
+		other.RetryPIN = true
+		refused("when told to", 1, other)
+		if text, err := os.ReadFile(notes); err != nil || bytes.Contains(text, []byte("wrong")) {
+			t.Errorf("notes: %s, %v", text, err)
+		}
+
+		// The token's own notes may have gone, with its backup.
+		b.writePIN(t, testPIN, 0o400)
+		plain := b.cfg
+		plain.RefusalFile = ""
+		token, err := Open(t.Context(), plain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := token.Close(); err != nil {
+			t.Fatal(err)
+		}
+		b.writePIN(t, "wrong-1", 0o400)
+		refused("known from the file", 0, b.cfg)
+
+		b.writePIN(t, testPIN, 0o400)
+		token = b.open(t)
+		if left, err := token.refusals(token.anchor); err != nil || len(left) != 0 {
+			t.Errorf("%d notes are left, %v", len(left), err)
+		}
+		if _, err := os.Stat(notes); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("file of notes: %v", err)
+		}
+	})
+	t.Run("token takes no note", func(t *testing.T) {
+		b := newBench(t)
+		f := newFaults(t, b)
+		b.cfg.RefusalFile = filepath.Join(b.dir, "refused")
+		b.writePIN(t, "wrong-1", 0o400)
+		f[cCreateObject].fail(pkcs11.CKR_USER_NOT_LOGGED_IN, always)
+		for range 2 {
+			if _, err := Open(t.Context(), b.cfg); !errors.Is(err, ErrPINRefused) {
+				t.Errorf("got %v, want ErrPINRefused", err)
+			}
 		}
 		if n := f[cLogin].load(&f[cLogin].calls); n != 1 {
 			t.Errorf("%d logins, want 1", n)
+		}
+	})
+	t.Run("note that cannot be read", func(t *testing.T) {
+		b := newBench(t)
+		f := newFaults(t, b)
+		b.cfg.RefusalFile = filepath.Join(b.dir, "refused")
+		if err := os.WriteFile(b.cfg.RefusalFile, []byte("refused-pin-v1 600000 00"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(t.Context(), b.cfg); err == nil || f[cLogin].load(&f[cLogin].calls) != 0 {
+			t.Errorf("got %v and %d logins, want none", err, f[cLogin].load(&f[cLogin].calls))
 		}
 	})
 	for name, rv := range map[string]uint{"wrong": pkcs11.CKR_PIN_INCORRECT, "locked": pkcs11.CKR_PIN_LOCKED} {

@@ -43,14 +43,34 @@ var (
 	// ErrNoKEK: the token works but this KEK is not in it (destroyed), is not what
 	// it was, or was closed here.
 	ErrNoKEK = errors.New("no such KEK")
+	// ErrPINRefused: the token did not take the PIN, now or earlier, here or at another
+	// node, or a wrong one more would lock it. Trying again cannot help: somebody has to
+	// see to the PIN.
+	ErrPINRefused = errors.New("PIN refused")
+	// ErrNoAuthSecret: the token has no authentication secret for this link.
+	ErrNoAuthSecret = errors.New("no authentication secret")
 )
 
-// Config says which token to use and how hard. All but MaxConcurrent and Log must
-// be set.
+// AuthSecretBytes is the size of a link's authentication secret: 64 kbit.
+const AuthSecretBytes = 8192
+
+// Config says which token to use and how hard. Module, TokenLabel and one of PINFile
+// and PINCredential must be set.
 type Config struct {
-	Module        string       // absolute path of the PKCS#11 library
-	TokenLabel    string       // exactly one token must have it; slot numbers are never stored
-	PINFile       string       // the user PIN; only its owner may have access to the file
+	Module     string // absolute path of the PKCS#11 library
+	ModuleArgs string // what C_Initialize is given, for modules that want it (NSS: "configdir=...")
+	// WeakAttributes accepts a module that does not know CKA_ALLOWED_MECHANISMS and
+	// CKA_CHECK_VALUE, or does not keep a key that is not extractable from being wrapped
+	// out: whoever has the PIN can then do more with a KEK than seal and open (NSS).
+	WeakAttributes bool
+	TokenLabel     string // with Serial: exactly one token must have both. Slot numbers are never stored
+	Serial         string // "" takes any serial number
+
+	PINFile       string // the user PIN; only its owner may have access to the file
+	PINCredential string // instead: the name of a systemd credential (LoadCredential=)
+	RefusalFile   string // where a note of a refused PIN is kept, beside the one in the token; "" for nowhere
+	RetryPIN      bool   // try, once, a PIN that was refused before: for an operator who has seen to the token
+
 	MaxConcurrent int          // calls in the module at one time, and sessions kept; 0 means 4
 	Log           *slog.Logger // nil discards
 }
@@ -74,4 +94,17 @@ type KEKInfo struct {
 // String names the KEK in errors and logs.
 func (i KEKInfo) String() string {
 	return fmt.Sprintf("%q (id %s, check value %x)", i.Label, hex.EncodeToString(i.ID), i.CheckValue)
+}
+
+// KeyStatus is a secret key of the token, ours or not, and what keeps it from being a KEK.
+type KeyStatus struct {
+	KEKInfo
+	Err error // nil: it is as NewKEK makes them, and no other key has its label
+}
+
+// Check is one thing that a module must do, and why it does not.
+type Check struct {
+	Name string
+	Err  error // nil: it does
+	Weak bool  // it does not, and Config.WeakAttributes accepts that
 }

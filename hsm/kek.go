@@ -108,10 +108,9 @@ func (k *KEK) load(s pkcs11.SessionHandle) error {
 	if k.copy != 0 && k.canary.check(k.t.m, s, k.copy) == nil {
 		return nil
 	}
-	k.copy, err = k.t.m.CopyObject(k.t.anchor, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false)})
-	if err != nil {
+	if k.copy, err = k.t.m.copyToSession(k.t.anchor, o); err != nil {
 		k.copy = 0
-		return fault("C_CopyObject", err)
+		return err
 	}
 	if kcv, err = k.t.m.inspect(s, k.copy, false); err == nil && kcv != k.info.CheckValue {
 		err = fmt.Errorf("check value of the session copy is %x: it is another key", kcv)

@@ -157,7 +157,7 @@ func TestOpenKEKRefuses(t *testing.T) {
 	}
 	// generate makes a key as NewKEK does, but for one attribute.
 	generate := func(label string, id []byte, change ...*pkcs11.Attribute) KEKInfo {
-		template := slices.Concat(pinned(true), named(label, id))
+		template := slices.Concat(token.m.pinned(true), named(label, id))
 		for _, c := range change {
 			template = slices.DeleteFunc(template, func(a *pkcs11.Attribute) bool { return a.Type == c.Type })
 		}

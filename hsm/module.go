@@ -17,18 +17,13 @@ struct gcm_params { byte *iv; num iv_len, iv_bits; byte *aad; num aad_len, tag_b
 typedef num init_fn(num session, struct mechanism *, num key);
 typedef num data_fn(num session, byte *in, num in_len, byte *out, num *out_len);
 typedef num random_fn(num session, byte *out, num len);
+typedef num login_fn(num session, num user, byte *pin, num pin_len);
 
-struct functions { // CK_FUNCTION_LIST of v2.40, in the order of the standard
+struct functions { // CK_FUNCTION_LIST of v2.40
 	byte version[2];
-	void *initialize_to_find_objects_final[29];
-	init_fn *encrypt_init;
-	data_fn *encrypt;
-	void *encrypt_update_final[2];
-	init_fn *decrypt_init;
-	data_fn *decrypt;
-	void *decrypt_update_to_seed_random[29];
-	random_fn *generate_random;
+	void *at[68]; // in the order of the standard
 };
+enum { LOGIN = 18, ENCRYPT_INIT = 29, ENCRYPT, DECRYPT_INIT = 33, DECRYPT, GENERATE_RANDOM = 64 };
 
 static struct functions *load(const char *path, void **handle) {
 	num (*list)(struct functions **);
@@ -57,16 +52,20 @@ static struct outcome gcm(init_fn *init, data_fn *data, num session, num key, by
 
 static struct outcome seal(struct functions *f, num session, num key, byte *iv,
                            byte *aad, num aad_len, byte *in, num in_len, byte *out, num out_len) {
-	return gcm(f->encrypt_init, f->encrypt, session, key, iv, aad, aad_len, in, in_len, out, out_len);
+	return gcm(f->at[ENCRYPT_INIT], f->at[ENCRYPT], session, key, iv, aad, aad_len, in, in_len, out, out_len);
 }
 
 static struct outcome unseal(struct functions *f, num session, num key, byte *iv,
                              byte *aad, num aad_len, byte *in, num in_len, byte *out, num out_len) {
-	return gcm(f->decrypt_init, f->decrypt, session, key, iv, aad, aad_len, in, in_len, out, out_len);
+	return gcm(f->at[DECRYPT_INIT], f->at[DECRYPT], session, key, iv, aad, aad_len, in, in_len, out, out_len);
 }
 
 static num randomise(struct functions *f, num session, byte *out, num len) {
-	return f->generate_random(session, out, len);
+	return ((random_fn *)f->at[GENERATE_RANDOM])(session, out, len);
+}
+
+static num login(struct functions *f, num session, num user, byte *pin, num pin_len) {
+	return ((login_fn *)f->at[LOGIN])(session, user, pin, pin_len);
 }
 */
 import "C"
@@ -81,23 +80,26 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// module is one loaded PKCS#11 library. Objects, sessions and login go through
-// miekg/pkcs11. What touches plain keys goes through the few lines of C above,
-// because miekg's Decrypt frees the plain key in the C heap without wiping it,
-// leaks that buffer when decryption fails, and asks for the size first. Here the
-// module writes straight into the caller's buffer.
+// module is one loaded PKCS#11 library. Objects and sessions go through miekg/pkcs11.
+// What touches plain keys or the PIN goes through the few lines of C above: miekg's
+// Decrypt frees the plain key in the C heap without wiping it, leaks that buffer when
+// decryption fails, and asks for the size first (which NSS answers wrongly); its Login
+// wants the PIN as a string, which nobody can wipe. Here the module reads from and
+// writes to the caller's buffers.
 type module struct {
 	*pkcs11.Ctx
+	args      string // for C_Initialize; "" for none
+	weak      bool   // Config.WeakAttributes
 	functions *C.struct_functions
 	handle    unsafe.Pointer
 }
 
 // load opens the library at path without initialising it.
-func load(path string) (*module, error) {
+func load(path, args string) (*module, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("PKCS#11 module %q is not an absolute path", path)
 	}
-	m := &module{Ctx: pkcs11.New(path)}
+	m := &module{Ctx: pkcs11.New(path), args: args}
 	if m.Ctx == nil {
 		return nil, fmt.Errorf("PKCS#11 module %q cannot be loaded", path)
 	}
@@ -108,6 +110,24 @@ func load(path string) (*module, error) {
 		return nil, fmt.Errorf("PKCS#11 module %q gives no function list", path)
 	}
 	return m, nil
+}
+
+// initialise is C_Initialize, with the module's arguments if it needs any (NSS does).
+func (m *module) initialise() error {
+	if m.args == "" {
+		return fault("C_Initialize", m.Initialize())
+	}
+	args := C.CString(m.args)
+	defer C.free(unsafe.Pointer(args))
+	return fault("C_Initialize", m.Initialize(pkcs11.InitializeWithReserved(unsafe.Pointer(args))))
+}
+
+// login logs the process in as user. The caller wipes the PIN.
+func (m *module) login(s pkcs11.SessionHandle, user uint, pin []byte) error {
+	if rv := C.login(m.functions, C.num(s), C.num(user), first(pin), C.num(len(pin))); rv != pkcs11.CKR_OK {
+		return fault("C_Login", pkcs11.Error(rv))
+	}
+	return nil
 }
 
 // unload gives the library back. It must be finalized.

@@ -23,21 +23,36 @@ func Open(context.Context, Config) (*Token, error) { return nil, errNoCgo }
 // InitToken fails: the binary was built without cgo.
 func InitToken(modulePath, label, soPIN, pin string) error { return errNoCgo }
 
+// Examine fails: the binary was built without cgo.
+func Examine(context.Context, Config) (Info, []Check, error) { return Info{}, nil, errNoCgo }
+
+// NewPIN fails: the binary was built without cgo.
+func NewPIN(path string) (string, error) { return "", errNoCgo }
+
+// AuthSecretCheck says nothing: the binary was built without cgo.
+func AuthSecretCheck([]byte) string { return "" }
+
 // The methods do what their cgo twins say. None can be reached, since Open fails.
 
-func (*Token) Close() error                                    { return errNoCgo }
-func (*Token) Info() Info                                      { return Info{} }
-func (*Token) Random(context.Context, []byte) error            { return errNoCgo }
-func (*Token) Heartbeat(context.Context) error                 { return errNoCgo }
-func (*Token) NewKEK(context.Context, string) (KEKInfo, error) { return KEKInfo{}, errNoCgo }
-func (*Token) OpenKEK(context.Context, KEKInfo) (*KEK, error)  { return nil, errNoCgo }
-func (*Token) DestroyKEK(context.Context, KEKInfo) error       { return errNoCgo }
-func (*Token) ListKEKs(context.Context) ([]KEKInfo, error)     { return nil, errNoCgo }
-func (*Token) Counter(context.Context, string) (int64, error)  { return 0, errNoCgo }
-func (*Token) SetCounter(context.Context, string, int64) error { return errNoCgo }
-func (*KEK) Info() KEKInfo                                     { return KEKInfo{} }
-func (*KEK) Wraps() int64                                      { return 0 }
-func (*KEK) Close() error                                      { return errNoCgo }
+func (*Token) Close() error                                        { return errNoCgo }
+func (*Token) Info() Info                                          { return Info{} }
+func (*Token) Random(context.Context, []byte) error                { return errNoCgo }
+func (*Token) Heartbeat(context.Context) error                     { return errNoCgo }
+func (*Token) NewKEK(context.Context, string) (KEKInfo, error)     { return KEKInfo{}, errNoCgo }
+func (*Token) OpenKEK(context.Context, KEKInfo) (*KEK, error)      { return nil, errNoCgo }
+func (*Token) DestroyKEK(context.Context, KEKInfo) error           { return errNoCgo }
+func (*Token) ListKEKs(context.Context) ([]KEKInfo, error)         { return nil, errNoCgo }
+func (*Token) Counter(context.Context, string) (int64, error)      { return 0, errNoCgo }
+func (*Token) SetCounter(context.Context, string, int64) error     { return errNoCgo }
+func (*Token) Keys(context.Context) ([]KeyStatus, error)           { return nil, errNoCgo }
+func (*Token) Verify(context.Context, []KEKInfo) error             { return errNoCgo }
+func (*Token) NewAuthSecret(context.Context) ([]byte, error)       { return nil, errNoCgo }
+func (*Token) AuthSecret(context.Context, string) ([]byte, error)  { return nil, errNoCgo }
+func (*Token) SetAuthSecret(context.Context, string, []byte) error { return errNoCgo }
+func (*Token) DestroyAuthSecret(context.Context, string) error     { return errNoCgo }
+func (*KEK) Info() KEKInfo                                         { return KEKInfo{} }
+func (*KEK) Wraps() int64                                          { return 0 }
+func (*KEK) Close() error                                          { return errNoCgo }
 func (*KEK) Unwrap(context.Context, [IVBytes]byte, []byte, []byte) ([]byte, error) {
 	return nil, errNoCgo
 }

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"slices"
 	"strconv"
 
 	"github.com/miekg/pkcs11"
@@ -16,8 +15,8 @@ const kekBytes = 32 // AES-256
 
 // pinned is what a KEK must be, in the token or as a session copy: it seals and
 // opens with AES-GCM and does nothing else, and it never leaves.
-func pinned(inToken bool) []*pkcs11.Attribute {
-	return []*pkcs11.Attribute{
+func (m *module) pinned(inToken bool) []*pkcs11.Attribute {
+	all := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
 		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, kekBytes),
@@ -32,8 +31,11 @@ func pinned(inToken bool) []*pkcs11.Attribute {
 		pkcs11.NewAttribute(pkcs11.CKA_SIGN, false),
 		pkcs11.NewAttribute(pkcs11.CKA_VERIFY, false),
 		pkcs11.NewAttribute(pkcs11.CKA_DERIVE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, ulong(pkcs11.CKM_AES_GCM)),
 	}
+	if !m.weak {
+		all = append(all, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, ulong(pkcs11.CKM_AES_GCM)))
+	}
+	return all
 }
 
 // born is what the token itself says of a key that was generated inside it and
@@ -97,15 +99,24 @@ func (m *module) get(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, want ...*pkc
 // generateKEK makes an AES-256 key with the pinned attributes.
 func (m *module) generateKEK(s pkcs11.SessionHandle, inToken bool, label string, id []byte) (pkcs11.ObjectHandle, error) {
 	aes := []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}
-	o, err := m.GenerateKey(s, aes, append(pinned(inToken), named(label, id)...))
+	o, err := m.GenerateKey(s, aes, append(m.pinned(inToken), named(label, id)...))
 	return o, fault("C_GenerateKey", err)
+}
+
+// copyToSession makes a copy of a key that lives as long as the session.
+func (m *module) copyToSession(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) (pkcs11.ObjectHandle, error) {
+	c, err := m.CopyObject(s, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false)})
+	return c, fault("C_CopyObject", err)
 }
 
 // inspect reads the key back and fails unless it is just what a KEK must be. It
 // returns the key's check value.
 func (m *module) inspect(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, inToken bool) (kcv [3]byte, err error) {
-	want := slices.Concat(pinned(inToken), born())
-	got, err := m.get(s, o, append(want, pkcs11.NewAttribute(pkcs11.CKA_CHECK_VALUE, nil))...)
+	want := m.pinned(inToken)
+	if !m.weak {
+		want = append(want, born()...)
+	}
+	got, err := m.get(s, o, want...)
 	if err != nil {
 		return kcv, err
 	}
@@ -114,7 +125,28 @@ func (m *module) inspect(s pkcs11.SessionHandle, o pkcs11.ObjectHandle, inToken 
 			return kcv, fmt.Errorf("attribute %#x of the key is %x, must be %x", w.Type, got[i].Value, w.Value)
 		}
 	}
-	v := got[len(want)].Value
+	return m.checkValue(s, o)
+}
+
+// checkValue reads CKA_CHECK_VALUE. Where the module does not know it, it does not know
+// that the key is for GCM only either, and what the value would be can be asked for.
+func (m *module) checkValue(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) (kcv [3]byte, err error) {
+	var v []byte
+	if m.weak {
+		if err := m.EncryptInit(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_ECB, nil)}, o); err != nil {
+			return kcv, fault("C_EncryptInit for the check value", err)
+		}
+		if v, err = m.Encrypt(s, make([]byte, 16)); err != nil {
+			return kcv, fault("C_Encrypt for the check value", err)
+		}
+		v = v[:min(len(v), len(kcv))]
+	} else {
+		got, err := m.get(s, o, pkcs11.NewAttribute(pkcs11.CKA_CHECK_VALUE, nil))
+		if err != nil {
+			return kcv, err
+		}
+		v = got[0].Value
+	}
 	if len(v) != len(kcv) {
 		return kcv, fmt.Errorf("check value %x of the key is not 3 bytes", v)
 	}
@@ -143,12 +175,9 @@ func (m *module) identify(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) (KEKInf
 		return KEKInfo{}, err
 	}
 	info := KEKInfo{Label: string(got[0].Value), ID: got[1].Value}
-	got, err = m.get(s, o, pkcs11.NewAttribute(pkcs11.CKA_CHECK_VALUE, nil))
+	info.CheckValue, err = m.checkValue(s, o)
 	if isRV(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
 		return info, nil
-	}
-	if err == nil {
-		copy(info.CheckValue[:], got[0].Value)
 	}
 	return info, err
 }

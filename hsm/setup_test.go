@@ -19,6 +19,11 @@ const (
 	testSOPIN = "so-pin-774410"
 )
 
+func TestMain(m *testing.M) {
+	refusalRounds = 1000
+	os.Exit(m.Run())
+}
+
 // bench is a SoftHSM directory with one token and what is needed to open it. The
 // module belongs to the process, so tests run one after another, each with a
 // directory of its own.

@@ -58,6 +58,24 @@ type outage struct {
 // in once and shows by a self-test that the token seals and refuses as it should.
 // It fails if somebody in this process has the module already.
 func Open(ctx context.Context, cfg Config) (*Token, error) {
+	t, err := prepare(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err = t.start(ctx); err == nil {
+		if err = t.selfTest(); err != nil {
+			_ = t.m.Finalize()
+		}
+	}
+	if err != nil {
+		t.m.unload()
+		return nil, fmt.Errorf("opening hsm token %q: %w", cfg.TokenLabel, err)
+	}
+	return t, nil
+}
+
+// prepare checks the configuration and loads the module, which is not initialised.
+func prepare(cfg Config) (*Token, error) {
 	if cfg.MaxConcurrent == 0 {
 		cfg.MaxConcurrent = defaultConcurrent
 	}
@@ -67,24 +85,19 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	m, err := load(cfg.Module)
+	m, err := load(cfg.Module, cfg.ModuleArgs)
 	if err != nil {
 		return nil, fmt.Errorf("opening hsm: %w", err)
 	}
-	t := &Token{
+	m.weak = cfg.WeakAttributes
+	return &Token{
 		cfg: cfg, log: cfg.Log.With("token", cfg.TokenLabel), m: m,
 		turns: semaphore.NewWeighted(int64(cfg.MaxConcurrent)), width: int64(cfg.MaxConcurrent),
 		keks: make(map[*KEK]struct{}),
-	}
-	if err := t.start(ctx); err != nil {
-		m.unload()
-		return nil, fmt.Errorf("opening hsm token %q: %w", cfg.TokenLabel, err)
-	}
-	t.log.Info("hsm open", "manufacturer", t.info.Manufacturer, "model", t.info.Model, "serial", t.info.Serial, "software", t.info.Software)
-	return t, nil
+	}, nil
 }
 
-// start brings the module up. It tries again only after the errors that SoftHSM
+// start brings the module up and logs in. It tries again only after the errors that SoftHSM
 // gives when another process starts on the same directory, and those come before
 // any login.
 func (t *Token) start(ctx context.Context) error {
@@ -103,9 +116,6 @@ func (t *Token) start(ctx context.Context) error {
 		}
 	}
 	err := t.login()
-	if err == nil {
-		err = t.selfTest()
-	}
 	if err != nil {
 		_ = t.m.Finalize()
 	}
@@ -115,11 +125,11 @@ func (t *Token) start(ctx context.Context) error {
 // initialise initialises the module and finds the token. On failure the module is
 // not initialised, unless it was somebody else who did so.
 func (t *Token) initialise() error {
-	if err := t.m.Initialize(); err != nil {
+	if err := t.m.initialise(); err != nil {
 		if isRV(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
-			return fmt.Errorf("%s has another owner in this process: %w", t.cfg.Module, fault("C_Initialize", err))
+			return fmt.Errorf("%s has another owner in this process: %w", t.cfg.Module, err)
 		}
-		return fmt.Errorf("module %s (for SoftHSM see SOFTHSM2_CONF and its directory): %w", t.cfg.Module, fault("C_Initialize", err))
+		return fmt.Errorf("module %s (for SoftHSM see SOFTHSM2_CONF and its directory): %w", t.cfg.Module, err)
 	}
 	err := t.findToken()
 	if err != nil {
@@ -128,25 +138,35 @@ func (t *Token) initialise() error {
 	return err
 }
 
-// findToken finds the one slot whose token has our label. Once a token was opened,
-// another one under the same label is refused: its keys are others.
+// findToken finds the one slot whose token has our label, and our serial number if the
+// configuration names one. Once a token was opened, another one in its place is
+// refused: its keys are others.
 func (t *Token) findToken() error {
 	slots, err := t.m.GetSlotList(true)
 	if err != nil {
 		return fault("C_GetSlotList", err)
 	}
 	var found []pkcs11.TokenInfo
+	var others []string // serial numbers of tokens with our label
 	for _, slot := range slots {
 		ti, err := t.m.GetTokenInfo(slot)
 		if err != nil {
 			return fmt.Errorf("slot %d: %w", slot, fault("C_GetTokenInfo", err))
 		}
-		if ti.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && strings.TrimSpace(ti.Label) == t.cfg.TokenLabel {
-			found = append(found, ti)
-			t.slot = slot
+		if ti.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 || strings.TrimSpace(ti.Label) != t.cfg.TokenLabel {
+			continue
 		}
+		if serial := infoOf(ti).Serial; t.cfg.Serial != "" && serial != t.cfg.Serial {
+			others = append(others, serial)
+			continue
+		}
+		found = append(found, ti)
+		t.slot = slot
 	}
-	if len(found) != 1 {
+	switch {
+	case len(found) == 0 && len(others) > 0:
+		return fmt.Errorf("the token with the label %q has the serial number %s, not %q: it is another token", t.cfg.TokenLabel, strings.Join(others, " or "), t.cfg.Serial)
+	case len(found) != 1:
 		return fmt.Errorf("%d tokens have the label %q in %d slots, want exactly one", len(found), t.cfg.TokenLabel, len(slots))
 	}
 	info := infoOf(found[0])
@@ -168,31 +188,75 @@ func infoOf(ti pkcs11.TokenInfo) Info {
 }
 
 // login opens the anchor session and logs in with the PIN from its file, which is
-// read anew each time so that the PIN need not stay in memory.
+// read anew each time so that the PIN need not stay in memory. It tries no PIN that
+// was refused before.
 func (t *Token) login() error {
 	if t.refused != nil {
-		return fmt.Errorf("not logging in again, the PIN was refused before: %w", t.refused)
+		return fmt.Errorf("not logging in again: %w", t.refused)
 	}
 	s, err := t.m.OpenSession(t.slot, pkcs11.CKF_SERIAL_SESSION)
 	if err != nil {
 		return fault("C_OpenSession", err)
 	}
-	pin, err := readPIN(t.cfg.PINFile)
-	if err != nil {
+	if err = t.loginOn(s); err != nil {
 		_ = t.m.CloseSession(s)
-		return err
-	}
-	defer clear(pin)
-	err = t.m.Login(s, pkcs11.CKU_USER, string(pin))
-	if err != nil && !isRV(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
-		_ = t.m.CloseSession(s)
-		err = fmt.Errorf("PIN file %s: %w", t.cfg.PINFile, fault("C_Login", err))
-		if isRV(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED) {
+		if errors.Is(err, ErrPINRefused) {
 			t.refused = err
 		}
 		return err
 	}
 	t.anchor = s
+	return nil
+}
+
+func (t *Token) loginOn(s pkcs11.SessionHandle) error {
+	pin, err := t.cfg.readPIN()
+	if err != nil {
+		return err
+	}
+	defer clear(pin)
+	notes, err := t.refusals(s)
+	if err != nil {
+		return err
+	}
+	if !t.cfg.RetryPIN {
+		if err := t.mayTry(pin, notes); err != nil {
+			return err
+		}
+	}
+	err = t.m.login(s, pkcs11.CKU_USER, pin)
+	switch {
+	case err == nil, isRV(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN):
+		if len(notes) > 0 {
+			if err := t.forget(); err != nil {
+				t.log.Warn("notes of refused PINs are left", "err", err)
+			}
+		}
+		return nil
+	case isRV(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED):
+		path, _, _ := t.cfg.pinPath()
+		return errors.Join(fmt.Errorf("%w: PIN file %s: %w", ErrPINRefused, path, err), t.note(pin))
+	}
+	return err
+}
+
+// mayTry is nil if a login with pin may be tried.
+func (t *Token) mayTry(pin []byte, notes []refusal) error {
+	ti, err := t.m.GetTokenInfo(t.slot)
+	if err != nil {
+		return fault("C_GetTokenInfo", err)
+	}
+	switch {
+	case ti.Flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
+		return fmt.Errorf("%w: the token says that its PIN is locked", ErrPINRefused)
+	case ti.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
+		return fmt.Errorf("%w: the token says that one more wrong PIN locks it, so it is not tried", ErrPINRefused)
+	}
+	for _, n := range notes {
+		if n.of(pin) {
+			return fmt.Errorf("%w: this PIN was tried at %s and is not tried again", ErrPINRefused, n.at.Format(time.RFC3339))
+		}
+	}
 	return nil
 }
 

@@ -62,7 +62,7 @@ func TestOpenRefuses(t *testing.T) {
 // relabel initialises a token anew under another label, as InitToken never would.
 func relabel(t *testing.T, b *bench, from, to string) {
 	t.Helper()
-	m, err := load(b.cfg.Module)
+	m, err := load(b.cfg.Module, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -78,9 +78,20 @@ const (
 
 // HSMConfig says which token of which PKCS#11 module holds the KEKs.
 type HSMConfig struct {
-	Module  string `yaml:"module"`   // path of the PKCS#11 library
-	Token   string `yaml:"token"`    // label; exactly one token must have it
-	PINFile string `yaml:"pin_file"` // readable by its owner only
+	Module string `yaml:"module"` // path of the PKCS#11 library
+	Token  string `yaml:"token"`  // label; with serial, exactly one token must have both
+	// Serial is the token's serial number. A production node must have it; otherwise any
+	// token of that label is taken.
+	Serial string `yaml:"serial"`
+	// PINFile is readable by its owner only. Instead, PINCredential is the name of a
+	// credential that systemd passes (LoadCredential=).
+	PINFile       string `yaml:"pin_file"`
+	PINCredential string `yaml:"pin_credential"`
+	// ModuleArgs is what the library is initialised with, if it wants something.
+	ModuleArgs string `yaml:"module_args"`
+	// WeakAttributes accepts a library that cannot restrict what a key is used for. A
+	// production node refuses it. Default false.
+	WeakAttributes bool `yaml:"weak_attributes"`
 }
 
 // CertificatesConfig says where the node's own certificate comes from and which
@@ -214,7 +225,12 @@ func (c *Config) check(doc document) error {
 	k.has("database", c.Database)
 	k.has("hsm.module", c.HSM.Module)
 	k.has("hsm.token", c.HSM.Token)
-	k.has("hsm.pin_file", c.HSM.PINFile)
+	if c.HSM.PINCredential == "" {
+		k.has("hsm.pin_file", c.HSM.PINFile)
+	}
+	k.must(c.HSM.PINFile == "" || c.HSM.PINCredential == "", "hsm.pin_credential", "is there beside pin_file: one of them")
+	k.must(!c.Production || c.HSM.Serial != "", "hsm.serial", "is missing, and this node is set to production: kmed hsm status shows it")
+	k.must(!c.Production || !c.HSM.WeakAttributes, "hsm.weak_attributes", "is for tests only: this node is set to production")
 	c.Certificates.check(k)
 	k.must(c.Epoch >= time.Minute && c.Epoch%time.Millisecond == 0, "epoch", "is %v: at least 1m, in whole milliseconds", c.Epoch)
 	k.must(c.TTL >= time.Second, "ttl", "is %v: at least 1s", c.TTL)

@@ -5,8 +5,10 @@
 //	kmed serve --config kmed.yaml      as the daemon's database role
 //	kmed migrate --database DSN        once per release, as the schema's owner
 //	kmed recover --config kmed.yaml    after the site's database was restored to the past
+//	kmed hsm init|status|selftest|auth-secret    the key ceremony (hsm/README.md)
 //
-// Exit status 3 says that another process has taken the node's run over, since this
+// Exit status 78 says that the HSM refused the PIN: nothing is to be started again
+// before somebody has seen to it. Exit status 3 says that another process has taken the node's run over, since this
 // one was paused or could not reach the database for a while: start it again.
 package main
 
@@ -24,6 +26,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -31,6 +34,8 @@ type commands struct {
 	Serve   serveCommand   `cmd:"" help:"Run a node until SIGTERM."`
 	Migrate migrateCommand `cmd:"" help:"Bring the database's schema up to date, as its owner."`
 	Recover recoverCommand `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
+
+	HSM hsmCommands `cmd:"" name:"hsm" help:"The key ceremony, and questions to the token."`
 
 	LogLevel slog.Level `help:"debug, info, warn or error." default:"info"`
 }
@@ -49,8 +54,10 @@ type recoverCommand struct {
 	Burn   bool   `help:"Destroy all that may have been delivered already: every KEK and every key that the site holds, and the other end's part of the pool. Without it, only say what would be lost."`
 }
 
-// exitFenced is the exit status of a node that was taken over.
-const exitFenced = 3
+const (
+	exitFenced     = 3  // the node was taken over
+	exitPINRefused = 78 // EX_CONFIG of sysexits.h: for systemd's RestartPreventExitStatus
+)
 
 // collectAt is how much garbage, in percent of what lives, is gathered before it is
 // collected. A node's memory is small and short-lived: with Go's default of 100 a
@@ -65,7 +72,10 @@ func main() {
 	defer stop()
 	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "kmed:", err)
-		if errors.Is(err, store.ErrFenced) {
+		switch {
+		case errors.Is(err, hsm.ErrPINRefused):
+			os.Exit(exitPINRefused)
+		case errors.Is(err, store.ErrFenced):
 			os.Exit(exitFenced)
 		}
 		os.Exit(1)
@@ -96,5 +106,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	case "migrate":
 		return store.Migrate(ctx, c.Migrate.Database, c.Migrate.Epoch, log)
 	}
-	return errors.New("name a command: serve, migrate or recover")
+	// The commands of hsm take their flags with them.
+	selected.BindTo(ctx, (*context.Context)(nil))
+	selected.BindTo(stdout, (*io.Writer)(nil))
+	return selected.Run(log)
 }

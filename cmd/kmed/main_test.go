@@ -13,6 +13,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -48,6 +49,8 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"certificate": certificate,
 			"config":      config,
+			"softhsm":     s.softHSM,
+			"status":      status,
 			"token":       s.token,
 			"database":    s.database,
 			"waitfor":     waitFor,
@@ -194,6 +197,27 @@ type stage struct {
 	cluster   *pgdev.Cluster
 	databases atomic.Int64
 	module    sync.Mutex // the PKCS#11 module has one owner and one configuration in a process
+}
+
+// softhsm: a folder for tokens, without any.
+func (s *stage) softHSM(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: softhsm")
+	}
+	_, err := hsm.WriteSoftHSMConfig(ts.MkAbs("hsm"))
+	ts.Check(err)
+}
+
+// status N COMMAND...: run it, and see that it ends with exit status N.
+func status(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: status N COMMAND...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok || fmt.Sprint(exit.ExitCode()) != args[0] {
+		ts.Fatalf("%v ended with %v, want exit status %s", args[1:], err, args[0])
+	}
 }
 
 // token LABEL: make a SoftHSM token, and hsm/pin with its PIN.

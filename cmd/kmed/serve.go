@@ -171,12 +171,14 @@ func (n *node) open(ctx context.Context) (err error) {
 	if err := n.openCertificates(ctx); err != nil {
 		return fmt.Errorf("opening the certificates: %w", err)
 	}
-	n.token, err = hsm.Open(ctx, hsm.Config{Module: n.cfg.HSM.Module, TokenLabel: n.cfg.HSM.Token, PINFile: n.cfg.HSM.PINFile, Log: n.log})
+	n.token, err = hsm.Open(ctx, n.cfg.token(n.log))
 	if err != nil {
 		return fmt.Errorf("opening the HSM: %w", err)
 	}
-	if n.token.Info().Software {
-		n.log.Warn("the HSM is SoftHSM: a copy of its folder and the PIN open every key. For labs and tests only.")
+	info := n.token.Info()
+	n.log.Info("hsm open", "token", n.cfg.HSM.Token, "manufacturer", info.Manufacturer, "model", info.Model, "serial", info.Serial)
+	if info.Software {
+		n.log.Warn(softHSMWarning)
 	}
 	if !n.cfg.Production {
 		n.log.Warn("production is not set: keys of the simulated link are handed out")

@@ -37,7 +37,7 @@ static num pass(int i, num a, num b, num c, num d, num e, num f) {
 	return rv;
 }
 
-#define WATCHED X(0) X(6) X(12) X(13) X(18) X(21) X(29) X(30) X(33) X(34) X(64)
+#define WATCHED X(0) X(6) X(12) X(13) X(18) X(20) X(21) X(29) X(30) X(33) X(34) X(58) X(64)
 #define X(i) static num fn##i(num a, num b, num c, num d, num e, num f) { return pass(i, a, b, c, d, e, f); }
 WATCHED
 #undef X

@@ -35,6 +35,26 @@ type openKEK struct {
 
 func newKeyring(k *KME) *keyring { return &keyring{k: k, counted: make(map[int64]int64)} }
 
+// verify is nil if the token holds every KEK of the register that is in use, as it was
+// made, and no two keys of one label: another token, a token from an old backup or one
+// that somebody has changed is found out before anything is sealed or handed out.
+func (r *keyring) verify(ctx context.Context) error {
+	rows, err := r.k.Store.KEKs(ctx)
+	if err != nil {
+		return fmt.Errorf("listing KEKs: %w", err)
+	}
+	var keks []hsm.KEKInfo
+	for _, row := range rows {
+		if row.State == "open" && len(row.CheckValue) == 3 {
+			keks = append(keks, hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)})
+		}
+	}
+	if err := r.k.Token.Verify(ctx, keks); err != nil {
+		return fmt.Errorf("the token does not hold the keys that the database knows: %w", err)
+	}
+	return nil
+}
+
 // prepare opens the epochs that the next hour needs, so that no request waits for one.
 func (r *keyring) prepare(ctx context.Context) error {
 	now := key.EpochAt(r.k.Now(), r.k.EpochLength)

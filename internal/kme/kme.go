@@ -61,6 +61,7 @@ type KME struct {
 	started time.Time
 	keks    *keyring
 	links   map[string]*link
+	noPIN   chan error   // the HSM refused the PIN: the node ends
 	hsmDown atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
 	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
 	alarms  alarms
@@ -102,6 +103,7 @@ func New(c Config) (*KME, error) {
 		news:      make(chan struct{}, 1),
 		uneven:    make(chan struct{}, 1),
 	}
+	k.noPIN = make(chan error, 1)
 	k.hsmDown.Store("")
 	k.keks = newKeyring(k)
 	for _, lc := range c.Links {
@@ -130,12 +132,16 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 		return err
 	}
 	if k.suspended() == "" {
+		if err := k.keks.verify(ctx); err != nil {
+			return err
+		}
 		if err := k.keks.prepare(ctx); err != nil {
 			return err
 		}
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return k.watchFence(ctx) })
+	g.Go(func() error { return k.watchPIN(ctx) })
 	g.Go(func() error { return k.watchNodes(ctx) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.share) })
 	g.Go(func() error { return k.takeOver(ctx) })
@@ -173,6 +179,17 @@ func (k *KME) watchFence(ctx context.Context) error {
 		return ctx.Err()
 	case <-k.Store.Fenced():
 		return fmt.Errorf("node %s: run %d was taken over by another process: this one serves no more: %w", k.Node, k.run.Load(), store.ErrFenced)
+	}
+}
+
+// watchPIN ends the node when the HSM has refused the PIN: no heartbeat can help, and
+// whoever starts it again must have seen to the PIN.
+func (k *KME) watchPIN(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case err := <-k.noPIN:
+		return fmt.Errorf("node %s: %w", k.Node, err)
 	}
 }
 
@@ -250,6 +267,12 @@ func (k *KME) beat(ctx context.Context) {
 	if err != nil {
 		k.hsmDown.Store(err.Error())
 		k.raise(ctx, "hsm", "HSM token does not answer: "+err.Error())
+		if errors.Is(err, hsm.ErrPINRefused) {
+			select {
+			case k.noPIN <- err:
+			default: // the node is ending
+			}
+		}
 		return
 	}
 	k.hsmDown.Store("")
