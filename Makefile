@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha storm bench lint fuzz tools prerequisites clean
+.PHONY: all run build test test-ha storm bench lint fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -26,7 +26,7 @@ build:
 	@$(GO) build -tags $(TAGS) -o $(BIN)/ ./cmd/...
 
 ## test: everything, against real Postgres, SoftHSM and certificates
-test: prerequisites build tools
+test: prerequisites build tools promtool
 	$(GO) test -tags $(TAGS) -timeout 20m ./...
 	$(GO) test -tags $(TAGS),failpoint ./internal/failpoint ./internal/etsi014
 
@@ -63,6 +63,10 @@ tools: $(BIN)/step
 $(BIN)/step:
 	@echo "building step (once, about a minute)"
 	@GOBIN=$(CURDIR)/$(BIN) $(GO) install -tags $(TAGS) $(STEP)
+
+# of the Debian package prometheus: what tests the alert rules
+promtool:
+	@deploy/alerts/promtool.sh
 
 prerequisites:
 	@deploy/prerequisites.sh

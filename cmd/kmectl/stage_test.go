@@ -366,3 +366,4 @@ func (b operatorTable) Alarms(context.Context, identity.Caller, string) ([]admin
 func (b operatorTable) Cleanup(context.Context, identity.Caller, string) (int, error) { return 3, nil }
 
 func (b operatorTable) Healthy(context.Context) error { return nil }
+func (b operatorTable) Ready(context.Context) error   { return nil }

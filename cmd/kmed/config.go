@@ -134,16 +134,16 @@ type LinkConfig struct {
 // LoadConfig reads and checks a configuration file, the whole of it, before
 // anything is opened. Its error has a line for each thing that is wrong, and says
 // where it stands.
-func LoadConfig(path string) (Config, error) {
+func LoadConfig(path string, env Environment) (Config, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("reading the configuration: %w", err)
 	}
-	return parseConfig(path, text)
+	return parseConfig(path, text, env)
 }
 
 // parseConfig is LoadConfig of a file with that text.
-func parseConfig(path string, text []byte) (Config, error) {
+func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Legacy: LegacyConfig{Reread: untilConsumed},
@@ -157,6 +157,9 @@ func parseConfig(path string, text []byte) (Config, error) {
 		if _, given := doc.members[fmt.Sprintf("links[%d].interval", i)]; !given {
 			c.Links[i].Interval = time.Second
 		}
+	}
+	if env.Database != "" {
+		c.Database = env.Database
 	}
 	if err := c.check(doc); err != nil {
 		return c, err

@@ -22,7 +22,7 @@ var optional = regexp.MustCompile(`(?m)^( *)# ( *[a-z_]+:( \S+)?)$`)
 // TestExample: the shipped example loads, and what it says of defaults is so.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	got, err := LoadConfig(example)
+	got, err := LoadConfig(example, Environment{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,7 +47,7 @@ func TestExample(t *testing.T) {
 	if len(defaults) != 21 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
-	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")))
+	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +83,7 @@ func TestExampleIsWhole(t *testing.T) {
 func TestRelativePaths(t *testing.T) {
 	t.Parallel()
 	path := write(t, strings.NewReplacer("/etc/kmed/", "", "/var/lib/kmed", "state", "/run/qlink/", "../run/", "/usr/lib/softhsm/", "lib/").Replace(read(t, example)))
-	c, err := LoadConfig(path)
+	c, err := LoadConfig(path, Environment{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +127,7 @@ func FuzzConfig(f *testing.F) {
 	f.Add("kme: &a [*a]\n")
 	f.Add("kme: km1\nkme: km2\n---\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		c, err := parseConfig("/etc/kmed/kmed.yaml", []byte(text))
+		c, err := parseConfig("/etc/kmed/kmed.yaml", []byte(text), Environment{})
 		if err != nil {
 			return
 		}
@@ -135,7 +135,7 @@ func FuzzConfig(f *testing.F) {
 		if err != nil {
 			t.Fatalf("accepted, but not written: %v", err)
 		}
-		got, err := parseConfig("/etc/kmed/kmed.yaml", again)
+		got, err := parseConfig("/etc/kmed/kmed.yaml", again, Environment{})
 		if err != nil {
 			t.Fatalf("what was written is refused: %v\n%s", err, again)
 		}

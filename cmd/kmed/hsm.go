@@ -76,7 +76,7 @@ type authSecretShow struct {
 // token is the configuration of the token that the flags name.
 func (f tokenFlags) token(log *slog.Logger) (hsm.Config, error) {
 	if f.Config != "" {
-		cfg, err := LoadConfig(f.Config)
+		cfg, err := LoadConfig(f.Config, Environment{})
 		if err != nil {
 			return hsm.Config{}, err
 		}

@@ -6,6 +6,7 @@
 //	kmed migrate --database DSN        once per release, as the schema's owner
 //	kmed recover --config kmed.yaml    after the site's database was restored to the past
 //	kmed hsm init|status|selftest|auth-secret    the key ceremony (hsm/README.md)
+//	kmed config check|print-default    what is wrong with a configuration, and what there is
 //
 // Exit status 78 says that the HSM refused the PIN: nothing is to be started again
 // before somebody has seen to it. Exit status 3 says that another process has taken the node's run over, since this
@@ -26,6 +27,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/qutemail/kme/deploy"
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -34,6 +36,7 @@ type commands struct {
 	Serve   serveCommand   `cmd:"" help:"Run a node until SIGTERM."`
 	Migrate migrateCommand `cmd:"" help:"Bring the database's schema up to date, as its owner."`
 	Recover recoverCommand `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
+	Config  configCommand  `cmd:"" help:"Check a configuration, or print one with every member there is."`
 
 	HSM hsmCommands `cmd:"" name:"hsm" help:"The key ceremony, and questions to the token."`
 
@@ -52,6 +55,13 @@ type migrateCommand struct {
 type recoverCommand struct {
 	Config string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
 	Burn   bool   `help:"Destroy all that may have been delivered already: every KEK and every key that the site holds, and the other end's part of the pool. Without it, only say what would be lost."`
+}
+
+type configCommand struct {
+	Check struct {
+		Config string `required:"" type:"existingfile" help:"The node's configuration file."`
+	} `cmd:"" help:"Say all that is wrong with a configuration and the files that it names. Nothing is opened: no HSM, no database, no socket."`
+	PrintDefault struct{} `cmd:"" help:"Print a configuration with every member there is, what it means and its default."`
 }
 
 const (
@@ -103,6 +113,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return serve(ctx, c.Serve.Config, log)
 	case "recover":
 		return recoverSite(ctx, c.Recover, stdout, log)
+	case "config check":
+		return checkConfig(c.Config.Check.Config, stdout)
+	case "config print-default":
+		_, err := io.WriteString(stdout, deploy.KmedYAML)
+		return err
 	case "migrate":
 		return store.Migrate(ctx, c.Migrate.Database, c.Migrate.Epoch, log)
 	}

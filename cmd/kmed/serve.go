@@ -43,6 +43,7 @@ import (
 // node is a daemon being put together: what the configuration names, opened.
 type node struct {
 	cfg        Config
+	env        Environment
 	log        *slog.Logger
 	self       identity.KME
 	set        *policies.Set
@@ -82,11 +83,16 @@ func recoverSite(ctx context.Context, c recoverCommand, stdout io.Writer, log *s
 
 // load opens what the configuration at path names and makes the core of it.
 func load(ctx context.Context, path string, log *slog.Logger) (*node, *kme.KME, error) {
-	cfg, err := LoadConfig(path)
+	env, err := ReadEnvironment(os.Getenv)
 	if err != nil {
 		return nil, nil, err
 	}
-	n := &node{cfg: cfg, log: log.With("kme", cfg.KME, "node", cfg.Node)}
+	env.log(log)
+	cfg, err := LoadConfig(path, env)
+	if err != nil {
+		return nil, nil, err
+	}
+	n := &node{cfg: cfg, env: env, log: log.With("kme", cfg.KME, "node", cfg.Node)}
 	if err := n.open(ctx); err != nil {
 		return nil, nil, err
 	}
@@ -124,9 +130,22 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 		return <-coreDone
 	case <-began:
 	}
+	var listening []net.Listener
 	for _, d := range doors {
-		open.Go(func() error { return d.serve(ctx) })
+		ln, err := d.listen(ctx)
+		if err != nil {
+			for _, ln := range listening {
+				_ = ln.Close()
+			}
+			stopCore()
+			return errors.Join(err, <-coreDone)
+		}
+		listening = append(listening, ln)
 	}
+	for i, d := range doors {
+		open.Go(func() error { return d.serve(ctx, listening[i]) })
+	}
+	open.Go(func() error { return n.tellSystemd(ctx, core.Alive) })
 	open.Go(func() error {
 		select {
 		case err := <-coreDone:
@@ -146,21 +165,8 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 // HSM and the database, in the order in which an operator would want to hear of
 // what is wrong.
 func (n *node) open(ctx context.Context) (err error) {
-	if n.self, err = identity.ParseKME(n.cfg.KME); err != nil {
+	if err := n.openPolicies(); err != nil {
 		return err
-	}
-	if _, err := os.Stat(n.cfg.Policies); err != nil {
-		return fmt.Errorf("looking for the folder of policies: %w", err)
-	}
-	if n.set, err = policies.Load(n.cfg.Policies); err != nil {
-		return err
-	}
-	site, ok := n.set.KMEs[n.self]
-	if !ok {
-		return fmt.Errorf("KME %s is not among the kmes of %s", n.self, n.network())
-	}
-	if n.entry, ok = site.Node(n.cfg.Node); !ok {
-		return fmt.Errorf("node %s is not among the nodes of KME %s in %s", n.cfg.Node, n.self, n.network())
 	}
 	if err := os.MkdirAll(n.cfg.Data, 0o700); err != nil {
 		return fmt.Errorf("making the data folder: %w", err)
@@ -195,6 +201,27 @@ func (n *node) open(ctx context.Context) (err error) {
 			err = fmt.Errorf("%w: kmed migrate does it, as the schema's owner", err)
 		}
 		return fmt.Errorf("opening the database: %w", err)
+	}
+	return nil
+}
+
+// openPolicies reads them, and finds this node in them.
+func (n *node) openPolicies() (err error) {
+	if n.self, err = identity.ParseKME(n.cfg.KME); err != nil {
+		return err
+	}
+	if _, err := os.Stat(n.cfg.Policies); err != nil {
+		return fmt.Errorf("looking for the folder of policies: %w", err)
+	}
+	if n.set, err = policies.Load(n.cfg.Policies); err != nil {
+		return err
+	}
+	site, ok := n.set.KMEs[n.self]
+	if !ok {
+		return fmt.Errorf("KME %s is not among the kmes of %s", n.self, n.network())
+	}
+	if n.entry, ok = site.Node(n.cfg.Node); !ok {
+		return fmt.Errorf("node %s is not among the nodes of KME %s in %s", n.cfg.Node, n.self, n.network())
 	}
 	return nil
 }
@@ -335,6 +362,30 @@ func (m mixed) Read(b []byte) (int, error) {
 	return len(b), nil
 }
 
+// identify says who makes a request.
+type identify = func(*http.Request) (identity.Caller, error)
+
+// timed is who, with the time observed that it takes.
+func timed(seconds prometheus.Observer, who identify) identify {
+	return func(r *http.Request) (identity.Caller, error) {
+		began := time.Now()
+		defer func() { seconds.Observe(time.Since(began).Seconds()) }()
+		return who(r)
+	}
+}
+
+// collectors are the metrics of the node: each package that has some exports them,
+// and here they are gathered.
+func (n *node) collectors(core *kme.KME, sae *etsi014.Door) []prometheus.Collector {
+	return []prometheus.Collector{
+		core, sae,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "kme_certificate_end_timestamp_seconds", Help: "When this node's own certificate ends.",
+		}, func() float64 { return float64(n.credential.Leaf().NotAfter.Unix()) }),
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	}
+}
+
 // door is one listener with its handler.
 type door struct {
 	name    string
@@ -350,7 +401,7 @@ type door struct {
 func (n *node) doors(core *kme.KME) ([]door, error) {
 	now := failpoint.Now
 	principals := func() *identity.Map { return n.set.Principals }
-	saes := pki.Identify("sae", principals, now)
+	saes := timed(core.Identity(), pki.Identify("sae", principals, now))
 	peers := pki.Identify("kme", principals, now)
 	operators := pki.Identify("operator", principals, now)
 
@@ -358,13 +409,17 @@ func (n *node) doors(core *kme.KME) ([]door, error) {
 	if err != nil {
 		return nil, err
 	}
-	doorOld, err := legacy.New(legacy.Config{KME: n.self, Backend: core, Identify: saes, Limits: core.LegacyLimits(), Now: now, Log: n.log})
+	doorOld, err := legacy.New(legacy.Config{KME: n.self, Backend: core, Identify: saes, Limits: n.env.limits(core.LegacyLimits()), Now: now, Log: n.log})
 	if err != nil {
 		return nil, err
 	}
 
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(core, door014, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	for _, c := range n.collectors(core, door014) {
+		if err := metrics.Register(c); err != nil {
+			return nil, fmt.Errorf("registering metrics: %w", err)
+		}
+	}
 	operator, err := admin.Handler(admin.Config{
 		KME: n.self, Backend: core.OperatorDoor(), Identify: operators, Log: n.log,
 		Metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
@@ -375,7 +430,7 @@ func (n *node) doors(core *kme.KME) ([]door, error) {
 
 	e := n.entry
 	return []door{
-		{name: "sae", address: e.SAE, tls: pki.ServerTLS(n.credential, n.issuers["sae"], tls.VersionTLS12), handler: door014.Handler(doorOld.Mount), log: n.log},
+		{name: "sae", address: n.env.address(e.SAE), tls: pki.ServerTLS(n.credential, n.issuers["sae"], tls.VersionTLS12), handler: door014.Handler(doorOld.Mount), log: n.log},
 		{name: "assign", address: e.Assign, tls: pki.ServerTLS(n.credential, n.issuers["kme"], tls.VersionTLS13), handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
 		{name: "operator", address: e.Operator, tls: pki.ServerTLS(n.credential, n.issuers["operator"], tls.VersionTLS13), handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
@@ -390,13 +445,17 @@ func (n *node) doors(core *kme.KME) ([]door, error) {
 	}, nil
 }
 
-// serve runs a door until ctx ends, then lets what is under way finish.
-func (d door) serve(ctx context.Context) error {
+func (d door) listen(ctx context.Context) (net.Listener, error) {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "tcp", d.address)
 	if err != nil {
-		return fmt.Errorf("opening the %s door: %w", d.name, err)
+		return nil, fmt.Errorf("opening the %s door: %w", d.name, err)
 	}
+	return ln, nil
+}
+
+// serve runs a door until ctx ends, then lets what is under way finish.
+func (d door) serve(ctx context.Context, ln net.Listener) error {
 	if d.raw != nil {
 		return d.raw(ctx, ln)
 	}

@@ -124,7 +124,7 @@ func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) 
 		}
 		link := links[0]
 		switch made := link.Last != nil && link.Last.Aborted == ""; {
-		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && op.Healthy(ctx) == nil:
+		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && op.Ready(ctx) == nil:
 			return link, nil
 		case link.Last != nil && link.Last.Aborted != "":
 			s.step(fmt.Sprintf("link  QBER %.1f %%: %s", 100*link.Last.QBER, link.Last.Aborted))

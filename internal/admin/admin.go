@@ -5,8 +5,8 @@
 //
 // The door promises that a Backend sees only requests of an operator whom a
 // certificate names, and that whatever the door refuses itself is told to
-// Backend.Refused once. /healthz alone asks for no name: any certificate of the
-// operators' CA may ask whether the node serves.
+// Backend.Refused once. /healthz and /readyz alone ask for no name: any
+// certificate of the operators' CA may ask whether the node lives and serves.
 //
 // It must never show key material, wrapped or plain, or who shares keys with whom.
 package admin
@@ -159,8 +159,11 @@ type Backend interface {
 	Alarms(ctx context.Context, c identity.Caller, rid string) ([]Alarm, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
 	Cleanup(ctx context.Context, c identity.Caller, rid string) (removed int, err error)
-	// Healthy is nil if the node can hand out keys. Nobody's name is known here.
+	// Healthy is nil if the process does its work, whatever may be away that it needs:
+	// if not, it is to be started again. Nobody's name is known here.
 	Healthy(ctx context.Context) error
+	// Ready is nil if the node can hand out keys. Likewise.
+	Ready(ctx context.Context) error
 	// Refused records what the door refused before it called any of the above, and
 	// returns what to answer: err, or another problem if err cannot be recorded.
 	// route is the method and the pattern of the path. c may be a stranger. ctx does

@@ -155,9 +155,17 @@ func TestHealthAndMetrics(t *testing.T) {
 	if err := s.client("mallory").Healthy(ctx); err != nil {
 		t.Errorf("Healthy, asked by a load balancer: %v", err)
 	}
-	s.healthy = errors.New("the HSM is away")
-	err := s.client("root").Healthy(ctx)
+	s.ready = errors.New("the HSM is away")
+	err := s.client("mallory").Ready(ctx)
 	if got, ok := errors.AsType[*admin.APIError](err); !ok || got.Status != 503 || strings.Contains(err.Error(), "HSM") {
+		t.Errorf("Ready of a node that is not: got %v", err)
+	}
+	if err := s.client("root").Healthy(ctx); err != nil {
+		t.Errorf("Healthy, of a node that is not ready: %v", err)
+	}
+	s.ready, s.healthy = nil, errors.New("stuck")
+	err = s.client("root").Healthy(ctx)
+	if got, ok := errors.AsType[*admin.APIError](err); !ok || got.Status != 503 || s.client("root").Ready(ctx) != nil {
 		t.Errorf("Healthy of a node that is not: got %v", err)
 	}
 	resp, err := s.http("root").Get(s.server.URL + "/metrics")

@@ -77,12 +77,17 @@ func (c *Client) Cleanup(ctx context.Context) (int, error) {
 	return o.Removed, nil
 }
 
-// Healthy is nil if the node can hand out keys.
-func (c *Client) Healthy(ctx context.Context) error {
+// Healthy is nil if the node's process does its work.
+func (c *Client) Healthy(ctx context.Context) error { return c.probe(ctx, "/healthz") }
+
+// Ready is nil if the node can hand out keys.
+func (c *Client) Ready(ctx context.Context) error { return c.probe(ctx, "/readyz") }
+
+func (c *Client) probe(ctx context.Context, path string) error {
 	var o struct {
 		Status string `json:"status"`
 	}
-	return c.get(ctx, "/healthz", &o)
+	return c.get(ctx, path, &o)
 }
 
 func (c *Client) get(ctx context.Context, path string, into any) error {

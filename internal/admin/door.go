@@ -22,7 +22,7 @@ type Config struct {
 	KME     identity.KME // names the realm of a 401
 	Backend Backend
 	// Identify says who makes a request, from its verified certificate and nothing
-	// else. It is asked on every request but /healthz. With an error, the Caller is a
+	// else. It is asked on every request but probes. With an error, the Caller is a
 	// stranger with the certificate's facts.
 	Identify func(*http.Request) (identity.Caller, error)
 	Metrics  http.Handler // serves /metrics to operators
@@ -40,7 +40,8 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/api/v1/alarms", serve(c, c.alarms))
 	r.Post(pathCleanup, serve(c, c.cleanup))
 	r.Get("/metrics", c.metrics)
-	r.Get("/healthz", c.healthz)
+	r.Get("/healthz", c.probe(c.Backend.Healthy))
+	r.Get("/readyz", c.probe(c.Backend.Ready))
 	r.NotFound(c.elsewhere(http.StatusNotFound, "Endpoint not found"))
 	r.MethodNotAllowed(c.elsewhere(http.StatusMethodNotAllowed, "Method not allowed"))
 	return r, nil
@@ -97,15 +98,17 @@ func (c Config) metrics(w http.ResponseWriter, r *http.Request) {
 	c.Metrics.ServeHTTP(w, r)
 }
 
-// healthz answers a load balancer. Why the node is not well is for operators.
-func (c Config) healthz(w http.ResponseWriter, r *http.Request) {
-	x := c.begin(w, r)
-	if err := c.Backend.Healthy(r.Context()); err != nil {
-		x.log(slog.LevelWarn, http.StatusServiceUnavailable, err)
-		x.write(http.StatusServiceUnavailable, []byte(`{"status":"unavailable"}`))
-		return
+// probe answers a load balancer or a supervisor. What is wrong is for operators.
+func (c Config) probe(how func(context.Context) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		x := c.begin(w, r)
+		if err := how(r.Context()); err != nil {
+			x.log(slog.LevelWarn, http.StatusServiceUnavailable, err)
+			x.write(http.StatusServiceUnavailable, []byte(`{"status":"unavailable"}`))
+			return
+		}
+		x.write(http.StatusOK, []byte(`{"status":"ok"}`))
 	}
-	x.write(http.StatusOK, []byte(`{"status":"ok"}`))
 }
 
 // elsewhere answers what no route takes; a stranger is refused like anywhere.

@@ -40,6 +40,7 @@ type script struct {
 	alarms  []admin.Alarm
 	err     error // of every call
 	healthy error
+	ready   error
 
 	mu       sync.Mutex
 	callers  []string // who reached the Backend
@@ -73,6 +74,7 @@ func (s *script) Alarms(_ context.Context, c identity.Caller, rid string) ([]adm
 }
 
 func (s *script) Healthy(context.Context) error { return s.healthy }
+func (s *script) Ready(context.Context) error   { return s.ready }
 
 func (s *script) Refused(_ context.Context, c identity.Caller, _, route string, err error) error {
 	s.mu.Lock()

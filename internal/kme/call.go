@@ -57,6 +57,7 @@ func (c *call) atHome() error {
 // finds the way to them. An unknown SAE and a forbidden one look alike; only who
 // may ask is told that there is no way.
 func (c *call) judge(others []identity.SAE, number, bits int) (way, error) {
+	defer since(c.k.metrics.policy, time.Now())
 	if err := c.atHome(); err != nil {
 		return way{}, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
@@ -23,8 +24,9 @@ const notFound = "one or more keys specified are not found on KME"
 
 // DecKeys is Get key with key IDs of 014, 5.4: the caller takes keys that master
 // asked for. All of them or none; each only once.
-func (k *KME) DecKeys(ctx context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (etsi014.Container, error) {
+func (k *KME) DecKeys(ctx context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (got etsi014.Container, err error) {
 	call := k.begin(c, rid, audit.DecKeys, master)
+	defer func() { k.counted(call, err) }()
 	call.ev.Keys = ids
 	taken, err := k.take(ctx, call, master, ids, false)
 	if err != nil {
@@ -72,6 +74,7 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 		}
 	}()
 	refs := make([]store.DueRef, len(due))
+	began := time.Now()
 	for i, d := range due {
 		plain, err := k.unsealDue(ctx, d)
 		if errors.Is(err, hsm.ErrNoKEK) {
@@ -86,7 +89,9 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 		keys = append(keys, taken{d, key.NewMaterial(plain)})
 		refs[i] = store.DueRef{Key: d.Key, ExpiryEpoch: d.ExpiryEpoch}
 	}
+	since(k.metrics.hsm, began)
 	failpoint.Hit(failpoint.DecUnwrapped)
+	defer since(k.metrics.commit, time.Now())
 	done := c.ev
 	done.Outcome, done.Reread = audit.Done, reread && due[0].Reread
 	if done.Reread { // the legacy door's: one key
@@ -181,10 +186,11 @@ func (k *KME) AnswerLost(ctx context.Context, c identity.Caller, rid string, err
 }
 
 // Status is Get status of 014, 5.2.
-func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
+func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave identity.SAE) (s etsi014.Status, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 	call := k.begin(c, rid, audit.Status, slave)
+	defer func() { k.counted(call, err) }()
 	w, err := call.judge([]identity.SAE{slave}, 0, 0)
 	if err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
@@ -193,7 +199,7 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}
 	limits := k.Limits()
-	s := etsi014.Status{
+	s = etsi014.Status{
 		SourceKME: k.Self.String(), TargetKME: k.Self.String(), Master: call.sae.String(), Slave: slave.String(),
 		KeySize: limits.KeySize, MaxPerRequest: limits.MaxPerRequest, MaxSize: limits.MaxSize, MinSize: limits.MinSize, MaxSAEs: limits.MaxSAEs,
 		Max: k.PoolLimit,
@@ -224,5 +230,7 @@ func (k *KME) Limits() etsi014.Limits {
 func (k *KME) Refused(ctx context.Context, c identity.Caller, rid, route string, err error) error {
 	call := k.begin(c, rid, audit.Malformed, identity.SAE{})
 	call.ev.Route = route
-	return call.refuse(ctx, err)
+	err = call.refuse(ctx, err)
+	k.counted(call, err)
+	return err
 }

@@ -45,7 +45,9 @@ type issue struct {
 func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
 	slaves := append([]identity.SAE{slave}, r.AdditionalSlaves...)
 	o := order{slaves: slaves, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL, provenance: r.Provenance}
-	got, err := k.initiate(ctx, k.begin(c, rid, audit.EncKeys, slave), o)
+	call := k.begin(c, rid, audit.EncKeys, slave)
+	got, err := k.initiate(ctx, call, o)
+	k.counted(call, err)
 	return etsi014.Container{Keys: got.keys}, err
 }
 
@@ -131,7 +133,9 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 
 	c.ev.Provenance, c.ev.Keys, c.ev.Atoms = got.provenance, keyIDs(got.keys), ranges(lends)
 	request := l.request(c.ev.Request, c.sae, w.there, o, lends, atoms)
+	asked := time.Now()
 	fate := l.ask(ctx, client, request, lends)
+	since(k.metrics.announce, asked)
 	if fate.err != nil {
 		return got, fate.err // whoever settled it has dealt with the atoms
 	}
@@ -143,6 +147,7 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 // then the keys may be answered. A commit that fails, or whose outcome is not known in time, leaves
 // keys that nobody may get: they are burned here and voided at the peer.
 func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.Due, batch int64) error {
+	defer since(l.k.metrics.commit, time.Now())
 	defer func() {
 		l.committing.Add(-1)
 		select {
@@ -168,6 +173,7 @@ func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.D
 // open unwraps the atoms of an order and makes its keys of them. On an error it
 // names the atom that would not open.
 func (l *link) open(ctx context.Context, lends []lent, o order) (issue, lent, error) {
+	defer since(l.k.metrics.hsm, time.Now())
 	got := issue{provenance: lends[0].from.Provenance, expires: l.k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
 	per := len(lends) / o.number
 	for i := 0; i < len(lends); i += per {
@@ -207,6 +213,7 @@ func (l *link) request(rid string, master identity.SAE, slaves []identity.SAE, o
 func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error) {
 	got := issue{provenance: key.LocalRNG, expires: k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
 	epoch := key.EpochAt(k.Now(), k.EpochLength)
+	began := time.Now()
 	for range o.number {
 		secret := make([]byte, o.bits/8)
 		if err := k.Token.Random(ctx, secret); err != nil {
@@ -219,7 +226,9 @@ func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error)
 	if err != nil {
 		return got, err
 	}
+	since(k.metrics.hsm, began)
 	c.ev.Provenance, c.ev.Keys = key.LocalRNG, keyIDs(got.keys)
+	defer since(k.metrics.commit, time.Now())
 	err = k.Store.Serve(ctx, store.ServeJob{Due: here, Events: c.served(here), Late: c.late})
 	c.pending = errors.Is(err, store.ErrDoubt)
 	return got, err

@@ -71,7 +71,7 @@ func core(t *testing.T) (*KME, *link) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &KME{Config: Config{
+	k := &KME{metrics: newMetrics(), Config: Config{
 		Self: kmeID(t, "km1"), Now: newClock().now, EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour,
 		Policies: func() *policies.Set { return set },
 	}}

@@ -68,6 +68,8 @@ type KME struct {
 	outage  *outage
 	debts   debts
 	watch   watch
+	metrics *metrics
+	beaten  atomic.Int64 // when the node last looked after itself, in nanoseconds of the machine's own clock: see Alive
 	buckets buckets
 
 	turnstiles sync.Map // peer/node -> *turnstile
@@ -99,6 +101,7 @@ func New(c Config) (*KME, error) {
 		started:   c.Now(),
 		links:     make(map[string]*link),
 		debts:     debts{more: make(chan struct{}, 1)},
+		metrics:   newMetrics(),
 		takenOver: make(chan struct{}),
 		news:      make(chan struct{}, 1),
 		uneven:    make(chan struct{}, 1),
@@ -151,6 +154,8 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
 	g.Go(func() error { return k.every(ctx, balanceEvery, k.uneven, k.balance) })
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
+	g.Go(func() error { return k.every(ctx, historyEvery, nil, k.chronicle) })
+	g.Go(func() error { return k.every(ctx, time.Hour, nil, k.endHistory) })
 	k.greet(ctx) // before anything is served: a peer may know that we are in the past
 	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
 	g.Go(func() error { return k.payDebts(ctx) })
@@ -246,6 +251,7 @@ func (k *KME) stopped() {
 // beat asks the database and the HSM whether they are well. While the HSM is not,
 // nothing is wrapped or unwrapped.
 func (k *KME) beat(ctx context.Context) {
+	k.beaten.Store(int64(time.Since(processStart)))
 	k.endIncidents(ctx)
 	if err := k.outage.keep(); err != nil {
 		k.raise(ctx, "data", "the data folder takes no writes: "+err.Error())
@@ -264,6 +270,9 @@ func (k *KME) beat(ctx context.Context) {
 		}
 	}
 	took, err := k.heartbeat(ctx)
+	if ctx.Err() != nil {
+		return // the node stops: that is no fault of the HSM
+	}
 	if err != nil {
 		k.hsmDown.Store(err.Error())
 		k.raise(ctx, "hsm", "HSM token does not answer: "+err.Error())
@@ -282,6 +291,23 @@ func (k *KME) beat(ctx context.Context) {
 	} else {
 		k.clear(ctx, "hsm-slow")
 	}
+}
+
+// processStart is what times of the machine's own clock are counted from, which no step
+// of the wall clock moves.
+var processStart = time.Now()
+
+// stuckAfter is how long a node may not have looked after itself, which it does each
+// second: each of its looks ends within a few seconds, whatever is away.
+const stuckAfter = 15 * time.Second
+
+// Alive is nil while the node looks after itself: its process is not stuck. It says
+// nothing about what the node needs to hand out keys.
+func (k *KME) Alive() error {
+	if quiet := time.Since(processStart) - time.Duration(k.beaten.Load()); k.beaten.Load() != 0 && quiet > stuckAfter {
+		return fmt.Errorf("the node has not looked after itself for %v", quiet.Round(time.Second))
+	}
+	return nil
 }
 
 // tryDatabase records an event that says that the database is not well: one that answers

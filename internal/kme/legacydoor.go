@@ -21,8 +21,9 @@ func (k *KME) LegacyLimits() legacy.Limits {
 }
 
 // RequestKey is the legacy form of Get key: one key for the caller and recipient.
-func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, recipient identity.SAE, bits int, ttl time.Duration) (legacy.Issued, error) {
+func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, recipient identity.SAE, bits int, ttl time.Duration) (issued legacy.Issued, err error) {
 	call := k.begin(c, rid, audit.EncKeys, recipient)
+	defer func() { k.counted(call, err) }()
 	got, err := k.initiate(ctx, call, order{slaves: []identity.SAE{recipient}, number: 1, bits: bits, ttl: ttl, reread: !k.ReadOnce})
 	if err != nil {
 		return legacy.Issued{}, err
@@ -35,8 +36,9 @@ func (k *KME) RequestKey(ctx context.Context, c identity.Caller, rid string, rec
 
 // RetrieveKey is the legacy form of Get key with key IDs. It tells what became of
 // a key, as its users expect: 404, 403 or 410.
-func (k *KME) RetrieveKey(ctx context.Context, c identity.Caller, rid string, id key.ID) (legacy.Retrieved, error) {
+func (k *KME) RetrieveKey(ctx context.Context, c identity.Caller, rid string, id key.ID) (retrieved legacy.Retrieved, err error) {
 	call := k.begin(c, rid, audit.DecKeys, identity.SAE{})
+	defer func() { k.counted(call, err) }()
 	call.ev.Keys = []key.ID{id}
 	got, err := k.take(ctx, call, identity.SAE{}, call.ev.Keys, !k.ReadOnce)
 	if err != nil {
@@ -48,12 +50,13 @@ func (k *KME) RetrieveKey(ctx context.Context, c identity.Caller, rid string, id
 
 // ConsumeKey erases a key at the word of its recipient. What has gone already is as
 // good as erased.
-func (k *KME) ConsumeKey(ctx context.Context, c identity.Caller, rid string, id key.ID) error {
+func (k *KME) ConsumeKey(ctx context.Context, c identity.Caller, rid string, id key.ID) (err error) {
 	call := k.begin(c, rid, audit.Consume, identity.SAE{})
+	defer func() { k.counted(call, err) }()
 	call.ev.Keys = []key.ID{id}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
-	err := k.consume(ctx, call, id)
+	err = k.consume(ctx, call, id)
 	var gone goneError
 	if errors.As(err, &gone) {
 		done := call.ev
@@ -121,14 +124,15 @@ func source(p key.Provenance) string {
 }
 
 // Service tells how the KME is, in the words of the service it replaces.
-func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (legacy.Service, error) {
+func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (s legacy.Service, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	call := k.begin(c, rid, audit.Status, identity.SAE{})
+	defer func() { k.counted(call, err) }()
 	if call.sae == (identity.SAE{}) && c.Role() != identity.RoleGateway {
 		return legacy.Service{}, call.refuse(ctx, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE")))
 	}
-	s := legacy.Service{Database: legacy.Connected, HSM: legacy.Connected}
+	s = legacy.Service{Database: legacy.Connected, HSM: legacy.Connected}
 	if k.hsmWell() != nil {
 		s.HSM = "error: the HSM does not answer"
 	}

@@ -57,6 +57,7 @@ type link struct {
 	dry    drain
 
 	balance balance
+	history history
 }
 
 // askQueue is how many requests may wait for an announce: what the request

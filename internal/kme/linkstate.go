@@ -26,6 +26,7 @@ type LinkState struct {
 	OpenedAt time.Time // of that session
 	Blocks   int       // distilled since this process started
 	Aborts   int
+	Bits     int64           // of secret, likewise
 	BegunAt  time.Time       // of that block, or the last one: when the ends began to speak of it
 	Stage    string          // of the block under way
 	Done     float64         // of that stage, 0 to 1
@@ -170,9 +171,11 @@ func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration)
 	o.Bits = nil
 	l.update(func(s *LinkState) {
 		s.Blocks++
+		s.Bits += int64(o.Length)
 		s.State, s.Why = "open", ""
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
 	})
+	l.history.block(o.QBER, o.Length)
 	l.mu.Lock()
 	l.dry = drain{}
 	l.mu.Unlock()
@@ -190,6 +193,7 @@ func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, too
 		s.State, s.Why = "open", ""
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, a.Reason, "", 0
 	})
+	l.history.block(a.QBER, 0)
 	ev := l.k.own(audit.LinkAbort)
 	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
 	l.k.note(ctx, ev)

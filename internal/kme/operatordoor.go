@@ -9,8 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/distill"
@@ -134,8 +132,11 @@ func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string
 	return n, nil
 }
 
-// Healthy is nil if this node can hand out keys.
-func (d OperatorDoor) Healthy(context.Context) error {
+// Healthy is nil if this process does its work: it is not stuck. What it needs may be away.
+func (d OperatorDoor) Healthy(context.Context) error { return d.k.Alive() }
+
+// Ready is nil if this node can hand out keys.
+func (d OperatorDoor) Ready(context.Context) error {
 	if err := d.k.able(); err != nil {
 		return err
 	}
@@ -148,57 +149,4 @@ func (d OperatorDoor) Healthy(context.Context) error {
 // Refused records what the operator door turned away after TLS.
 func (d OperatorDoor) Refused(ctx context.Context, c identity.Caller, rid, route string, err error) error {
 	return d.k.Refused(ctx, c, rid, route, err)
-}
-
-// Metrics of the core, by their names on the wire.
-var (
-	storedDesc = prometheus.NewDesc("kme_pool_keys", "256-bit keys in the pool of a link, by the end that may assign them.", []string{"link", "owner"}, nil)
-	blockDesc  = prometheus.NewDesc("kme_link_blocks_total", "Blocks of a link since the node started, by how they ended.", []string{"link", "outcome"}, nil)
-	givenDesc  = prometheus.NewDesc("kme_chunks_given_total", "Chunks of a link's pool given to the other end since the node started.", []string{"link"}, nil)
-	takenDesc  = prometheus.NewDesc("kme_chunks_taken_total", "Chunks of a link's pool that the other end gave since the node started.", []string{"link"}, nil)
-	qberDesc   = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1.", []string{"link"}, nil)
-	fDesc      = prometheus.NewDesc("kme_link_efficiency", "Reconciliation efficiency f of the last block.", []string{"link"}, nil)
-	hsmDesc    = prometheus.NewDesc("kme_hsm_up", "1 while the HSM answers its heartbeat.", nil, nil)
-	dbDesc     = prometheus.NewDesc("kme_database_up", "1 while the database answers.", nil, nil)
-	alarmDesc  = prometheus.NewDesc("kme_alarm", "1 for each alarm that stands.", []string{"about"}, nil)
-)
-
-// Describe implements prometheus.Collector.
-func (k *KME) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{storedDesc, blockDesc, givenDesc, takenDesc, qberDesc, fDesc, hsmDesc, dbDesc, alarmDesc} {
-		ch <- d
-	}
-}
-
-// Collect implements prometheus.Collector.
-func (k *KME) Collect(ch chan<- prometheus.Metric) {
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
-	}
-	up := func(err error) float64 {
-		if err != nil {
-			return 0
-		}
-		return 1
-	}
-	gauge(hsmDesc, up(k.hsmWell()))
-	gauge(dbDesc, up(k.Store.Healthy()))
-	for _, a := range k.Alarms() {
-		gauge(alarmDesc, 1, a.Name)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	for _, s := range k.LinkStates() {
-		ch <- prometheus.MustNewConstMetric(blockDesc, prometheus.CounterValue, float64(s.Blocks), s.ID, string(audit.Done))
-		ch <- prometheus.MustNewConstMetric(blockDesc, prometheus.CounterValue, float64(s.Aborts), s.ID, "aborted")
-		b := &k.links[s.ID].balance
-		ch <- prometheus.MustNewConstMetric(givenDesc, prometheus.CounterValue, float64(b.given.Load()), s.ID)
-		ch <- prometheus.MustNewConstMetric(takenDesc, prometheus.CounterValue, float64(b.taken.Load()), s.ID)
-		gauge(qberDesc, s.Last.QBER, s.ID)
-		gauge(fDesc, s.Last.Efficiency, s.ID)
-		if here, there, err := k.Store.Pool(ctx, s.ID); err == nil {
-			gauge(storedDesc, float64(here), s.ID, s.End.String())
-			gauge(storedDesc, float64(there), s.ID, s.End.Other().String())
-		}
-	}
 }

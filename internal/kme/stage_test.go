@@ -135,7 +135,7 @@ func (s *site) open() *store.DB {
 // node is a KME with a database and nothing else.
 func (s *site) node() *KME {
 	s.t.Helper()
-	k := &KME{Config: Config{
+	k := &KME{metrics: newMetrics(), Config: Config{
 		Self: kmeID(s.t, "km1"), Node: "a", Store: s.open(), Now: s.now, Log: slog.New(slog.DiscardHandler), DataDir: s.data,
 	}}
 	var err error

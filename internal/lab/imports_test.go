@@ -43,6 +43,7 @@ var rings = map[string]int{
 	"internal/lab": 4,
 
 	"internal/lab/binaries": 0, // for tests
+	"deploy":                0, // files
 
 	"cmd/kmed":   5,
 	"cmd/kmectl": 5,

@@ -291,7 +291,7 @@ func suspended(t *testing.T, s *Site, evidence string) {
 	if !strings.Contains(n.Suspended, evidence) {
 		t.Errorf("%s is suspended because %q, want %q", s.Name, n.Suspended, evidence)
 	}
-	if n.OK() || operator(t, s).Healthy(t.Context()) == nil {
+	if n.OK() || operator(t, s).Ready(t.Context()) == nil {
 		t.Errorf("%s is suspended, and says that it is well", s.Name)
 	}
 	me, other := sae(t, s.lab, "alice"), sae(t, s.lab, "bob")

@@ -1,0 +1,190 @@
+package kme
+
+import (
+	"context"
+	"runtime"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/problem"
+)
+
+// The stages of a request whose times are measured.
+const (
+	StageIdentity = "identity" // who calls, in the door
+	StagePolicy   = "policy"   // whether it may
+	StageHSM      = "hsm"      // unwrapping, sealing and making keys
+	StageAnnounce = "announce" // until the peer has assigned the keys, with the wait for its batch
+	StageCommit   = "commit"   // until the database has committed, likewise
+)
+
+// metrics are those that the core counts as things happen. What can be read when
+// somebody asks is read then: see Collect.
+type metrics struct {
+	requests *prometheus.CounterVec
+	stages   *prometheus.HistogramVec
+	// One observer a stage: no look-up on the way of a request.
+	identity, policy, hsm, announce, commit prometheus.Observer
+}
+
+func newMetrics() *metrics {
+	m := &metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kme_requests_total", Help: "Requests by what was asked, the class of the SAE (its first group) and the outcome.",
+		}, []string{"action", "class", "outcome"}),
+		stages: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "kme_stage_seconds", Help: "Time of a request in each of its stages.",
+			Buckets: prometheus.ExponentialBuckets(0.00001, 4, 10), // 10 µs to 2.6 s
+		}, []string{"stage"}),
+	}
+	m.identity, m.policy, m.hsm = m.stages.WithLabelValues(StageIdentity), m.stages.WithLabelValues(StagePolicy), m.stages.WithLabelValues(StageHSM)
+	m.announce, m.commit = m.stages.WithLabelValues(StageAnnounce), m.stages.WithLabelValues(StageCommit)
+	return m
+}
+
+// since observes how long a stage took that began then.
+func since(o prometheus.Observer, began time.Time) { o.Observe(time.Since(began).Seconds()) }
+
+// Identity is told how many seconds a door took to find out who calls.
+func (k *KME) Identity() prometheus.Observer { return k.metrics.identity }
+
+// counted counts a request that has come to its end.
+func (k *KME) counted(c *call, err error) {
+	outcome := audit.Done
+	if err != nil {
+		outcome = audit.Refused
+		if kind := problem.KindOf(err); kind == problem.Unavailable || kind == problem.Internal {
+			outcome = audit.Failed
+		}
+	}
+	k.metrics.requests.WithLabelValues(string(c.ev.Action), k.class(c), string(outcome)).Inc()
+}
+
+// class is what kind of caller makes a request: as many as policies know groups, and
+// no more, whoever calls.
+func (k *KME) class(c *call) string {
+	switch {
+	case c.sae != identity.SAE{}:
+		if groups := k.Policies().SAEs[c.sae].Groups; len(groups) > 0 {
+			return groups[0]
+		}
+		return "none"
+	case c.ev.Actor.Role != "":
+		return c.ev.Actor.Role
+	}
+	return "stranger"
+}
+
+// Metrics of the core, by their names on the wire, that are read when asked for.
+var (
+	buildDesc   = prometheus.NewDesc("kme_build_info", "1, with the version of this program.", []string{"version", "go", "kme", "node"}, nil)
+	runDesc     = prometheus.NewDesc("kme_node_run", "The node's run number.", nil, nil)
+	storedDesc  = prometheus.NewDesc("kme_pool_keys", "256-bit keys in the pool of a link, by the end that may assign them.", []string{"link", "owner"}, nil)
+	limitDesc   = prometheus.NewDesc("kme_pool_limit_keys", "256-bit keys of both ends above which the link rests.", []string{"link"}, nil)
+	emptyDesc   = prometheus.NewDesc("kme_pool_empty_seconds", "When the pool will be empty if it goes on as it did in the last minutes. Not there while it does not shrink.", []string{"link", "owner"}, nil)
+	stateDesc   = prometheus.NewDesc("kme_link_state", "1 for the state in which the link is at this node.", []string{"link", "state"}, nil)
+	blockDesc   = prometheus.NewDesc("kme_link_blocks_total", "Blocks of a link since the node started, by how they ended.", []string{"link", "outcome"}, nil)
+	bitsDesc    = prometheus.NewDesc("kme_link_secret_bits_total", "Bits of secret that a link has given since the node started.", []string{"link"}, nil)
+	lastDesc    = prometheus.NewDesc("kme_link_last_block_timestamp_seconds", "When the last block of a link came or was given up.", []string{"link"}, nil)
+	givenDesc   = prometheus.NewDesc("kme_chunks_given_total", "Chunks of a link's pool given to the other end since the node started.", []string{"link"}, nil)
+	takenDesc   = prometheus.NewDesc("kme_chunks_taken_total", "Chunks of a link's pool that the other end gave since the node started.", []string{"link"}, nil)
+	qberDesc    = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1.", []string{"link"}, nil)
+	fDesc       = prometheus.NewDesc("kme_link_efficiency", "Reconciliation efficiency f of the last block.", []string{"link"}, nil)
+	hsmDesc     = prometheus.NewDesc("kme_hsm_up", "1 while the HSM answers its heartbeat.", nil, nil)
+	dbDesc      = prometheus.NewDesc("kme_database_up", "1 while the database answers.", nil, nil)
+	readyDesc   = prometheus.NewDesc("kme_ready", "1 while this node can hand out keys.", nil, nil)
+	suspendDesc = prometheus.NewDesc("kme_suspended", "1 while the site serves nothing until it is recovered.", nil, nil)
+	peerDesc    = prometheus.NewDesc("kme_peer_up", "1 while the peer answers.", []string{"peer"}, nil)
+	clockDesc   = prometheus.NewDesc("kme_peer_clock_offset_seconds", "The peer's clock ahead of ours.", []string{"peer"}, nil)
+	alarmDesc   = prometheus.NewDesc("kme_alarm", "1 for each alarm that stands.", []string{"about"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (k *KME) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		buildDesc, runDesc, storedDesc, limitDesc, emptyDesc, stateDesc, blockDesc, bitsDesc, lastDesc, givenDesc, takenDesc, qberDesc, fDesc,
+		hsmDesc, dbDesc, readyDesc, suspendDesc, peerDesc, clockDesc, alarmDesc,
+	} {
+		ch <- d
+	}
+	k.metrics.requests.Describe(ch)
+	k.metrics.stages.Describe(ch)
+}
+
+// Collect implements prometheus.Collector.
+func (k *KME) Collect(ch chan<- prometheus.Metric) {
+	k.metrics.requests.Collect(ch)
+	k.metrics.stages.Collect(ch)
+	m := reading{ch}
+	m.gauge(buildDesc, 1, version(), runtime.Version(), k.Self.String(), k.Node)
+	m.gauge(runDesc, float64(k.run.Load()))
+	m.is(hsmDesc, k.hsmWell() == nil)
+	m.is(dbDesc, k.Store.Healthy() == nil)
+	m.is(readyDesc, k.OperatorDoor().Ready(context.Background()) == nil)
+	m.is(suspendDesc, k.suspended() != "")
+	alarms := make(map[string]bool)
+	for _, a := range k.Alarms() {
+		alarms[a.Name] = true
+		m.gauge(alarmDesc, 1, a.Name)
+	}
+	for id := range k.Peers {
+		m.is(peerDesc, !alarms[peerAlarm(id)], id.String())
+		if at, ok := k.offsets.Load(id); ok {
+			m.gauge(clockDesc, at.(time.Duration).Seconds(), id.String())
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	for _, s := range k.LinkStates() {
+		k.collectLink(ctx, m, s)
+	}
+}
+
+// reading is where metrics go that are read when asked for.
+type reading struct{ ch chan<- prometheus.Metric }
+
+func (m reading) gauge(d *prometheus.Desc, v float64, labels ...string) {
+	m.ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+}
+
+func (m reading) counter(d *prometheus.Desc, v float64, labels ...string) {
+	m.ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
+}
+
+func (m reading) is(d *prometheus.Desc, true bool, labels ...string) {
+	v := 0.
+	if true {
+		v = 1
+	}
+	m.gauge(d, v, labels...)
+}
+
+func (k *KME) collectLink(ctx context.Context, m reading, s LinkState) {
+	l := k.links[s.ID]
+	m.gauge(stateDesc, 1, s.ID, s.State)
+	m.gauge(limitDesc, float64(k.PoolLimit), s.ID)
+	m.counter(blockDesc, float64(s.Blocks), s.ID, string(audit.Done))
+	m.counter(blockDesc, float64(s.Aborts), s.ID, "aborted")
+	m.counter(bitsDesc, float64(s.Bits), s.ID)
+	m.counter(givenDesc, float64(l.balance.given.Load()), s.ID)
+	m.counter(takenDesc, float64(l.balance.taken.Load()), s.ID)
+	if !s.LastAt.IsZero() {
+		m.gauge(qberDesc, s.Last.QBER, s.ID)
+		m.gauge(fDesc, s.Last.Efficiency, s.ID)
+		m.gauge(lastDesc, float64(s.LastAt.UnixMilli())/1000, s.ID)
+	}
+	here, there, err := k.Store.Pool(ctx, s.ID)
+	if err != nil {
+		return // kme_database_up says so
+	}
+	for owner, keys := range map[handover.End]int{s.End: here, s.End.Other(): there} {
+		m.gauge(storedDesc, float64(keys), s.ID, owner.String())
+		if left, ok := l.history.empty(k.Now(), owner == s.End); ok {
+			m.gauge(emptyDesc, left.Seconds(), s.ID, owner.String())
+		}
+	}
+}
