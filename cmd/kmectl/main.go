@@ -43,6 +43,7 @@ type commands struct {
 	Status  statusCommand  `cmd:"" help:"See what you could get to share with another SAE."`
 	Node    nodeCommand    `cmd:"" help:"See how a KME node stands (operators)."`
 	Link    linkCommand    `cmd:"" help:"See how its QKD links stand (operators)."`
+	Epochs  epochsCommand  `cmd:"" help:"See how the epochs stand, and when what was handed out cannot be recovered any more (operators)."`
 	Alarms  alarmsCommand  `cmd:"" help:"See what a KME node complains of (operators)."`
 	Cleanup cleanupCommand `cmd:"" help:"Have keys ended whose lifetime is over, now (operators)."`
 	Version versionCommand `cmd:"" help:"Print the version."`

@@ -365,5 +365,15 @@ func (b operatorTable) Alarms(context.Context, identity.Caller, string) ([]admin
 
 func (b operatorTable) Cleanup(context.Context, identity.Caller, string) (int, error) { return 3, nil }
 
+func (b operatorTable) Epochs(context.Context, identity.Caller, string) (admin.Epochs, error) {
+	starts := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	return admin.Epochs{Length: 3600, WorstCase: 90095, Epochs: []admin.Epoch{
+		{Epoch: 492204, Starts: starts, Ends: starts.Add(time.Hour), State: "draining", KEKs: []admin.KEK{
+			{ID: 3, Label: "kek-a", State: "sealed", Wraps: 1 << 30}, {ID: 4, Label: "kek-b", State: "sealed", Wraps: 12, Copies: []string{"km1-a", "km1-b"}},
+		}},
+		{Epoch: 492205, Starts: starts.Add(time.Hour), Ends: starts.Add(2 * time.Hour), State: "open", Stored: 640, Waiting: 5, KEKs: []admin.KEK{{ID: 5, State: "open", Wraps: 645}}},
+	}}, nil
+}
+
 func (b operatorTable) Healthy(context.Context) error { return nil }
 func (b operatorTable) Ready(context.Context) error   { return nil }

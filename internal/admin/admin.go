@@ -132,6 +132,37 @@ type Alarm struct {
 	Since time.Time `json:"since"`
 }
 
+// Epochs is how the epochs of a site stand that are not over and gone, oldest first.
+type Epochs struct {
+	Length float64 `json:"length_s"` // of an epoch
+	// WorstCase is the longest that it takes, while the site's parts are well, from the
+	// moment a key is handed out until nothing in the world opens what is stored of it:
+	// its blobs may lie in backups of the database, and the KEKs that open them are gone.
+	WorstCase float64 `json:"worst_case_s"`
+	Epochs    []Epoch `json:"epochs"`
+}
+
+// Epoch is a stretch of time whose keys end together.
+type Epoch struct {
+	Epoch   int64     `json:"epoch"` // number of whole epochs since 1970
+	Starts  time.Time `json:"starts"`
+	Ends    time.Time `json:"ends"`
+	State   string    `json:"state"`   // open, sealed, draining or destroyed
+	Stored  int       `json:"stored"`  // 256-bit keys in the pool that were made in it
+	Waiting int       `json:"waiting"` // keys that wait to be taken and expire in it
+	KEKs    []KEK     `json:"keks,omitzero"`
+}
+
+// KEK is a key-encryption key in the HSM.
+type KEK struct {
+	ID         int64    `json:"id"` // as the audit names it
+	Label      string   `json:"label"`
+	CheckValue string   `json:"check_value"`     // hex
+	State      string   `json:"state"`           // open, sealed or destroyed
+	Wraps      int64    `json:"wraps"`           // how many blobs it has sealed
+	Copies     []string `json:"copies,omitzero"` // nodes that have it in a session
+}
+
 // cleanupObject is the answer to a cleanup, in the QuteMail API's words.
 type cleanupObject struct {
 	Status  string `json:"status"`
@@ -157,6 +188,7 @@ type Backend interface {
 	Node(ctx context.Context, c identity.Caller, rid string) (Node, error)
 	Links(ctx context.Context, c identity.Caller, rid string) ([]Link, error)
 	Alarms(ctx context.Context, c identity.Caller, rid string) ([]Alarm, error)
+	Epochs(ctx context.Context, c identity.Caller, rid string) (Epochs, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
 	Cleanup(ctx context.Context, c identity.Caller, rid string) (removed int, err error)
 	// Healthy is nil if the process does its work, whatever may be away that it needs:

@@ -45,6 +45,14 @@ func TestRoundTrip(t *testing.T) {
 	if diff := cmp.Diff(s.links, links); diff != "" || err != nil {
 		t.Errorf("Links: %v (-want +got):\n%s", err, diff)
 	}
+	s.epochs = admin.Epochs{Length: 3600, WorstCase: 7260, Epochs: []admin.Epoch{{
+		Epoch: 7, Starts: when, Ends: when.Add(time.Hour), State: "sealed", Stored: 3, Waiting: 2,
+		KEKs: []admin.KEK{{ID: 4, Label: "kek", CheckValue: "010203", State: "sealed", Wraps: 9, Copies: []string{"a"}}},
+	}}}
+	epochs, err := c.Epochs(ctx)
+	if diff := cmp.Diff(s.epochs, epochs); diff != "" || err != nil {
+		t.Errorf("Epochs: %v (-want +got):\n%s", err, diff)
+	}
 	alarms, err := c.Alarms(ctx)
 	if diff := cmp.Diff(s.alarms, alarms); diff != "" || err != nil {
 		t.Errorf("Alarms: %v (-want +got):\n%s", err, diff)
@@ -52,7 +60,7 @@ func TestRoundTrip(t *testing.T) {
 	if removed, err := c.Cleanup(ctx); removed != 7 || err != nil {
 		t.Errorf("Cleanup: %d, %v", removed, err)
 	}
-	if want := []string{"root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
+	if want := []string{"root", "root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
 		t.Errorf("callers seen by the Backend: got %v, want %v", s.callers, want)
 	}
 	if len(s.refusals) != 0 {
@@ -65,7 +73,7 @@ func TestStrangers(t *testing.T) {
 	for _, who := range []string{"mallory", "alice"} { // nobody; an SAE
 		s := newStage(t)
 		hc := s.http(who)
-		paths := []string{"/api/v1/node", "/api/v1/links", "/api/v1/alarms", "/metrics", "/nowhere"}
+		paths := []string{"/api/v1/node", "/api/v1/links", "/api/v1/alarms", "/api/v1/epochs", "/metrics", "/nowhere"}
 		for _, path := range paths {
 			resp, err := hc.Get(s.server.URL + path)
 			if err != nil {

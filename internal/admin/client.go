@@ -67,6 +67,13 @@ func (c *Client) Alarms(ctx context.Context) ([]Alarm, error) {
 	return o.Alarms, err
 }
 
+// Epochs says how the epochs of the node's site stand.
+func (c *Client) Epochs(ctx context.Context) (Epochs, error) {
+	var e Epochs
+	err := c.get(ctx, "/api/v1/epochs", &e)
+	return e, err
+}
+
 // Cleanup ends what is overdue at the node's site, now, and says how many keys that
 // were.
 func (c *Client) Cleanup(ctx context.Context) (int, error) {

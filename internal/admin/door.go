@@ -38,6 +38,7 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/api/v1/node", serve(c, c.Backend.Node))
 	r.Get("/api/v1/links", serve(c, c.links))
 	r.Get("/api/v1/alarms", serve(c, c.alarms))
+	r.Get("/api/v1/epochs", serve(c, c.Backend.Epochs))
 	r.Post(pathCleanup, serve(c, c.cleanup))
 	r.Get("/metrics", c.metrics)
 	r.Get("/healthz", c.probe(c.Backend.Healthy))

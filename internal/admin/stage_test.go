@@ -38,6 +38,7 @@ type script struct {
 	node    admin.Node
 	links   []admin.Link
 	alarms  []admin.Alarm
+	epochs  admin.Epochs
 	err     error // of every call
 	healthy error
 	ready   error
@@ -71,6 +72,10 @@ func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string) (int,
 
 func (s *script) Alarms(_ context.Context, c identity.Caller, rid string) ([]admin.Alarm, error) {
 	return s.alarms, s.saw(c, rid)
+}
+
+func (s *script) Epochs(_ context.Context, c identity.Caller, rid string) (admin.Epochs, error) {
+	return s.epochs, s.saw(c, rid)
 }
 
 func (s *script) Healthy(context.Context) error { return s.healthy }

@@ -43,6 +43,12 @@ const (
 	Stop    Action = "stop"
 	KEKMade Action = "kek-created"
 	KEKGone Action = "kek-destroyed"
+
+	EpochSealed   Action = "epoch-sealed"    // no key comes into it any more
+	EpochDraining Action = "epoch-draining"  // no key in it lives: copies of its KEKs are given up
+	CopyClosed    Action = "kek-copy-closed" // this node has no copy of the KEK in its session any more
+	EpochDropped  Action = "epoch-dropped"   // its tables are gone, and Count rows of assigned keys with them
+
 	Recover Action = "recover" // the account begins anew, in the origin that Count says
 	Alarm   Action = "alarm"
 	Outage  Action = "outage-summary" // refusals that could not be recorded while the database was away

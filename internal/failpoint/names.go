@@ -29,6 +29,15 @@ const (
 
 	TakeoverBumped = "takeover-bumped" // the lower runs can commit nothing any more
 	TakeoverBurned = "takeover-burned" // what they had announced and not served is gone; their chunks are not free yet
+
+	EpochKEKPlanned   = "epoch-kek-planned"   // a KEK is written down, and not in the token
+	EpochKEKMade      = "epoch-kek-made"      // it is in the token, and not registered
+	EpochSealed       = "epoch-sealed"        // recorded, as the next ones
+	EpochDraining     = "epoch-draining"      //
+	EpochCopyClosed   = "epoch-copy-closed"   // this node's copy of a KEK is gone, which is not recorded
+	EpochKEKDestroyed = "epoch-kek-destroyed" // a KEK is gone from the token, which is not recorded
+	EpochDestroyed    = "epoch-destroyed"     //
+	EpochDropped      = "epoch-dropped"       //
 )
 
 // Names is every failpoint there is.
@@ -39,4 +48,5 @@ var Names = []string{
 	PeerAnnounceReceived, PeerAnnounceCommitted, PeerVoidReceived,
 	GrantCommitted, PeerGrantCommitted,
 	TakeoverBumped, TakeoverBurned,
+	EpochKEKPlanned, EpochKEKMade, EpochSealed, EpochDraining, EpochCopyClosed, EpochKEKDestroyed, EpochDestroyed, EpochDropped,
 }

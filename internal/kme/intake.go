@@ -164,8 +164,7 @@ func (k *KME) usable() key.Epoch {
 	return key.EpochAt(k.Now().Add(epochSlack+requestTime-k.PoolTTL), k.EpochLength)
 }
 
-// expire ends what has outlived its time, counts the HSM's work and makes the next
-// epochs.
+// expire ends what has outlived its time.
 func (k *KME) expire(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -177,14 +176,6 @@ func (k *KME) expire(ctx context.Context) {
 	}
 	if _, err := k.Store.ExpirePool(ctx, k.oldest(), k.poolExpired); err != nil {
 		k.Log.Warn("expiring the pool", "err", err)
-	}
-	k.keks.count(ctx)
-	if k.hsmWell() == nil {
-		if err := k.keks.prepare(ctx); err != nil {
-			k.raise(ctx, "epochs", "the next epochs cannot be opened: "+err.Error())
-		} else {
-			k.clear(ctx, "epochs")
-		}
 	}
 }
 

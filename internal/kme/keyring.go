@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,8 +16,9 @@ import (
 	"github.com/qutemail/kme/internal/store"
 )
 
-// keyring holds the KEKs that this node has opened: session copies in the HSM,
-// one KEK per epoch. It makes the epochs ahead of need.
+// keyring holds the KEKs that this node has opened: session copies in the HSM, one KEK
+// per epoch that seals, and those that still open. It makes the epochs and their KEKs
+// ahead of need, and lets go of what the site's register says is over: see follow.
 type keyring struct {
 	k  *KME
 	mu sync.Mutex // held while a KEK is made or opened: rare, and never on the hot path
@@ -45,7 +47,7 @@ func (r *keyring) verify(ctx context.Context) error {
 	}
 	var keks []hsm.KEKInfo
 	for _, row := range rows {
-		if row.State == "open" && len(row.CheckValue) == 3 {
+		if row.State == store.KEKOpen && len(row.CheckValue) == 3 {
 			keks = append(keks, hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)})
 		}
 	}
@@ -55,12 +57,13 @@ func (r *keyring) verify(ctx context.Context) error {
 	return nil
 }
 
-// prepare opens the epochs that the next hour needs, so that no request waits for one.
+// prepare opens the epochs that the keys of the default lifetime will need next, so
+// that no request waits for one.
 func (r *keyring) prepare(ctx context.Context) error {
 	now := key.EpochAt(r.k.Now(), r.k.EpochLength)
 	last := key.EpochAt(r.k.Now().Add(r.k.DefaultTTL), r.k.EpochLength) + 1
 	for e := now; e <= last; e++ {
-		if _, err := r.forEpoch(ctx, e); err != nil {
+		if _, err := r.forEpoch(ctx, e); err != nil && !errors.Is(err, store.ErrExpired) {
 			return err
 		}
 	}
@@ -68,7 +71,8 @@ func (r *keyring) prepare(ctx context.Context) error {
 }
 
 // forEpoch is the KEK under which what belongs to epoch e is sealed. It makes the
-// epoch's partitions and KEK if they do not exist.
+// epoch's partitions and KEK if they do not exist. With store.ErrExpired the epoch is
+// sealed.
 func (r *keyring) forEpoch(ctx context.Context, e key.Epoch) (openKEK, error) {
 	if v, ok := r.current.Load(e); ok {
 		return v.(openKEK), nil
@@ -81,25 +85,37 @@ func (r *keyring) forEpoch(ctx context.Context, e key.Epoch) (openKEK, error) {
 	if _, err := r.k.Store.EnsureEpoch(ctx, e); err != nil {
 		return openKEK{}, fmt.Errorf("opening epoch %d: %w", e, err)
 	}
-	if o, ok, err := r.registered(ctx, e); ok || err != nil {
-		return o, err
+	if !r.k.Store.Fillable(e) {
+		return openKEK{}, fmt.Errorf("epoch %d: %w", e, store.ErrExpired)
 	}
-	return r.make(ctx, e)
+	row, ok, err := r.registered(ctx, e)
+	if err == nil && !ok {
+		row, err = r.make(ctx, e)
+	}
+	if err != nil {
+		return openKEK{}, err
+	}
+	kek, err := r.open(ctx, row)
+	if err != nil {
+		return openKEK{}, err
+	}
+	o := openKEK{row.ID, kek}
+	r.current.Store(e, o)
+	return o, nil
 }
 
-// registered opens the epoch's KEK if there is one.
-func (r *keyring) registered(ctx context.Context, e key.Epoch) (o openKEK, ok bool, err error) {
+// registered looks for the KEK that seals what belongs to the epoch.
+func (r *keyring) registered(ctx context.Context, e key.Epoch) (row store.KEK, ok bool, err error) {
 	rows, err := r.k.Store.KEKs(ctx)
 	if err != nil {
-		return openKEK{}, false, fmt.Errorf("listing KEKs: %w", err)
+		return row, false, err
 	}
 	for _, row := range rows {
-		if row.Epoch == e && row.State == "open" {
-			o, err := r.open(ctx, row)
-			return o, true, err
+		if row.Epoch == e && row.State == store.KEKOpen {
+			return row, true, nil
 		}
 	}
-	return openKEK{}, false, nil
+	return row, false, nil
 }
 
 // tokenWriters is the lock for whoever changes the token (store.Alone). The nodes of a
@@ -108,66 +124,124 @@ func (r *keyring) registered(ctx context.Context, e key.Epoch) (o openKEK, ok bo
 const tokenWriters = "token"
 
 // make creates the epoch's KEK, unless another node was first.
-func (r *keyring) make(ctx context.Context, e key.Epoch) (o openKEK, err error) {
+func (r *keyring) make(ctx context.Context, e key.Epoch) (row store.KEK, err error) {
 	err = r.k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error {
 		var ok bool
 		var err error
-		if o, ok, err = r.registered(ctx, e); ok || err != nil {
+		if row, ok, err = r.registered(ctx, e); ok || err != nil {
 			return err
 		}
-		o, err = r.makeAlone(ctx, e)
+		row, err = r.makeAlone(ctx, e, 0)
 		return err
 	})
-	return o, err
+	return row, err
 }
 
-// makeAlone creates a KEK in the token and registers it. If the process dies between
-// the two, the token object is left without a row: nothing was sealed under it, and
-// since labels end in a random part it is in nobody's way.
-func (r *keyring) makeAlone(ctx context.Context, e key.Epoch) (openKEK, error) {
+// replace has another KEK seal what belongs to the epoch of one that has sealed enough.
+// Until it is there the old one goes on, so that nobody waits.
+func (r *keyring) replace(ctx context.Context, old store.KEK) error {
+	return r.k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error {
+		row, ok, err := r.registered(ctx, old.Epoch)
+		if err != nil || !ok || row.ID != old.ID { // another node was first
+			return err
+		}
+		_, err = r.makeAlone(ctx, old.Epoch, old.ID)
+		return err
+	})
+}
+
+// makeAlone creates a KEK in the token and registers it. It is written down before: if
+// the process dies on the way, whoever writes to the token next finds the plan, and
+// destroys what there is of it (sweep). Nothing was sealed under it.
+func (r *keyring) makeAlone(ctx context.Context, e key.Epoch, replaces int64) (store.KEK, error) {
 	var part [4]byte
 	_, _ = rand.Read(part[:]) // never fails: it ends the process instead
 	label := fmt.Sprintf("kek-%s-%s-%x", r.k.Self, e.Start(r.k.EpochLength).UTC().Format("20060102T150405"), part)
+	id, err := r.k.Store.PlanKEK(ctx, e, label)
+	if err != nil {
+		return store.KEK{}, err
+	}
+	failpoint.Hit(failpoint.EpochKEKPlanned)
 	info, err := r.k.Token.NewKEK(ctx, label)
 	if err != nil {
-		return openKEK{}, fmt.Errorf("making the KEK of epoch %d: %w", e, err)
+		return store.KEK{}, fmt.Errorf("making the KEK of epoch %d: %w", e, err)
 	}
+	failpoint.Hit(failpoint.EpochKEKMade)
 	ev := r.k.own(audit.KEKMade)
-	ev.Reason = fmt.Sprintf("%s, check value %x", label, info.CheckValue)
-	row, err := r.k.Store.AddKEK(ctx, store.KEK{Epoch: e, Label: info.Label, PKCS11ID: info.ID, CheckValue: info.CheckValue[:], State: "open"}, ev)
-	if err == nil && string(row.PKCS11ID) == string(info.ID) {
-		return r.open(ctx, row)
+	ev.Reason = fmt.Sprintf("KEK %d of epoch %d: %s, check value %x", id, e, label, info.CheckValue)
+	row, err := r.k.Store.OpenKEK(ctx, store.KEK{ID: id, Epoch: e, PKCS11ID: info.ID, CheckValue: info.CheckValue[:]}, replaces, ev)
+	if err == nil && row.ID == id || errors.Is(err, store.ErrDoubt) {
+		return row, err
 	}
-	if !errors.Is(err, store.ErrDoubt) { // refused, or another node was first: nothing is sealed under ours
-		if err := r.k.Token.DestroyKEK(context.WithoutCancel(ctx), info); err != nil {
-			r.k.Log.Warn("destroying a KEK that is not needed", "label", label, "err", err)
-		}
+	if aerr := r.abandon(context.WithoutCancel(ctx), id, info); aerr != nil {
+		r.k.Log.Warn("giving up a KEK that is not needed", "label", label, "err", aerr)
 	}
-	if err != nil {
-		return openKEK{}, fmt.Errorf("registering the KEK of epoch %d: %w", e, err)
-	}
-	return r.open(ctx, row)
+	return row, err
 }
 
-func (r *keyring) open(ctx context.Context, row store.KEK) (openKEK, error) {
+// abandon destroys a KEK that was planned, and made, and never used.
+func (r *keyring) abandon(ctx context.Context, id int64, info hsm.KEKInfo) error {
+	if err := r.k.Token.DestroyKEK(ctx, info); err != nil && !errors.Is(err, hsm.ErrNoKEK) {
+		return err
+	}
+	ev := r.k.own(audit.KEKGone)
+	ev.Reason = fmt.Sprintf("KEK %d: %s, check value %x: it was never used", id, info.Label, info.CheckValue)
+	return r.k.Store.AbandonKEK(ctx, id, ev)
+}
+
+// sweep ends the plans of processes that have died over them. The caller is alone with
+// the token, so that nobody is at work on one.
+func (r *keyring) sweep(ctx context.Context, rows []store.KEK, inToken []hsm.KEKInfo) (swept bool, err error) {
+	for _, row := range rows {
+		if row.State != store.KEKPlanned {
+			continue
+		}
+		swept = true
+		i := slices.IndexFunc(inToken, func(info hsm.KEKInfo) bool { return info.Label == row.Label })
+		if i < 0 {
+			err = r.k.Store.AbandonKEK(ctx, row.ID)
+		} else {
+			err = r.abandon(ctx, row.ID, inToken[i])
+		}
+		if err != nil {
+			return swept, err
+		}
+	}
+	return swept, nil
+}
+
+// open opens a KEK that is in the token. That this run has a copy of it is written down
+// before: until it is given up, or the run is taken over, the KEK is not destroyed. The
+// caller holds mu.
+func (r *keyring) open(ctx context.Context, row store.KEK) (*hsm.KEK, error) {
 	if v, ok := r.snapshot.Load(row.ID); ok {
-		o := openKEK{row.ID, v.(*hsm.KEK)}
-		r.current.Store(row.Epoch, o)
-		return o, nil
+		return v.(*hsm.KEK), nil
 	}
-	if len(row.CheckValue) != 3 {
-		return openKEK{}, fmt.Errorf("KEK %d has a check value of %d bytes, want 3", row.ID, len(row.CheckValue))
-	}
-	kek, err := r.k.Token.OpenKEK(ctx, hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)})
+	info, err := infoOf(row)
 	if err != nil {
-		return openKEK{}, fmt.Errorf("opening KEK %d of epoch %d: %w", row.ID, row.Epoch, err)
+		return nil, err
+	}
+	err = r.k.Store.HoldKEK(ctx, row.ID)
+	if errors.Is(err, store.ErrExpired) {
+		return nil, fmt.Errorf("%w: the epoch of KEK %d is over: %w", hsm.ErrNoKEK, row.ID, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	kek, err := r.k.Token.OpenKEK(ctx, info)
+	if err != nil {
+		return nil, fmt.Errorf("opening KEK %d of epoch %d: %w", row.ID, row.Epoch, err)
 	}
 	r.snapshot.Store(row.ID, kek)
-	o := openKEK{row.ID, kek}
-	if row.State == "open" {
-		r.current.Store(row.Epoch, o)
+	return kek, nil
+}
+
+// infoOf is how the token knows a KEK.
+func infoOf(row store.KEK) (hsm.KEKInfo, error) {
+	if len(row.CheckValue) != 3 {
+		return hsm.KEKInfo{}, fmt.Errorf("KEK %d has a check value of %d bytes, want 3", row.ID, len(row.CheckValue))
 	}
-	return o, nil
+	return hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)}, nil
 }
 
 // byID is the KEK that a row names.
@@ -183,8 +257,7 @@ func (r *keyring) byID(ctx context.Context, id int64) (*hsm.KEK, error) {
 	}
 	for _, row := range rows {
 		if row.ID == id {
-			o, err := r.open(ctx, row)
-			return o.kek, err
+			return r.open(ctx, row)
 		}
 	}
 	return nil, fmt.Errorf("KEK %d is not registered: %w", id, hsm.ErrNoKEK)
@@ -211,13 +284,66 @@ func (r *keyring) count(ctx context.Context) {
 	}
 }
 
-func (r *keyring) close() {
+// follow has this node do as the register says: seal under the KEKs that are to seal,
+// replace one that has sealed enough, and give up its copies of those whose epoch is
+// over.
+func (r *keyring) follow(ctx context.Context, epochs []store.Epoch) error {
+	me := store.NodeRun{Node: r.k.Node, Run: r.k.run.Load()}
+	for _, e := range epochs {
+		seals := int64(0)
+		for _, kek := range e.KEKs {
+			if e.State == store.EpochOpen && kek.State == store.KEKOpen {
+				seals = kek.ID
+			}
+			if e.State == store.EpochDraining && slices.Contains(kek.Copies, me) {
+				if err := r.giveUp(ctx, kek.KEK); err != nil {
+					return err
+				}
+			}
+			if seals == kek.ID && kek.Wraps >= r.k.MaxWraps {
+				if err := r.replace(ctx, kek.KEK); err != nil {
+					return fmt.Errorf("replacing KEK %d, which has sealed %d times: %w", kek.ID, kek.Wraps, err)
+				}
+				seals = 0
+			}
+		}
+		if v, ok := r.current.Load(e.Epoch); ok && v.(openKEK).id != seals {
+			r.current.Delete(e.Epoch)
+		}
+	}
+	return nil
+}
+
+// giveUp destroys this node's session copy of a KEK whose epoch is draining, and records
+// it. If the process dies in between, its run, and with it the copy, is over.
+func (r *keyring) giveUp(ctx context.Context, row store.KEK) error {
+	r.mu.Lock() // nobody is opening it
+	defer r.mu.Unlock()
+	if v, ok := r.snapshot.Load(row.ID); ok {
+		if err := v.(*hsm.KEK).Close(); err != nil {
+			return fmt.Errorf("giving up the copy of KEK %d: %w", row.ID, err)
+		}
+		r.snapshot.Delete(row.ID)
+	}
+	failpoint.Hit(failpoint.EpochCopyClosed)
+	ev := r.k.own(audit.CopyClosed)
+	ev.Reason = fmt.Sprintf("KEK %d of epoch %d: %s, check value %x", row.ID, row.Epoch, row.Label, row.CheckValue)
+	return r.k.Store.GiveUpKEK(ctx, row.ID, ev)
+}
+
+// close gives up all copies, and says whether it did.
+func (r *keyring) close() bool {
+	all := true
 	r.snapshot.Range(func(_, kek any) bool {
-		if err := kek.(*hsm.KEK).Close(); err != nil && !errors.Is(err, hsm.ErrUnavailable) {
-			r.k.Log.Warn("giving up a KEK's session copy", "err", err)
+		if err := kek.(*hsm.KEK).Close(); err != nil {
+			all = false
+			if !errors.Is(err, hsm.ErrUnavailable) {
+				r.k.Log.Warn("giving up a KEK's session copy", "err", err)
+			}
 		}
 		return true
 	})
+	return all
 }
 
 // spoilt says that a blob will never open, though the HSM is well: it was changed,
@@ -269,9 +395,19 @@ func (k *KME) unsealDue(ctx context.Context, d store.Due) ([]byte, error) {
 
 // sealDue seals plain for d.SAE under the KEK of the epoch in which d expires,
 // and completes d. It does not wipe plain.
+//
+// An epoch that is sealed already, since our clock is behind the one by which that was
+// done, is passed over: the key dies with a later one.
 func (k *KME) sealDue(ctx context.Context, d *store.Due, plain []byte) error {
 	d.ExpiryEpoch = key.EpochAt(d.ExpiresAt, k.EpochLength)
 	o, err := k.keks.forEpoch(ctx, d.ExpiryEpoch)
+	for range 100 {
+		if !errors.Is(err, store.ErrExpired) {
+			break
+		}
+		d.ExpiryEpoch++
+		o, err = k.keks.forEpoch(ctx, d.ExpiryEpoch)
+	}
 	if err != nil {
 		return err
 	}

@@ -47,6 +47,7 @@ type Config struct {
 	DefaultTTL  time.Duration // lifetime of an assigned key that nobody asked to be shorter or longer
 	MaxTTL      time.Duration
 	PoolTTL     time.Duration // how long an unassigned atom stays useful
+	MaxWraps    int64         // blobs that one KEK seals, about, before another one takes its place; 0 means 2^30
 	PoolLimit   int           // atoms per link, both owners together, above which no light is sent
 	Production  bool          // refuses simulated keys
 	Strict      bool          // see etsi014.Limits
@@ -64,6 +65,7 @@ type KME struct {
 	noPIN   chan error   // the HSM refused the PIN: the node ends
 	hsmDown atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
 	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
+	greeted atomic.Int64 // how often all peers were
 	alarms  alarms
 	outage  *outage
 	debts   debts
@@ -95,6 +97,9 @@ func New(c Config) (*KME, error) {
 	}
 	if c.Store.Witness() == nil {
 		return nil, errors.New("configuring the KME: the store keeps no witness file")
+	}
+	if c.MaxWraps == 0 {
+		c.MaxWraps = maxWraps
 	}
 	k := &KME{
 		Config:    c,
@@ -156,6 +161,8 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
 	g.Go(func() error { return k.every(ctx, historyEvery, nil, k.chronicle) })
 	g.Go(func() error { return k.every(ctx, time.Hour, nil, k.endHistory) })
+	g.Go(func() error { return k.every(ctx, tendEvery, nil, k.tendEpochs) })
+	g.Go(func() error { return k.Store.Lead(ctx, "epochs", k.endEpochs) })
 	k.greet(ctx) // before anything is served: a peer may know that we are in the past
 	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
 	g.Go(func() error { return k.payDebts(ctx) })
@@ -242,10 +249,10 @@ func (k *KME) stopped() {
 	for _, l := range k.links {
 		leased = append(leased, leasedOf(l.pool.empty())...)
 	}
-	if err := k.Store.Stop(ctx, leased, k.own(audit.Stop)); err != nil {
+	noCopies := k.keks.close() // nobody is served any more
+	if err := k.Store.Stop(ctx, leased, noCopies, k.own(audit.Stop)); err != nil {
 		k.Log.Warn("recording the stop", "err", err)
 	}
-	k.keks.close()
 }
 
 // beat asks the database and the HSM whether they are well. While the HSM is not,
@@ -369,6 +376,7 @@ func (k *KME) greet(ctx context.Context) {
 		k.judgeSelf(ctx, id, h, k.standing(ctx))
 		k.tellRunAgain(ctx, id)
 	}
+	k.greeted.Add(1)
 }
 
 // peerSlow is a time for an answer that leaves an announce little room to be in time.

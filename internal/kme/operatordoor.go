@@ -2,6 +2,7 @@ package kme
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"runtime/debug"
@@ -109,6 +110,34 @@ func (d OperatorDoor) Alarms(context.Context, identity.Caller, string) ([]admin.
 	list := make([]admin.Alarm, 0)
 	for _, a := range d.k.Alarms() {
 		list = append(list, admin.Alarm(a))
+	}
+	return list, nil
+}
+
+// Epochs tells how the epochs stand.
+func (d OperatorDoor) Epochs(ctx context.Context, _ identity.Caller, _ string) (admin.Epochs, error) {
+	epochs, err := d.k.Store.Epochs(ctx)
+	if err != nil {
+		return admin.Epochs{}, err
+	}
+	held, err := d.k.Store.CountEpochs(ctx)
+	if err != nil {
+		return admin.Epochs{}, err
+	}
+	list := admin.Epochs{Length: d.k.EpochLength.Seconds(), WorstCase: d.k.unrecoverableAfter().Seconds(), Epochs: []admin.Epoch{}}
+	for _, e := range epochs {
+		a := admin.Epoch{
+			Epoch: int64(e.Epoch), Starts: e.StartsAt.UTC(), Ends: e.EndsAt.UTC(), State: string(e.State),
+			Stored: held[e.Epoch].Pool, Waiting: held[e.Epoch].Due,
+		}
+		for _, k := range e.KEKs {
+			kek := admin.KEK{ID: k.ID, Label: k.Label, CheckValue: hex.EncodeToString(k.CheckValue), State: string(k.State), Wraps: k.Wraps}
+			for _, c := range k.Copies {
+				kek.Copies = append(kek.Copies, c.Node)
+			}
+			a.KEKs = append(a.KEKs, kek)
+		}
+		list.Epochs = append(list.Epochs, a)
 	}
 	return list, nil
 }

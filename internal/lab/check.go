@@ -88,6 +88,7 @@ type evidence struct {
 	keys   map[key.ID]pooled
 	due    []dueRow
 	parked int
+	dead   int            // blobs, of keys that wait to be used or taken, whose KEK is gone
 	counts map[string]int // of table untaken: live rows of due less what is counted, by pair
 	dues   int64          // rows of due that went with dropped partitions
 
@@ -251,6 +252,9 @@ func (e *evidence) readTables(ctx context.Context, tx pgx.Tx) error {
 	if err := e.readCounts(ctx, tx); err != nil {
 		return err
 	}
+	if err := e.readDead(ctx, tx); err != nil {
+		return err
+	}
 	return tx.QueryRow(ctx, "SELECT coalesce(sum(dropped_due), 0) FROM epoch").Scan(&e.dues)
 }
 
@@ -293,6 +297,14 @@ func (e *evidence) readCounts(ctx context.Context, tx pgx.Tx) error {
 	var n int
 	_, err = pgx.ForEachRow(rows, []any{&who, &n}, func() error { e.counts[who] = n; return nil })
 	return err
+}
+
+// readDead counts the blobs that no KEK opens, since theirs is destroyed, or is about to
+// be: its epoch drains.
+func (e *evidence) readDead(ctx context.Context, tx pgx.Tx) error {
+	return tx.QueryRow(ctx, `SELECT count(*) FROM (SELECT kek FROM key UNION ALL SELECT kek FROM due WHERE ct IS NOT NULL) AS blob
+		LEFT JOIN kek k ON k.id = blob.kek LEFT JOIN epoch e ON e.epoch = k.epoch
+		WHERE k.state IS NULL OR k.state NOT IN ('open', 'sealed') OR e.state NOT IN ('open', 'sealed')`).Scan(&e.dead)
 }
 
 // querier is a connection or a transaction.
@@ -443,6 +455,9 @@ func (e *evidence) checkArithmetic(r *Report) {
 		if b.inPool+left[ref] != b.atoms {
 			r.fail("I6", e.site.Name, "block %s (%s) of %d atoms: %d in the pool and %d left it", ref, b.state, b.atoms, b.inPool, left[ref])
 		}
+	}
+	if e.dead > 0 {
+		r.fail("I6", e.site.Name, "%d keys lie under KEKs that are destroyed", e.dead)
 	}
 	for who, n := range e.counts {
 		r.fail("I6", e.site.Name, "%d more keys wait for %s than are counted in untaken", n, who)

@@ -95,6 +95,7 @@ links:
     secret_file: ../../qlink/{{.End}}.secret
     interval: {{.Interval}}{{if .Filler}}
     filler: {{.Filler}}{{end}}
+epoch: {{.Epoch}}
 pool_limit: {{.PoolLimit}}{{with .Limits}}{{if .Burst}}
 limits: {atoms_per_second: {{.AtomsPerSecond}}, burst: {{.Burst}}, untaken: {{.Untaken}}}{{end}}{{end}}
 `))
@@ -113,7 +114,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
 		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
-		"Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Limits": s.lab.Limits,
+		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Limits": s.lab.Limits,
 		"Policies": s.policies(),
 	}); err != nil {
 		return err

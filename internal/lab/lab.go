@@ -39,6 +39,7 @@ type Config struct {
 
 	Nodes     int           // of each site; default 1
 	Ports     Ports         // of a new lab; the zero Ports are those of the README. A lab keeps the ports that it began with
+	Epoch     time.Duration // length of one, for ever that of a new lab; default 1h
 	Interval  time.Duration // between blocks of the link; default 1s
 	PoolLimit int           // keys stored per link; default 20000
 	Eve       float64       // fraction of photons intercepted at the start
@@ -106,6 +107,9 @@ func (l *Lab) up(ctx context.Context) error {
 	}
 	if err := l.choosePorts(); err != nil {
 		return err
+	}
+	if l.Epoch == 0 {
+		l.Epoch = time.Hour
 	}
 	if l.Interval == 0 {
 		l.Interval = time.Second

@@ -106,7 +106,7 @@ func (s *Site) prepareDatabase(ctx context.Context) error {
 		return err
 	}
 	p, err := s.lab.nursery.start("kmed migrate", s.lab.Dir, s.path("log", "migrate"), nil,
-		filepath.Join(s.lab.Bin, "kmed"), "migrate", "--database", s.DSN(owner))
+		filepath.Join(s.lab.Bin, "kmed"), "migrate", "--database", s.DSN(owner), "--epoch", s.lab.Epoch.String())
 	if err != nil {
 		return err
 	}

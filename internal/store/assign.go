@@ -320,7 +320,7 @@ func (w *assign) sealed(r handover.Request) bool {
 		}
 	}
 	for _, d := range w.Due[r.ID] {
-		if !want[dueKey{d.Key, d.SAE}] || d.Master != r.Master || !w.db.epochs.has(d.ExpiryEpoch) {
+		if !want[dueKey{d.Key, d.SAE}] || d.Master != r.Master || !w.db.epochs.fillable(d.ExpiryEpoch) {
 			return false
 		}
 		delete(want, dueKey{d.Key, d.SAE})

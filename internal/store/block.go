@@ -134,7 +134,7 @@ func (db *DB) HoldBlock(ctx context.Context, b Block, event audit.Event) error {
 }
 
 func (db *DB) hold(ctx context.Context, a *attempt, b Block, event audit.Event) error {
-	if !db.epochs.has(b.Epoch) {
+	if !db.epochs.fillable(b.Epoch) {
 		return refuse(ErrExpired)
 	}
 	// The lock keeps the session open until this block is committed.

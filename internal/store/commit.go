@@ -185,7 +185,7 @@ func (c *committer) verdict(err error, tries int) verdict {
 	switch code {
 	case "KME01":
 		return verdictFenced
-	case "42P01": // no such partition: what was believed of them is old
+	case "42P01", "42501": // no such partition, or a sealed one: what was believed of them is old
 		clear(c.days)
 		ctx, cancel := context.WithTimeout(context.Background(), tripTime)
 		defer cancel()

@@ -10,7 +10,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/key"
 )
 
@@ -19,19 +18,21 @@ import (
 // error of the statement, after which it is refreshed too.
 type epochSet struct {
 	mu      sync.RWMutex
-	open    map[key.Epoch]bool
+	open    map[key.Epoch]bool // those that have partitions; true if nothing has sealed them
 	drained map[key.Epoch]bool // passed, and nothing in its due partition is live
 }
 
 func (s *epochSet) refresh(ctx context.Context, pool *pgxpool.Pool) error {
-	rows, _ := pool.Query(ctx, "SELECT epoch FROM epoch WHERE state <> 'dropped'")
-	epochs, err := pgx.CollectRows(rows, pgx.RowTo[key.Epoch])
+	rows, _ := pool.Query(ctx, "SELECT epoch, state = 'open' FROM epoch WHERE state <> 'dropped'")
+	open := make(map[key.Epoch]bool)
+	var e key.Epoch
+	var unsealed bool
+	_, err := pgx.ForEachRow(rows, []any{&e, &unsealed}, func() error {
+		open[e] = unsealed
+		return nil
+	})
 	if err != nil {
 		return fmt.Errorf("reading the epochs: %w", err)
-	}
-	open := make(map[key.Epoch]bool, len(epochs))
-	for _, e := range epochs {
-		open[e] = true
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -40,6 +41,14 @@ func (s *epochSet) refresh(ctx context.Context, pool *pgxpool.Pool) error {
 }
 
 func (s *epochSet) has(e key.Epoch) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	_, ok := s.open[e]
+	return ok
+}
+
+// fillable says whether rows may still come into the partitions of e.
+func (s *epochSet) fillable(e key.Epoch) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.open[e]
@@ -51,7 +60,7 @@ func (s *epochSet) add(e key.Epoch) {
 	s.open[e] = true
 }
 
-// upTo lists the open epochs that are not after last, in order.
+// upTo lists the epochs with partitions that are not after last, in order.
 func (s *epochSet) upTo(last key.Epoch) []key.Epoch {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -121,79 +130,4 @@ func (db *DB) EnsureEpoch(ctx context.Context, e key.Epoch) (created bool, err e
 	}
 	db.epochs.add(e)
 	return true, nil
-}
-
-// DropEpoch drops the partitions of e. It refuses while one of its keys is in the
-// pool, or one that expires in it is waiting to be taken.
-func (db *DB) DropEpoch(ctx context.Context, e key.Epoch) error {
-	if _, err := db.pool.Exec(ctx, "SELECT drop_epoch($1)", int64(e)); err != nil {
-		return fmt.Errorf("dropping epoch %d: %w", e, err)
-	}
-	return db.epochs.refresh(ctx, db.pool)
-}
-
-// KEK is the register's entry of a key-encryption key in the HSM.
-type KEK struct {
-	ID         int64 // stands in each row that it wraps
-	Epoch      key.Epoch
-	Label      string
-	PKCS11ID   []byte // CKA_ID
-	CheckValue []byte
-	State      string // of the KEK; one of an epoch may be "open"
-	Wraps      int64  // as far as they have been counted: AddWraps
-}
-
-const kekColumns = "id, epoch, label, pkcs11_id, check_value, state, wraps"
-
-func scanKEK(row pgx.CollectableRow) (k KEK, err error) {
-	return k, row.Scan(&k.ID, &k.Epoch, &k.Label, &k.PKCS11ID, &k.CheckValue, &k.State, &k.Wraps)
-}
-
-// AddKEK registers k and records event. If the epoch has an open KEK already, that
-// one is returned, and nothing is written: the caller's own is superfluous.
-func (db *DB) AddKEK(ctx context.Context, k KEK, event audit.Event) (KEK, error) {
-	var got KEK
-	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		rows, _ := a.conn.Query(ctx, `INSERT INTO kek (epoch, label, pkcs11_id, check_value, state, wraps) VALUES ($1, $2, $3, $4, $5, $6)
-			ON CONFLICT (epoch) WHERE state = 'open' DO NOTHING RETURNING `+kekColumns, k.Epoch, k.Label, k.PKCS11ID, k.CheckValue, k.State, k.Wraps)
-		made, err := pgx.CollectRows(rows, scanKEK)
-		if err != nil {
-			return err
-		}
-		if len(made) == 1 {
-			got = made[0]
-			a.record(event)
-			return nil
-		}
-		rows, _ = a.conn.Query(ctx, "SELECT "+kekColumns+" FROM kek WHERE epoch = $1 AND state = 'open'", k.Epoch)
-		got, err = pgx.CollectExactlyOneRow(rows, scanKEK)
-		return err
-	}), nil)
-	if err != nil {
-		return KEK{}, fmt.Errorf("registering a KEK of epoch %d: %w", k.Epoch, err)
-	}
-	return got, nil
-}
-
-// KEKs lists the register, oldest first.
-func (db *DB) KEKs(ctx context.Context) ([]KEK, error) {
-	rows, _ := db.pool.Query(ctx, "SELECT "+kekColumns+" FROM kek ORDER BY id")
-	keks, err := pgx.CollectRows(rows, scanKEK)
-	if err != nil {
-		return nil, away("listing KEKs", err)
-	}
-	return keks, nil
-}
-
-// AddWraps adds to the counts of wraps, by KEK ID.
-func (db *DB) AddWraps(ctx context.Context, wraps map[int64]int64) error {
-	var ids, counts []int64
-	for id, n := range wraps {
-		ids, counts = append(ids, id), append(counts, n)
-	}
-	_, err := db.pool.Exec(ctx, "UPDATE kek SET wraps = wraps + n FROM unnest($1::bigint[], $2::bigint[]) AS more (id, n) WHERE kek.id = more.id", ids, counts)
-	if err != nil {
-		return away("counting wraps", err)
-	}
-	return nil
 }

@@ -139,8 +139,8 @@ func giveBack(ctx context.Context, a *attempt, leased []Leased) ([]int64, error)
 
 // Stop is the last transaction of a run that ends in order: it gives back what it
 // can of the leased chunks, as GiveBack does, and says that nobody need wait for a
-// sign of life.
-func (db *DB) Stop(ctx context.Context, leased []Leased, events ...audit.Event) error {
+// sign of life; nor, with noCopies, for copies of KEKs, of which it has none any more.
+func (db *DB) Stop(ctx context.Context, leased []Leased, noCopies bool, events ...audit.Event) error {
 	db.mu.Lock()
 	var unclaimed []int64
 	for _, chunks := range db.unclaimed {
@@ -154,6 +154,9 @@ func (db *DB) Stop(ctx context.Context, leased []Leased, events ...audit.Event) 
 		a.record(events...)
 		a.writes.Queue("UPDATE chunk SET node = NULL, run = NULL WHERE id = ANY($1::bigint[]) AND node = $2 AND run = $3", unclaimed, db.cfg.Node, a.c.run)
 		a.writes.Queue("UPDATE node_beat SET beat = 0 WHERE node = $1 AND run = $2", db.cfg.Node, a.c.run)
+		if noCopies {
+			a.writes.Queue("DELETE FROM kek_copy WHERE node = $1 AND run <= $2", db.cfg.Node, a.c.run)
+		}
 		return nil
 	}), nil)
 	if err != nil {

@@ -59,7 +59,7 @@ func TestBeat(t *testing.T) {
 		t.Errorf("a beat of the deposed run: %v, want ErrFenced", err)
 	}
 	wantNodes(NodeBeat{NodeRun{"n1", 3}, 3}, NodeBeat{NodeRun{"n2", 1}, 1})
-	if err := again.Stop(t.Context(), nil, audit.Event{Action: audit.Stop, Outcome: audit.Done}); err != nil {
+	if err := again.Stop(t.Context(), nil, true, audit.Event{Action: audit.Stop, Outcome: audit.Done}); err != nil {
 		t.Fatal(err)
 	}
 	wantNodes(NodeBeat{NodeRun{"n1", 3}, 0}, NodeBeat{NodeRun{"n2", 1}, 1})
@@ -104,7 +104,7 @@ func TestGiveBack(t *testing.T) {
 	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); left != (Left{Now: true}) || err != nil {
 		t.Errorf("left by n1: %+v, %v", left, err)
 	}
-	if err := one.Stop(ctx, []Leased{{chunk(1), 64}, {chunk(0), 62}}); err != nil {
+	if err := one.Stop(ctx, []Leased{{chunk(1), 64}, {chunk(0), 62}}, true); err != nil {
 		t.Fatal(err)
 	}
 	wantChunks("n2", "free", "free", "free")
@@ -188,7 +188,7 @@ func TestStopGivesUnclaimedBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	db.setAside(linkName, []int64{leases[0].Chunk})
-	if err := db.Stop(t.Context(), nil); err != nil {
+	if err := db.Stop(t.Context(), nil, true); err != nil {
 		t.Fatal(err)
 	}
 	if n := ask[int](s, "SELECT count(*) FROM chunk WHERE node IS NULL"); n != 1 {

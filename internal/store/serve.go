@@ -65,7 +65,7 @@ func (s *serve) weight() int { return len(s.Atoms) + len(s.Due) }
 
 func (s *serve) ask(a *attempt) error {
 	for _, d := range s.Due {
-		if !s.db.epochs.has(d.ExpiryEpoch) {
+		if !s.db.epochs.fillable(d.ExpiryEpoch) {
 			return refuse(ErrExpired)
 		}
 	}

@@ -1,0 +1,194 @@
+package kme
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/store"
+)
+
+const (
+	softHSM    = "/usr/lib/softhsm/libsofthsm2.so"
+	tokenLabel = "km1"
+)
+
+// module is SoftHSM, which belongs to one test at a time: it is one for the process,
+// and finds its folder by the process's environment.
+var module sync.Mutex
+
+// tokenDir makes a SoftHSM folder with a token, and has the module to itself until the
+// test ends.
+func tokenDir(t *testing.T) string {
+	t.Helper()
+	module.Lock()
+	t.Cleanup(module.Unlock)
+	dir := t.TempDir()
+	useTokens(t, dir)
+	err := errors.Join(hsm.InitToken(softHSM, tokenLabel, "so-pin-774410", "pin-483920"),
+		os.WriteFile(filepath.Join(dir, "pin"), []byte("pin-483920\n"), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// useTokens points the module, which nobody has open, at a folder.
+func useTokens(t *testing.T, dir string) {
+	t.Helper()
+	conf, err := hsm.WriteSoftHSMConfig(dir)
+	if err == nil {
+		err = os.Setenv("SOFTHSM2_CONF", conf)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func openToken(t *testing.T, dir string) *hsm.Token {
+	t.Helper()
+	token, err := hsm.Open(t.Context(), hsm.Config{Module: softHSM, TokenLabel: tokenLabel, PINFile: filepath.Join(dir, "pin")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := token.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return token
+}
+
+// withToken is a whole node of km1, without peers, on the site's database and the token
+// in a folder. It does not run yet.
+func (s *site) withToken(dir string, change ...func(*Config)) *KME {
+	s.t.Helper()
+	rules, _ := core(s.t)
+	c := Config{
+		Self: kmeID(s.t, "km1"), Node: "a", Store: s.connect(), Token: openToken(s.t, dir), Policies: rules.Policies,
+		Log: slog.New(slog.DiscardHandler), Now: s.now, DataDir: s.data,
+		EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: time.Hour, PoolLimit: 1000,
+		Quota: Quota{Rate: 1e6, Burst: 1e6, Untaken: 1e6},
+	}
+	for _, f := range change {
+		f(&c)
+	}
+	k, err := New(c)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return k
+}
+
+// run runs the node until the returned function is called, which waits for its end.
+func run(t *testing.T, k *KME) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	started, ended := make(chan struct{}), make(chan error, 1)
+	go func() { ended <- k.Run(ctx, func() { close(started) }) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("the node ended: %v", err)
+		}
+	})
+	t.Cleanup(stop)
+	select {
+	case <-started:
+	case err := <-ended:
+		ended <- nil
+		t.Fatalf("the node did not start: %v", err)
+	}
+	return stop
+}
+
+// get has alice get keys for anna, who is served here too.
+func get(t *testing.T, k *KME, number int, ttl time.Duration) ([]etsi014.Key, error) {
+	t.Helper()
+	o := order{slaves: names2(t, "anna"), number: number, bits: 256, ttl: ttl}
+	got, err := k.initiate(t.Context(), k.callOf(t, "alice", audit.EncKeys), o)
+	return got.keys, err
+}
+
+// takes has anna take keys of alice.
+func takes(t *testing.T, k *KME, ids ...key.ID) ([]taken, error) {
+	t.Helper()
+	c := k.callOf(t, "anna", audit.DecKeys)
+	c.ev.Keys = ids
+	keys, err := k.take(t.Context(), c, saeID(t, "alice"), ids, false)
+	if err != nil {
+		err = c.refuse(t.Context(), err)
+	}
+	return keys, err
+}
+
+// copyInToken copies a KEK to another object of the token, as whoever has the PIN can,
+// and returns that one's CKA_ID. It borrows the module that the test's token has loaded.
+func copyInToken(t *testing.T, kek hsm.KEKInfo, label string) []byte {
+	t.Helper()
+	p := pkcs11.New(softHSM)
+	defer p.Destroy()
+	slots, err := p.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := p.OpenSession(slots[0], pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION) // the process is logged in
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.CloseSession(s)
+	err = p.FindObjectsInit(s, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, kek.Label), pkcs11.NewAttribute(pkcs11.CKA_ID, kek.ID), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, _, err := p.FindObjects(s, 2)
+	if err = errors.Join(err, p.FindObjectsFinal(s)); err != nil || len(found) != 1 {
+		t.Fatalf("%d objects of %s: %v", len(found), kek, err)
+	}
+	id := kek.ID
+	if label != kek.Label {
+		id = []byte("another id")
+	}
+	_, err = p.CopyObject(s, found[0], []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_LABEL, label), pkcs11.NewAttribute(pkcs11.CKA_ID, id),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// eventually waits for what must come.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited a minute for %s", what)
+		}
+	}
+}
+
+// states are those of the epochs that are not dropped.
+func states(t *testing.T, k *KME) map[key.Epoch]store.EpochState {
+	t.Helper()
+	epochs, err := k.Store.Epochs(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := make(map[key.Epoch]store.EpochState)
+	for _, e := range epochs {
+		all[e.Epoch] = e.State
+	}
+	return all
+}
