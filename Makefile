@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha storm bench lint fuzz tools promtool prerequisites clean
+.PHONY: all run build test test-ha test-console storm bench lint fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -35,6 +35,12 @@ test-ha: prerequisites
 	@deploy/patroni/prerequisites.sh
 	$(GO) test -tags $(TAGS),ha -run TestFailover -timeout 20m -v ./internal/lab
 
+## test-console: the operators' console in a headless Chromium (Debian packages chromium, nodejs, npm); a minute
+test-console: prerequisites
+	@command -v chromium >/dev/null && command -v npm >/dev/null || { echo "kme: please install chromium, nodejs and npm"; exit 1; }
+	cd internal/lab/testdata/console && npm ci --ignore-scripts --no-audit --no-fund --silent
+	$(GO) test -tags $(TAGS),console -run '^TestConsole$$' -timeout 20m -v ./internal/lab
+
 ## bench: the benchmarks, in Go's benchmark format
 bench: prerequisites build
 	$(GO) test -tags $(TAGS) -run '^$$' -bench . -benchtime $(BENCHTIME) -timeout 60m ./...
@@ -43,7 +49,7 @@ bench: prerequisites build
 lint:
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) vet -tags $(TAGS),failpoint ./...
-	$(GO) vet -tags $(TAGS),ha ./internal/lab
+	$(GO) vet -tags $(TAGS),ha,console ./internal/lab
 	CGO_ENABLED=0 $(GO) vet -tags $(TAGS) ./hsm ./cmd/kmectl
 	$(GO) run $(STATICCHECK) -tags $(TAGS) ./...
 	@unformatted=$$($(GO) run $(GOFUMPT) -l .); test -z "$$unformatted" || { echo "gofumpt would change:"; echo "$$unformatted"; exit 1; }

@@ -24,7 +24,7 @@ func (s *session) sae(other string) (party, *etsi014.Client, identity.SAE, error
 		return p, nil, identity.SAE{}, err
 	}
 	id, err := identity.ParseSAE(other)
-	return p, etsi014.NewClient(p.kme, hc), id, err
+	return p, etsi014.NewClient(p.kme, hc, p.more...), id, err
 }
 
 // unshared is the advice for a 401, which never says why.
@@ -120,7 +120,7 @@ func (c consumeCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return advise(err, badKeyID)
 	}
-	if err := legacy.NewClient(p.kme, hc).ConsumeKey(ctx, self, id); err != nil {
+	if err := legacy.NewClient(p.kme, hc, p.more...).ConsumeKey(ctx, self, id); err != nil {
 		return p.explain(err, p.name+" may be unknown here or switched off")
 	}
 	_, err = fmt.Fprintf(s.stderr, "%s is erased.\n", id)

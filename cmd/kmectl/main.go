@@ -32,7 +32,7 @@ type commands struct {
 	Cert     string        `placeholder:"FILE" help:"Certificate chain (PEM), instead of a profile's."`
 	Key      string        `placeholder:"FILE" help:"Its private key (PEM)."`
 	CA       string        `name:"ca" placeholder:"FILE" help:"The root that the KME's certificate must chain to (PEM)."`
-	KME      string        `name:"kme" placeholder:"URL" help:"The KME's door, instead of the profile's."`
+	KME      []string      `name:"kme" placeholder:"URL" help:"The KME's door, instead of the profile's. Several, with commas, are nodes of it: the next one is tried if one cannot be reached."`
 	Profiles string        `default:".lab" placeholder:"DIR" env:"KMECTL_PROFILES" help:"Where profiles lie (${default})."`
 	JSON     bool          `name:"json" help:"Print what the KME answered, as JSON."`
 	Timeout  time.Duration `default:"15s" help:"How long to wait for an answer (${default})."`

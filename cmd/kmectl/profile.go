@@ -25,14 +25,28 @@ const (
 
 // profile is a profile.yaml.
 type profile struct {
-	KME string `yaml:"kme"` // the URL of the door, such as https://localhost:8443
+	KME urls `yaml:"kme"` // the URL of the door, such as https://localhost:8443, or a list: one a node
+}
+
+// urls are one or several.
+type urls []string
+
+// UnmarshalYAML reads one, or a list.
+func (u *urls) UnmarshalYAML(text []byte) error {
+	var one string
+	if err := yaml.Unmarshal(text, &one); err == nil {
+		*u = urls{one}
+		return nil
+	}
+	return yaml.Unmarshal(text, (*[]string)(u))
 }
 
 // party is who calls whom: files, not yet read, and a URL.
 type party struct {
 	cert, key, ca string
 	kme           string
-	name          string // what the certificate calls its holder
+	more          []string // other nodes of that KME
+	name          string   // what the certificate calls its holder
 }
 
 // client returns an HTTP client that speaks as the party the flags name. kind is
@@ -45,8 +59,10 @@ func (s *session) client(kind string) (party, *http.Client, error) {
 	if p.kme == "" {
 		return p, nil, advise(errors.New("no KME is named"), "give its door's address by --kme, such as --kme https://localhost:8443")
 	}
-	if !strings.HasPrefix(p.kme, "https://") {
-		return p, nil, advise(fmt.Errorf("the KME's address %q is not https", p.kme), "keys travel over mutual TLS only: --kme https://HOST:PORT")
+	for _, url := range append([]string{p.kme}, p.more...) {
+		if !strings.HasPrefix(url, "https://") {
+			return p, nil, advise(fmt.Errorf("the KME's address %q is not https", url), "keys travel over mutual TLS only: --kme https://HOST:PORT")
+		}
 	}
 	config, err := p.tls(time.Now())
 	if err != nil {
@@ -59,7 +75,8 @@ func (s *session) client(kind string) (party, *http.Client, error) {
 
 // party finds the files: those of the flags, or those of a profile.
 func (s *session) party(kind string) (party, error) {
-	p := party{cert: s.Cert, key: s.Key, ca: s.CA, kme: s.KME}
+	p := party{cert: s.Cert, key: s.Key, ca: s.CA}
+	p.at(s.KME)
 	if s.As == "" && (p.cert != "" || p.key != "") {
 		if p.cert == "" || p.key == "" || p.ca == "" {
 			return p, advise(errors.New("a certificate needs its key and the KME's root"), "give all of --cert, --key and --ca, or --as NAME")
@@ -82,9 +99,18 @@ func (s *session) party(kind string) (party, error) {
 		}
 	}
 	if p.kme == "" {
-		p.kme, err = readProfile(filepath.Join(dir, "profile.yaml"))
+		var found []string
+		found, err = readProfile(filepath.Join(dir, "profile.yaml"))
+		p.at(found)
 	}
 	return p, err
+}
+
+// at sets where the KME's nodes are.
+func (p *party) at(urls []string) {
+	if len(urls) > 0 {
+		p.kme, p.more = urls[0], urls[1:]
+	}
 }
 
 // profileName is the name that --as gives. An operator needs none where there is
@@ -125,17 +151,17 @@ func (s *session) profileNames(kind string) []string {
 	return names
 }
 
-func readProfile(file string) (string, error) {
+func readProfile(file string) ([]string, error) {
 	text, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
-		return "", nil
+		return nil, nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("reading the profile: %w", err)
+		return nil, fmt.Errorf("reading the profile: %w", err)
 	}
 	var p profile
 	if err := yaml.NewDecoder(bytes.NewReader(text), yaml.Strict()).Decode(&p); err != nil {
-		return "", advise(fmt.Errorf("reading %s: %s", file, yaml.FormatError(err, false, false)), "it should say kme: https://HOST:PORT")
+		return nil, advise(fmt.Errorf("reading %s: %s", file, yaml.FormatError(err, false, false)), "it should say kme: https://HOST:PORT")
 	}
 	return p.KME, nil
 }

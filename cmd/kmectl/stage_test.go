@@ -375,5 +375,9 @@ func (b operatorTable) Epochs(context.Context, identity.Caller, string) (admin.E
 	}}, nil
 }
 
+func (b operatorTable) History(context.Context, identity.Caller, string, string, time.Time, time.Duration) ([]admin.Span, error) {
+	return nil, nil
+}
+
 func (b operatorTable) Healthy(context.Context) error { return nil }
 func (b operatorTable) Ready(context.Context) error   { return nil }

@@ -64,7 +64,7 @@ func serve(ctx context.Context, path string, log *slog.Logger) error {
 		return err
 	}
 	defer n.close()
-	doors, err := n.doors(core)
+	doors, err := n.doors(ctx, core)
 	if err != nil {
 		return err
 	}
@@ -397,8 +397,9 @@ type door struct {
 }
 
 // doors makes the four doors. A certificate of one role cannot reach a route of
-// another: each has its own CA, its own pool of rules and its own mux.
-func (n *node) doors(core *kme.KME) ([]door, error) {
+// another: each has its own CA, its own pool of rules and its own mux. ctx ends when
+// the node is to stop.
+func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	now := failpoint.Now
 	principals := func() *identity.Map { return n.set.Principals }
 	saes := timed(core.Identity(), pki.Identify("sae", principals, now))
@@ -421,7 +422,7 @@ func (n *node) doors(core *kme.KME) ([]door, error) {
 		}
 	}
 	operator, err := admin.Handler(admin.Config{
-		KME: n.self, Backend: core.OperatorDoor(), Identify: operators, Log: n.log,
+		KME: n.self, Node: n.cfg.Node, Backend: core.OperatorDoor(), Identify: operators, Log: n.log, Stopping: ctx.Done(),
 		Metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
 	})
 	if err != nil {

@@ -163,6 +163,17 @@ type KEK struct {
 	Copies     []string `json:"copies,omitzero"` // nodes that have it in a session
 }
 
+// Span is how a link did in a span of time.
+type Span struct {
+	At         time.Time // its beginning
+	Blocks     int       // distilled
+	Aborts     int       // given up
+	QBER       float64   // mean over both
+	Bits       int64     // of secret
+	Stored     int       // the least number of 256-bit keys that this end could assign
+	StoredPeer int       // likewise, of the other end
+}
+
 // cleanupObject is the answer to a cleanup, in the QuteMail API's words.
 type cleanupObject struct {
 	Status  string `json:"status"`
@@ -191,6 +202,9 @@ type Backend interface {
 	Epochs(ctx context.Context, c identity.Caller, rid string) (Epochs, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
 	Cleanup(ctx context.Context, c identity.Caller, rid string) (removed int, err error)
+	// History is how a link did from a time on, in spans of that length, oldest first.
+	// Spans of which nothing is known are left out.
+	History(ctx context.Context, c identity.Caller, rid, link string, from time.Time, each time.Duration) ([]Span, error)
 	// Healthy is nil if the process does its work, whatever may be away that it needs:
 	// if not, it is to be started again. Nobody's name is known here.
 	Healthy(ctx context.Context) error

@@ -103,7 +103,7 @@ func TestElsewhere(t *testing.T) {
 		want         int
 		allow        string
 	}{
-		{"GET", "/", 404, ""},
+		{"GET", "/nowhere", 404, ""},
 		{"GET", "/api/v1/node/", 404, ""},
 		{"GET", "/api/v1/keys/bob/status", 404, ""},
 		{"POST", "/api/v1/node", 405, "GET"},

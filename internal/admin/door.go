@@ -17,7 +17,7 @@ import (
 	"github.com/qutemail/kme/internal/problem"
 )
 
-// Config is what the door is made of. Everything must be set.
+// Config is what the door is made of. Everything must be set unless said otherwise.
 type Config struct {
 	KME     identity.KME // names the realm of a 401
 	Backend Backend
@@ -27,6 +27,9 @@ type Config struct {
 	Identify func(*http.Request) (identity.Caller, error)
 	Metrics  http.Handler // serves /metrics to operators
 	Log      *slog.Logger
+
+	Node     string          // the node's name, for people; may be empty
+	Stopping <-chan struct{} // closed when the node stops: streams end then; may be nil
 }
 
 // Handler returns the whole door for operators.
@@ -43,6 +46,7 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/metrics", c.metrics)
 	r.Get("/healthz", c.probe(c.Backend.Healthy))
 	r.Get("/readyz", c.probe(c.Backend.Ready))
+	c.mountConsole(r)
 	r.NotFound(c.elsewhere(http.StatusNotFound, "Endpoint not found"))
 	r.MethodNotAllowed(c.elsewhere(http.StatusMethodNotAllowed, "Method not allowed"))
 	return r, nil

@@ -35,13 +35,17 @@ type stage struct {
 
 // script is the Backend.
 type script struct {
-	node    admin.Node
-	links   []admin.Link
-	alarms  []admin.Alarm
-	epochs  admin.Epochs
-	err     error // of every call
-	healthy error
-	ready   error
+	node   admin.Node
+	links  []admin.Link
+	alarms []admin.Alarm
+	err    error // of every call
+	epochs admin.Epochs
+	past   map[string][]admin.Span
+
+	linksErr error
+	stopping chan struct{}
+	healthy  error
+	ready    error
 
 	mu       sync.Mutex
 	callers  []string // who reached the Backend
@@ -63,7 +67,7 @@ func (s *script) Node(_ context.Context, c identity.Caller, rid string) (admin.N
 }
 
 func (s *script) Links(_ context.Context, c identity.Caller, rid string) ([]admin.Link, error) {
-	return s.links, s.saw(c, rid)
+	return s.links, errors.Join(s.linksErr, s.saw(c, rid))
 }
 
 func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string) (int, error) {
@@ -71,7 +75,22 @@ func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string) (int,
 }
 
 func (s *script) Alarms(_ context.Context, c identity.Caller, rid string) ([]admin.Alarm, error) {
-	return s.alarms, s.saw(c, rid)
+	err := s.saw(c, rid)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.alarms, err
+}
+
+func (s *script) History(_ context.Context, _ identity.Caller, _, link string, from time.Time, each time.Duration) ([]admin.Span, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var list []admin.Span
+	for _, p := range s.past[link] {
+		if !p.At.Before(from.Truncate(each)) {
+			list = append(list, p)
+		}
+	}
+	return list, s.err
 }
 
 func (s *script) Epochs(_ context.Context, c identity.Caller, rid string) (admin.Epochs, error) {
@@ -90,7 +109,7 @@ func (s *script) Refused(_ context.Context, c identity.Caller, _, route string, 
 
 func newStage(t *testing.T) *stage {
 	t.Helper()
-	s := &stage{t: t, script: &script{}}
+	s := &stage{t: t, script: &script{stopping: make(chan struct{})}}
 	s.key = newKey(t)
 	s.ca = s.issue(&x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}, s.key)
 	m, err := identity.NewMap(
@@ -110,7 +129,7 @@ func newStage(t *testing.T) *stage {
 		t.Fatal(err)
 	}
 	door, err := admin.Handler(admin.Config{
-		KME: kme, Backend: s.script, Log: slog.New(slog.DiscardHandler),
+		KME: kme, Node: "km1-a", Stopping: s.stopping, Backend: s.script, Log: slog.New(slog.DiscardHandler),
 		Identify: func(r *http.Request) (identity.Caller, error) {
 			if c, err := saes(r); err == nil { // a mix-up of pools, which the door must notice
 				return c, nil

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -28,14 +29,20 @@ const maxAnswer = 16 << 20
 // taken its keys. (net/http itself repeats a GET on a kept connection that breaks;
 // the methods that POST are not concerned.)
 type Client struct {
-	base string
-	http *http.Client
+	bases []string
+	http  *http.Client
 }
 
 // NewClient returns a Client of the KME at base, such as https://kme.example:8443.
-// hc presents the SAE's certificate and trusts the KME's CA.
-func NewClient(base string, hc *http.Client) *Client {
-	return &Client{base: strings.TrimRight(base, "/"), http: hc}
+// more are its other nodes: each is tried when none before it can be connected to, in
+// which case nothing was asked for yet. hc presents the SAE's certificate and trusts
+// the KME's CA.
+func NewClient(base string, hc *http.Client, more ...string) *Client {
+	c := &Client{http: hc}
+	for _, b := range append([]string{base}, more...) {
+		c.bases = append(c.bases, strings.TrimRight(b, "/"))
+	}
+	return c
 }
 
 // APIError is an answer other than 200.
@@ -213,14 +220,7 @@ func parseContainer(body []byte) (Container, error) {
 
 // call returns the body of a 200, which the caller wipes.
 func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	resp, err := c.http.Do(req)
+	resp, err := c.send(ctx, method, path, body)
 	if err != nil {
 		return nil, err
 	}
@@ -233,6 +233,29 @@ func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]
 		return nil, apiError(resp, got)
 	}
 	return got, nil
+}
+
+// send says a request to the first node that can be connected to.
+func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
+	var errs []error
+	for _, base := range c.bases {
+		req, err := http.NewRequestWithContext(ctx, method, base+path, bytes.NewReader(body))
+		if err != nil {
+			return nil, err
+		}
+		if body != nil {
+			req.Header.Set("Content-Type", "application/json")
+		}
+		resp, err := c.http.Do(req)
+		if err == nil {
+			return resp, nil
+		}
+		errs = append(errs, err)
+		if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "dial" || ctx.Err() != nil {
+			break // it may have been heard
+		}
+	}
+	return nil, errors.Join(errs...)
 }
 
 // readAnswer reads a body. A buffer that it outgrows is wiped, so that no copy of

@@ -161,6 +161,22 @@ func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string
 	return n, nil
 }
 
+// History is how a link did.
+func (d OperatorDoor) History(ctx context.Context, _ identity.Caller, _, link string, from time.Time, each time.Duration) ([]admin.Span, error) {
+	minutes, err := d.k.Store.History(ctx, link, from, each)
+	if err != nil {
+		return nil, d.k.classify(err)
+	}
+	list := make([]admin.Span, len(minutes))
+	for i, m := range minutes {
+		list[i] = admin.Span{At: m.At, Blocks: m.Blocks, Aborts: m.Aborts, Bits: m.Bits, Stored: m.Here, StoredPeer: m.There}
+		if n := m.Blocks + m.Aborts; n > 0 {
+			list[i].QBER = m.QBER / float64(n)
+		}
+	}
+	return list, nil
+}
+
 // Healthy is nil if this process does its work: it is not stuck. What it needs may be away.
 func (d OperatorDoor) Healthy(context.Context) error { return d.k.Alive() }
 

@@ -1,0 +1,241 @@
+package admin_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/admin"
+)
+
+// furnished is a stage whose node has a link with history, and an alarm, and names
+// that would do harm if they were taken for HTML.
+func furnished(t *testing.T) *stage {
+	t.Helper()
+	s := newStage(t)
+	s.node = admin.Node{
+		KME: "km1", Node: "km1-a", Version: "v1", Run: 3, Started: when, Uptime: 61.5, Policies: "abcdef", HSM: admin.Health{OK: true, Detail: "SoftHSM"},
+		Database: admin.Health{Detail: "<img src=x onerror=alert(1)>"}, Peers: []admin.Peer{{KME: "km2", Health: admin.Health{OK: true}, ClockOffset: -0.2}},
+		Others: []admin.Other{{Node: "km1-b", Run: 4, Alive: true}},
+	}
+	s.links = []admin.Link{{
+		ID: "km1-km2", Peer: "km2", End: "alice", Provenance: "simulated", State: admin.LinkOpen, Session: 7, Blocks: 2, Aborts: 1,
+		Stored: 100, StoredPeer: 90, Current: &admin.Progress{Stage: "reconcile", Step: 3, Steps: 5, Done: 0.5},
+		Last: &admin.Block{Session: 7, Block: 2, At: time.Now(), QBER: 0.0123, Efficiency: 1.04, Length: 147_000, Aborted: "<b>Eve</b>"},
+	}}
+	s.alarms = []admin.Alarm{{Name: "qber-km1-km2", Text: `</script><script>alert(1)</script>`, Since: time.Now().Add(-3 * time.Minute)}}
+	s.past = map[string][]admin.Span{"km1-km2": month(time.Now())}
+	return s
+}
+
+// month is 30 days of a link's history, as the longest chart asks for it.
+func month(now time.Time) (list []admin.Span) {
+	for at := now.Add(-30 * 24 * time.Hour); at.Before(now); at = at.Add(4 * time.Hour) {
+		i := len(list)
+		list = append(list, admin.Span{At: at, Blocks: 200, QBER: 0.01 + float64(i%10)/1000, Bits: 30_000_000, Stored: 1000 + 10*i, StoredPeer: 500})
+	}
+	return list
+}
+
+// page gets a page and its body.
+func (s *stage) page(who, path string) (*http.Response, string) {
+	s.t.Helper()
+	resp, err := s.http(who).Get(s.server.URL + path)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+// inline is what the pages' own policy would not let work.
+var inline = regexp.MustCompile(`(?i)<script[^>]*>[^<]|<style|\sstyle=|\son[a-z]+="|javascript:|https?://`)
+
+// TestConsole: every view is there, in one piece, loads nothing from elsewhere, and
+// shows what the Backend says as text.
+func TestConsole(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	for path, wants := range map[string][]string{
+		"/":                      {"<h1>Overview</h1>", `aria-current="page"`, "qber-km1-km2</strong>", "SoftHSM", "km1-b", "1.23", "block under way: reconcile, 50 %"},
+		"/console/?range=day":    {"<strong>Last day</strong>", "<svg ", "Keys in the pool"},
+		"/console/?range=month":  {"<strong>Last 30 days</strong>", "polyline"},
+		"/console/acts":          {"/console/acts/cleanup"},
+		"/console/acts/cleanup":  {`<form method="post" action="/console/acts/cleanup">`, "End overdue keys?"},
+		"/console/style.css":     {"prefers-color-scheme: dark"},
+		"/console/console.js":    {"EventSource"},
+		"/console/?range=random": {"<strong>Last hour</strong>"},
+	} {
+		resp, body := s.page("root", path)
+		if resp.StatusCode != http.StatusOK {
+			t.Errorf("%s: %d %s", path, resp.StatusCode, body)
+		}
+		for _, want := range wants {
+			if !strings.Contains(body, want) {
+				t.Errorf("%s does not say %q", path, want)
+			}
+		}
+		if !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") {
+			continue
+		}
+		if found := inline.FindString(body); found != "" {
+			t.Errorf("%s has %q in it", path, found)
+		}
+		if p := resp.Header.Get("Content-Security-Policy"); !strings.Contains(p, "default-src 'none'") || strings.Contains(p, "unsafe") {
+			t.Errorf("%s: policy %q", path, p)
+		}
+		if !strings.Contains(body, `<html lang="en">`) || strings.Count(body, "<h1>") != 1 || !strings.Contains(body, `<main id="main"`) {
+			t.Errorf("%s is not a page:\n%s", path, body)
+		}
+	}
+}
+
+// TestConsoleWeight: what a first view loads, with a month of history in it.
+func TestConsoleWeight(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	weight := 0
+	for _, path := range []string{"/console/?range=month", "/console/style.css", "/console/console.js"} {
+		_, body := s.page("root", path)
+		weight += len(body)
+	}
+	if weight > 200_000 {
+		t.Errorf("%d bytes, want at most 200,000", weight)
+	}
+	t.Logf("%d bytes", weight)
+}
+
+// TestConsoleStrangers: no page for those who are no operators.
+func TestConsoleStrangers(t *testing.T) {
+	t.Parallel()
+	for _, who := range []string{"mallory", "alice"} {
+		s := furnished(t)
+		paths := []string{"/console/", "/console/acts", "/console/acts/cleanup", "/console/events"}
+		for _, path := range paths {
+			if resp, body := s.page(who, path); resp.StatusCode != http.StatusUnauthorized || strings.Contains(body, "km1-km2") {
+				t.Errorf("%s at %s: %d %s", who, path, resp.StatusCode, body)
+			}
+		}
+		if len(s.refusals) != len(paths) || len(s.callers) != 0 {
+			t.Errorf("%s: refusals %q, callers %q", who, s.refusals, s.callers)
+		}
+	}
+}
+
+// TestConsoleActs: what acts is done by a form of ours, and not by another site's page
+// in a browser that carries the operator's certificate.
+func TestConsoleActs(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	post := func(headers ...string) (int, string) {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL+"/console/acts/cleanup", strings.NewReader(url.Values{}.Encode()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		for i := 0; i < len(headers); i += 2 {
+			req.Header.Set(headers[i], headers[i+1])
+		}
+		resp, err := s.http("root").Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(body)
+	}
+	for _, foreign := range [][]string{
+		{"Sec-Fetch-Site", "cross-site"},
+		{"Sec-Fetch-Site", "same-site"},
+		{"Origin", "https://evil.example"},
+	} {
+		if status, _ := post(foreign...); status != http.StatusForbidden || len(s.callers) != 0 {
+			t.Errorf("%v: %d, and the Backend saw %v", foreign, status, s.callers)
+		}
+	}
+	if status, body := post("Sec-Fetch-Site", "same-origin", "Origin", s.server.URL); status != http.StatusOK || !strings.Contains(body, "7 overdue keys were ended") {
+		t.Errorf("of our own page: %d %s", status, body)
+	}
+	s.err = errors.New("postgres://secret")
+	if status, body := post("Sec-Fetch-Site", "same-origin"); status != http.StatusInternalServerError || strings.Contains(body, "secret") || !strings.Contains(body, `role="alert"`) {
+		t.Errorf("an act that fails: %d %s", status, body)
+	}
+}
+
+// TestConsoleWithoutDatabase: the overview is there all the same, and says so.
+func TestConsoleWithoutDatabase(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	s.linksErr = errors.New("away")
+	if resp, body := s.page("root", "/console/"); resp.StatusCode != http.StatusOK || !strings.Contains(body, "not ok") || !strings.Contains(body, "qber-km1-km2") {
+		t.Errorf("%d %s", resp.StatusCode, body)
+	}
+}
+
+// TestConsoleLive: the stream brings the parts of the page, then only what has changed,
+// and ends when the node stops.
+func TestConsoleLive(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.server.URL+"/console/events", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := s.http("root").Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	lines := bufio.NewScanner(resp.Body)
+	// round reads one round: the ids of the parts in it.
+	round := func() (ids []string) {
+		for lines.Scan() {
+			if id, ok := strings.CutPrefix(lines.Text(), "id: "); ok {
+				ids = append(ids, id)
+			}
+			if strings.HasPrefix(lines.Text(), ": still here") {
+				return ids
+			}
+		}
+		return append(ids, "the end")
+	}
+	if got := strings.Join(round(), " "); got != "alarms node link-km1-km2 charts-km1-km2" {
+		t.Errorf("the first round: %s", got)
+	}
+	s.mu.Lock()
+	s.alarms = nil
+	s.mu.Unlock()
+	for { // what depends on the time of day may change as well
+		if got := round(); len(got) > 0 {
+			if got[0] != "alarms" {
+				t.Errorf("an alarm is over, and the stream says: %v", got)
+			}
+			break
+		}
+	}
+	close(s.stopping)
+	for {
+		if got := round(); len(got) > 0 && got[len(got)-1] == "the end" {
+			break
+		}
+	}
+	if lines.Err() != nil {
+		t.Error(lines.Err())
+	}
+}

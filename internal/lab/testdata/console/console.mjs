@@ -1,0 +1,88 @@
+// Looks at the console of a KME node in a headless Chromium, as an operator would.
+//   node console.mjs URL PROFILE SHOTS
+// PROFILE is a folder with the operator's cert.pem and key.pem; screenshots go to SHOTS.
+import { createRequire } from "node:module";
+import { readFileSync } from "node:fs";
+import assert from "node:assert/strict";
+import { chromium } from "playwright-core";
+
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const [url, profile, shots] = process.argv.slice(2);
+const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
+
+// open gives a page of an operator whose system is light or dark. Scripts that the page
+// does not have itself are kept out by its policy: axe comes in beside it.
+async function open(colorScheme, width = 1280) {
+  const context = await browser.newContext({
+    colorScheme, viewport: { width, height: 900 }, ignoreHTTPSErrors: true,
+    clientCertificates: [{ origin: url, certPath: `${profile}/cert.pem`, keyPath: `${profile}/key.pem` }],
+  });
+  const page = await context.newPage();
+  page.complaints = [];
+  page.on("console", (m) => { if (m.type() === "error") page.complaints.push(m.text()); });
+  page.on("pageerror", (e) => page.complaints.push(String(e)));
+  page.loads = [];
+  page.on("response", (r) => {
+    if (!r.url().includes("/events")) page.loads.push(r.body().then((b) => b.length, () => 0));
+  });
+  return page;
+}
+
+// judge has axe look for what people with a screen reader, a keyboard or weak eyes meet.
+async function judge(page, what) {
+  const session = await page.context().newCDPSession(page);
+  await session.send("Runtime.evaluate", { expression: axe });
+  const { result } = await session.send("Runtime.evaluate", {
+    expression: `axe.run(document, {runOnly: ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]}).then((r) => JSON.stringify(r.violations.map((v) => [v.id, v.help, v.nodes.map((n) => n.html)])))`,
+    awaitPromise: true, returnByValue: true,
+  });
+  assert.deepEqual(JSON.parse(result.value), [], `${what}: axe`);
+}
+
+try {
+  for (const scheme of ["light", "dark"]) {
+    const page = await open(scheme);
+    const views = ["/console/", "/console/?range=month", "/console/acts", "/console/acts/cleanup", ...process.env.VIEWS?.split(" ") ?? []];
+    for (const [i, view] of views.entries()) {
+      page.loads.length = 0;
+      await page.goto(url + view, { waitUntil: "load" });
+      const first = await page.evaluate(() => performance.getEntriesByType("paint").find((e) => e.name === "first-contentful-paint")?.startTime);
+      if (view.startsWith("/console/?") || view === "/console/") await page.getByText(/^live$/).waitFor();
+      await judge(page, `${view} (${scheme})`);
+      const weight = (await Promise.all(page.loads)).reduce((a, b) => a + b, 0);
+      assert.ok(weight > 500 && weight < 200_000, `${view} weighs ${weight}`);
+      await page.screenshot({ path: `${shots}/${i}-${scheme}.png`, fullPage: true });
+      console.log(`${view} ${scheme}: ${weight} bytes, first paint after ${Math.round(first)} ms`);
+    }
+    assert.deepEqual(page.complaints, [], "the browser's console");
+    await page.context().close();
+  }
+
+  // It is live: a block that comes changes the page, which was not loaded again.
+  const page = await open("light");
+  await page.goto(url + "/console/");
+  const blocks = page.locator("dl.figures div", { hasText: "blocks, given up" }).first().locator("dd");
+  const before = await blocks.textContent();
+  await page.waitForFunction(([was]) => [...document.querySelectorAll("dl.figures div")].some((d) => d.textContent.includes("blocks, given up") && !d.textContent.includes(was)), [before], { timeout: 60_000 });
+
+  // By the keyboard alone: past the menu to the content, and an act to its end.
+  await page.goto(url + "/console/acts");
+  await page.keyboard.press("Tab");
+  assert.equal(await page.evaluate(() => document.activeElement.textContent), "Skip to the content");
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Tab");
+  await page.keyboard.press("Enter");
+  await page.getByRole("heading", { name: "End overdue keys?" }).waitFor();
+  await page.getByRole("button", { name: "End overdue keys" }).focus();
+  await page.keyboard.press("Enter");
+  await page.getByRole("status").filter({ hasText: "overdue keys were ended" }).waitFor();
+  assert.deepEqual(page.complaints, [], "the browser's console");
+
+  // A narrow screen scrolls in one direction only.
+  const narrow = await open("light", 380);
+  await narrow.goto(url + "/console/");
+  assert.ok(await narrow.evaluate(() => document.documentElement.scrollWidth <= innerWidth), "the page is wider than a telephone");
+  await narrow.screenshot({ path: `${shots}/narrow.png`, fullPage: true });
+} finally {
+  await browser.close();
+}
