@@ -38,7 +38,7 @@ func (l *liar) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write([]byte(l.sign))
 }
 
-func pemText(t *testing.T, file string) string {
+func pemText(t testing.TB, file string) string {
 	t.Helper()
 	text, err := os.ReadFile(file)
 	if err != nil {

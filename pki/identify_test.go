@@ -20,7 +20,7 @@ import (
 var unknownCritical = pkix.Extension{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}}
 
 // saeMap names SAEs by their URI; only alice is known, and let in if enabled.
-func saeMap(t *testing.T, enabled bool) *identity.Map {
+func saeMap(t testing.TB, enabled bool) *identity.Map {
 	t.Helper()
 	m, err := identity.NewMap(
 		[]identity.Rule{{ID: "sae-uri", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://sae.lab.test/{id}", Principal: "{id}"}},

@@ -21,7 +21,7 @@ import (
 )
 
 // newCAs makes the authorities without serving them and returns their directory.
-func newCAs(t *testing.T) string {
+func newCAs(t testing.TB) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "ca")
 	err := authority.Init(authority.InitConfig{
@@ -37,7 +37,7 @@ func newCAs(t *testing.T) string {
 
 // mint signs a certificate for id with the key of the role's CA and returns a
 // directory that holds it. edit makes it one that the CA itself would not issue.
-func mint(t *testing.T, ca string, role identity.Role, id string, edit func(*x509.Certificate)) string {
+func mint(t testing.TB, ca string, role identity.Role, id string, edit func(*x509.Certificate)) string {
 	t.Helper()
 	issuer, issuerKey := readPEM(t, ca, role, "intermediate.pem"), readPEM(t, ca, role, "intermediate.key")
 	parent, err := x509.ParseCertificate(issuer.Bytes)
@@ -81,7 +81,7 @@ func leafTemplate(role identity.Role, id string) *x509.Certificate {
 	return c
 }
 
-func readPEM(t *testing.T, ca string, role identity.Role, file string) *pem.Block {
+func readPEM(t testing.TB, ca string, role identity.Role, file string) *pem.Block {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(ca, string(role), file))
 	if err != nil {
@@ -91,7 +91,7 @@ func readPEM(t *testing.T, ca string, role identity.Role, file string) *pem.Bloc
 	return block
 }
 
-func writeCredential(t *testing.T, dir string, key *ecdsa.PrivateKey, chain ...[]byte) {
+func writeCredential(t testing.TB, dir string, key *ecdsa.PrivateKey, chain ...[]byte) {
 	t.Helper()
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
@@ -110,7 +110,7 @@ func writeCredential(t *testing.T, dir string, key *ecdsa.PrivateKey, chain ...[
 	}
 }
 
-func load(t *testing.T, dir string) *pki.Credential {
+func load(t testing.TB, dir string) *pki.Credential {
 	t.Helper()
 	c, err := pki.LoadCredential(dir)
 	if err != nil {
@@ -119,7 +119,7 @@ func load(t *testing.T, dir string) *pki.Credential {
 	return c
 }
 
-func pool(t *testing.T, files ...string) *x509.CertPool {
+func pool(t testing.TB, files ...string) *x509.CertPool {
 	t.Helper()
 	p, err := pki.LoadPool(files...)
 	if err != nil {

@@ -18,6 +18,7 @@ func ServerTLS(c *Credential, clientCAs *x509.CertPool, minVersion uint16) *tls.
 	return &tls.Config{
 		MinVersion:             max(minVersion, tls.VersionTLS12),
 		CipherSuites:           forwardSecret,
+		CurvePreferences:       groups,
 		NextProtos:             []string{"h2", "http/1.1"},
 		ClientAuth:             tls.RequireAndVerifyClientCert,
 		ClientCAs:              orNobody(clientCAs),
@@ -36,14 +37,19 @@ var forwardSecret = []uint16{
 	tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
 }
 
+// groups are those of the key exchange. The first protects what is recorded today from
+// a quantum computer of tomorrow; two of our own always agree on it.
+var groups = []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256, tls.CurveP384}
+
 // ClientTLS is the configuration of a client: it shows c, speaks TLS 1.3 only, and
 // takes a server whose certificate chains to roots, holds for the host name that
 // was dialled, and passes verify (see PeerURI). With a nil verify chain and host
 // name are enough.
 func ClientTLS(c *Credential, roots *x509.CertPool, verify func(leaf *x509.Certificate) error) *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		RootCAs:    orNobody(roots),
+		MinVersion:       tls.VersionTLS13,
+		CurvePreferences: groups,
+		RootCAs:          orNobody(roots),
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			return c.current.Load(), nil
 		},

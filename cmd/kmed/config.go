@@ -15,6 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/kme"
+	"github.com/qutemail/kme/pki"
 )
 
 // Config is the daemon's one file. Unknown and repeated members are refused.
@@ -55,6 +56,9 @@ type Config struct {
 	// Strict refuses, with 400, requests of 014 that are otherwise read with goodwill: a
 	// null for what may be left out, and an empty additional_slave_SAE_IDs. Default false.
 	Strict bool `yaml:"strict"`
+
+	// TLS12 lets SAEs in that do not speak TLS 1.3. Default false.
+	TLS12 bool `yaml:"tls12"`
 
 	Legacy LegacyConfig `yaml:"legacy"`
 
@@ -103,6 +107,9 @@ type CertificatesConfig struct {
 	TokenFile       string            `yaml:"token_file"`       // one-time token, needed when there is no certificate yet
 	Names           []string          `yaml:"names"`            // DNS names and addresses the certificate must hold for
 	Issuers         map[string]string `yaml:"issuers"`          // role (sae, kme, operator) -> file with the issuing CA
+	// CRLs are, for each role, the URLs of the CRLs of its issuing CAs. Nobody is let in
+	// whose CA has no CRL that still holds.
+	CRLs map[string][]string `yaml:"crls"`
 }
 
 // LimitsConfig bounds each SAE. What is beyond is answered 503 with a Retry-After.
@@ -115,6 +122,12 @@ type LimitsConfig struct {
 	Burst int `yaml:"burst"`
 	// Untaken is how many keys of one master may wait here for one slave. Default 100000.
 	Untaken int `yaml:"untaken"`
+	// Handshakes is how many may be under way at one door, HandshakesPerNetwork how
+	// many of them from one network (/24 of IPv4, /48 of IPv6). Defaults 1024 and 256.
+	Handshakes           int `yaml:"handshakes"`
+	HandshakesPerNetwork int `yaml:"handshakes_per_network"`
+	// Connections is how many one caller may have open at one door. Default 1024.
+	Connections int `yaml:"connections"`
 }
 
 // LinkConfig is the local side of a link that network.yaml names.
@@ -147,7 +160,10 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Legacy: LegacyConfig{Reread: untilConsumed},
-		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000},
+		Limits: LimitsConfig{
+			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000,
+			Handshakes: pki.DefaultLimits.Handshakes, HandshakesPerNetwork: pki.DefaultLimits.HandshakesPerNetwork, Connections: pki.DefaultLimits.Connections,
+		},
 	}
 	doc, err := decode(path, text, &c)
 	if err != nil {
@@ -242,6 +258,9 @@ func (c *Config) check(doc document) error {
 	k.must(c.PoolLimit >= 1, "pool_limit", "is %d: at least 1", c.PoolLimit)
 	k.must(c.Limits.AtomsPerSecond >= 1, "limits.atoms_per_second", "is %d: at least 1", c.Limits.AtomsPerSecond)
 	k.must(c.Limits.Burst >= kme.MinBurst, "limits.burst", "is %d: at least %d, the largest request", c.Limits.Burst, kme.MinBurst)
+	k.must(c.Limits.Handshakes >= 1, "limits.handshakes", "is %d: at least 1", c.Limits.Handshakes)
+	k.must(c.Limits.HandshakesPerNetwork >= 1, "limits.handshakes_per_network", "is %d: at least 1", c.Limits.HandshakesPerNetwork)
+	k.must(c.Limits.Connections >= 1, "limits.connections", "is %d: at least 1", c.Limits.Connections)
 	k.must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
 	k.must(c.Legacy.Reread == untilConsumed || c.Legacy.Reread == once, "legacy.reread", "is %q: %s or %s", c.Legacy.Reread, untilConsumed, once)
 	c.checkLinks(k)
@@ -260,6 +279,17 @@ func (c *CertificatesConfig) check(k *checker) {
 	}
 	for _, role := range roles {
 		k.has("certificates.issuers."+string(role), c.Issuers[string(role)])
+	}
+	for _, role := range roles {
+		at := "certificates.crls." + string(role)
+		k.must(len(c.CRLs[string(role)]) > 0, at, "is missing")
+		for _, crl := range c.CRLs[string(role)] {
+			u, err := url.Parse(crl)
+			k.must(err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "", at, "%q is not the http:// URL of a CRL", crl)
+		}
+	}
+	for _, role := range slices.Sorted(maps.Keys(c.CRLs)) {
+		k.must(slices.Contains(roles, identity.Role(role)), "certificates.crls."+role, "is no role: those are %v", roles)
 	}
 	for _, role := range slices.Sorted(maps.Keys(c.Issuers)) {
 		k.must(slices.Contains(roles, identity.Role(role)), "certificates.issuers."+role, "is no role: those are %v", roles)

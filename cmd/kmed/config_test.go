@@ -17,7 +17,7 @@ import (
 const example = "../../deploy/kmed.yaml"
 
 // optional is a line of the example that shows a default.
-var optional = regexp.MustCompile(`(?m)^( *)# ( *[a-z_]+:( \S+)?)$`)
+var optional = regexp.MustCompile(`(?m)^( *)# ( *[a-z0-9_]+:( \S+)?)$`)
 
 // TestExample: the shipped example loads, and what it says of defaults is so.
 func TestExample(t *testing.T) {
@@ -33,10 +33,15 @@ func TestExample(t *testing.T) {
 		Certificates: CertificatesConfig{
 			Dir: "/var/lib/kmed/tls", CA: "https://ca.example.net:9442", RootFingerprint: strings.Repeat("0123456789abcdef", 4),
 			Issuers: map[string]string{"sae": "/etc/kmed/ca/sae.pem", "kme": "/etc/kmed/ca/kme.pem", "operator": "/etc/kmed/ca/operator.pem"},
+			CRLs: map[string][]string{
+				"sae": {"http://ca.example.net:9451/crl"}, "kme": {"http://ca.example.net:9452/crl"}, "operator": {"http://ca.example.net:9453/crl"},
+			},
 		},
 		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", Interval: time.Second}},
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
-		Limits: LimitsConfig{AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000}, Legacy: LegacyConfig{Reread: "until-consumed"},
+		Limits: LimitsConfig{
+			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000, Handshakes: 1024, HandshakesPerNetwork: 256, Connections: 1024,
+		}, Legacy: LegacyConfig{Reread: "until-consumed"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the example (-want +got):\n%s", diff)
@@ -44,7 +49,7 @@ func TestExample(t *testing.T) {
 
 	text := read(t, example)
 	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 21 {
+	if len(defaults) != 25 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
 	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})

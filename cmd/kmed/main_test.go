@@ -116,7 +116,7 @@ func writeCertificate(dir, id string) error {
 	if err != nil {
 		return err
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: id}, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: id}, NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		return err
@@ -158,6 +158,7 @@ certificates:
   dir: tls
   ca: https://localhost:9000
   root_fingerprint: 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff
+  crls: {sae: ["http://localhost:9001/crl"], kme: ["http://localhost:9001/crl"], operator: ["http://localhost:9001/crl"]}
   issuers:
     sae: tls/root.pem
     kme: tls/root.pem

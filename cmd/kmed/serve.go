@@ -49,7 +49,9 @@ type node struct {
 	set        *policies.Set
 	entry      policies.NodeEntry
 	credential *pki.Credential
-	issuers    map[string]*x509.CertPool
+	issuers    map[string]*pki.Issuers
+	revoked    map[string]*pki.Revocations
+	refusals   *pki.Refusals
 	roots      *x509.CertPool
 	token      *hsm.Token
 	witness    *store.Witness
@@ -92,7 +94,7 @@ func load(ctx context.Context, path string, log *slog.Logger) (*node, *kme.KME, 
 	if err != nil {
 		return nil, nil, err
 	}
-	n := &node{cfg: cfg, env: env, log: log.With("kme", cfg.KME, "node", cfg.Node)}
+	n := &node{cfg: cfg, env: env, refusals: new(pki.Refusals), log: log.With("kme", cfg.KME, "node", cfg.Node)}
 	if err := n.open(ctx); err != nil {
 		return nil, nil, err
 	}
@@ -146,6 +148,11 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 		open.Go(func() error { return d.serve(ctx, listening[i]) })
 	}
 	open.Go(func() error { return n.tellSystemd(ctx, core.Alive) })
+	for _, r := range n.revoked {
+		open.Go(func() error { return r.Run(ctx) })
+	}
+	n.refusals.Record = core.RecordRefusals
+	open.Go(func() error { return n.refusals.Run(ctx) })
 	open.Go(func() error {
 		select {
 		case err := <-coreDone:
@@ -258,10 +265,17 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 	if n.roots, err = pki.LoadPool(filepath.Join(c.Dir, "root.pem")); err != nil {
 		return err
 	}
-	n.issuers = make(map[string]*x509.CertPool)
-	for role, file := range c.Issuers {
-		if n.issuers[role], err = pki.LoadPool(file); err != nil {
+	n.issuers, n.revoked = make(map[string]*pki.Issuers), make(map[string]*pki.Revocations)
+	for _, role := range roles {
+		role := string(role)
+		if n.issuers[role], err = pki.LoadIssuers(c.Issuers[role]); err != nil {
 			return fmt.Errorf("the issuing CA of role %s: %w", role, err)
+		}
+		if n.revoked[role], err = pki.OpenRevocations(ctx, pki.RevocationsConfig{
+			Role: identity.Role(role), Issuers: n.issuers[role], URLs: c.CRLs[role],
+			Dir: filepath.Join(n.cfg.Data, "crl"), Now: failpoint.Now, Log: n.log,
+		}); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -277,6 +291,9 @@ func (n *node) core() (*kme.KME, error) {
 		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
 		Quota: kme.Quota{Rate: float64(n.cfg.Limits.AtomsPerSecond), Burst: n.cfg.Limits.Burst, Untaken: n.cfg.Limits.Untaken},
+	}
+	for _, role := range roles {
+		cfg.Watched = append(cfg.Watched, kme.Watched{Alarm: "crl-" + string(role), Trouble: n.revoked[string(role)].Trouble})
 	}
 	for _, lc := range n.cfg.Links {
 		link, err := n.link(lc)
@@ -390,10 +407,10 @@ func (n *node) collectors(core *kme.KME, sae *etsi014.Door) []prometheus.Collect
 type door struct {
 	name    string
 	address string
-	tls     *tls.Config
+	gate    *pki.Gate
 	handler http.Handler
 	log     *slog.Logger
-	raw     func(context.Context, net.Listener) error // instead of a handler
+	raw     func(context.Context, net.Listener) error // instead of gate and handler
 }
 
 // doors makes the four doors. A certificate of one role cannot reach a route of
@@ -430,20 +447,40 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	}
 
 	e := n.entry
+	saeTLS := uint16(tls.VersionTLS13)
+	if n.cfg.TLS12 {
+		saeTLS = tls.VersionTLS12
+	}
+	classical := n.gate("classical", "kme", tls.VersionTLS13)
 	return []door{
-		{name: "sae", address: n.env.address(e.SAE), tls: pki.ServerTLS(n.credential, n.issuers["sae"], tls.VersionTLS12), handler: door014.Handler(doorOld.Mount), log: n.log},
-		{name: "assign", address: e.Assign, tls: pki.ServerTLS(n.credential, n.issuers["kme"], tls.VersionTLS13), handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
-		{name: "operator", address: e.Operator, tls: pki.ServerTLS(n.credential, n.issuers["operator"], tls.VersionTLS13), handler: operator, log: n.log},
+		{name: "sae", address: n.env.address(e.SAE), gate: n.gate("sae", "sae", saeTLS), handler: door014.Handler(doorOld.Mount), log: n.log},
+		{name: "assign", address: e.Assign, gate: n.gate("assign", "kme", tls.VersionTLS13), handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
+		{name: "operator", address: e.Operator, gate: n.gate("operator", "operator", tls.VersionTLS13), handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
 			return peer.ServeClassical(ctx, ln, peer.ClassicalConfig{
-				TLS: pki.ServerTLS(n.credential, n.issuers["kme"], tls.VersionTLS13),
+				TLS: classical.TLS(), Failed: classical.Failed, Changed: n.revoked["kme"].Changed,
 				Identify: func(s tls.ConnectionState) (identity.Caller, error) {
-					return peers(&http.Request{TLS: &s})
+					caller, err := peers(&http.Request{TLS: &s})
+					return caller, cmp.Or(err, n.revoked["kme"].Check(s.VerifiedChains[0][0], now()))
 				},
 				Handle: core.Classical, Refused: core.PeerDoor().Refused, Log: n.log,
 			})
 		}},
 	}, nil
+}
+
+// gate is the way into a door for the callers of a role.
+func (n *node) gate(door, role string, minTLS uint16) *pki.Gate {
+	return pki.NewGate(pki.GateConfig{
+		Door: door, Credential: n.credential, Issuers: n.issuers[role], Revocations: n.revoked[role], MinVersion: minTLS,
+		Judge: func(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
+			return n.set.Principals.Judge(role, leaf, now)
+		},
+		Refusals: n.refusals, Now: failpoint.Now, Log: n.log,
+		Limits: pki.Limits{
+			Handshakes: n.cfg.Limits.Handshakes, HandshakesPerNetwork: n.cfg.Limits.HandshakesPerNetwork, Connections: n.cfg.Limits.Connections,
+		},
+	})
 }
 
 func (d door) listen(ctx context.Context) (net.Listener, error) {
@@ -460,8 +497,15 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 	if d.raw != nil {
 		return d.raw(ctx, ln)
 	}
+	var watch errgroup.Group
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	watch.Go(func() error { return d.gate.Run(watching) })
+	defer func() {
+		stopWatching()
+		_ = watch.Wait() // it has no errors
+	}()
 	s := &http.Server{
-		Handler: d.handler, TLSConfig: d.tls, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
+		Handler: d.handler, TLSConfig: d.gate.TLS(), ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
 	}
@@ -472,7 +516,7 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 		defer cancel()
 		stopped <- s.Shutdown(grace)
 	}()
-	if err := s.ServeTLS(ln, "", ""); err != http.ErrServerClosed {
+	if err := s.Serve(d.gate.Listen(ln)); err != http.ErrServerClosed {
 		return fmt.Errorf("serving the %s door: %w", d.name, err)
 	}
 	return <-stopped

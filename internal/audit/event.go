@@ -49,9 +49,11 @@ const (
 	CopyClosed    Action = "kek-copy-closed" // this node has no copy of the KEK in its session any more
 	EpochDropped  Action = "epoch-dropped"   // its tables are gone, and Count rows of assigned keys with them
 
-	Recover Action = "recover" // the account begins anew, in the origin that Count says
-	Alarm   Action = "alarm"
-	Outage  Action = "outage-summary" // refusals that could not be recorded while the database was away
+	Recover     Action = "recover" // the account begins anew, in the origin that Count says
+	Alarm       Action = "alarm"
+	Handshake   Action = "handshake"      // refused ones that are alike; Count says how many
+	Certificate Action = "certificate"    // this node's own was renewed, or could not be
+	Outage      Action = "outage-summary" // refusals that could not be recorded while the database was away
 )
 
 // Outcome is how it ended.

@@ -70,7 +70,8 @@ const (
 	CNMismatch       = "cn-mismatch"
 	UnknownPrincipal = "unknown-principal"
 	Disabled         = "disabled"
-	Revoked          = "revoked"    // or nobody knows any more whether it is
+	Revoked          = "revoked"
+	NoCRL            = "no-crl"     // none of its CA, or only one that has ended: it may be revoked
 	NotHybrid        = "not-hybrid" // a key exchange that the caller's row does not allow
 )
 

@@ -53,6 +53,15 @@ type Config struct {
 	Strict      bool          // see etsi014.Limits
 	ReadOnce    bool          // keys asked for through the legacy API are read once, as those of 014
 	Quota       Quota         // of each SAE
+
+	// Watched are parts outside the core whose trouble is an alarm here.
+	Watched []Watched
+}
+
+// Watched is a part outside the core that is asked every second how it is.
+type Watched struct {
+	Alarm   string                     // its name
+	Trouble func(now time.Time) string // what an operator should know of; "" if all is well
 }
 
 // KME is one node of a Key Management Entity.
@@ -260,6 +269,13 @@ func (k *KME) stopped() {
 func (k *KME) beat(ctx context.Context) {
 	k.beaten.Store(int64(time.Since(processStart)))
 	k.endIncidents(ctx)
+	for _, w := range k.Watched {
+		if text := w.Trouble(k.Now()); text != "" {
+			k.raise(ctx, w.Alarm, text)
+		} else {
+			k.clear(ctx, w.Alarm)
+		}
+	}
 	if err := k.outage.keep(); err != nil {
 		k.raise(ctx, "data", "the data folder takes no writes: "+err.Error())
 	} else {

@@ -85,6 +85,10 @@ certificates:
   root_fingerprint: {{.Fingerprint}}
   token_file: enrolment-token
   names: [localhost, 127.0.0.1]
+  crls:
+    sae: ["http://localhost:{{.SAECRL}}/crl"]
+    kme: ["http://localhost:{{.KMECRL}}/crl"]
+    operator: ["http://localhost:{{.OperatorCRL}}/crl"]
   issuers:
     sae: ../../ca/sae/intermediate.pem
     kme: ../../ca/kme/intermediate.pem
@@ -115,7 +119,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	if err := kmedYAML.Execute(&b, map[string]any{
 		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
 		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Limits": s.lab.Limits,
-		"Policies": s.policies(),
+		"Policies": s.policies(), "SAECRL": s.lab.Ports.crl("sae"), "KMECRL": s.lab.Ports.crl("kme"), "OperatorCRL": s.lab.Ports.crl("operator"),
 	}); err != nil {
 		return err
 	}

@@ -38,6 +38,11 @@ func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config) (*S
 type ClassicalConfig struct {
 	TLS      *tls.Config // must ask for a certificate of the KME CA
 	Identify func(tls.ConnectionState) (identity.Caller, error)
+	// Changed is closed when Identify may answer otherwise: it is asked again then, and a
+	// stream of nobody any more is closed.
+	Changed func() <-chan struct{}
+	// Failed is told of each handshake that failed.
+	Failed func(remote net.Addr, err error)
 	// Handle works with one stream, which is closed when it returns. It must
 	// return soon after ctx ends.
 	Handle func(ctx context.Context, from identity.KME, s *Stream)
@@ -125,9 +130,11 @@ func (c ClassicalConfig) serve(ctx context.Context, raw net.Conn, cfg *tls.Confi
 	defer cancel()
 	if err := conn.HandshakeContext(shake); err != nil {
 		log.WarnContext(ctx, "handshake refused", "err", err)
+		c.Failed(raw.RemoteAddr(), err)
 		return
 	}
 	state := conn.ConnectionState()
+	changed := c.Changed()
 	if state.NegotiatedProtocol != classicalProtocol {
 		log.WarnContext(ctx, "stream without the classical protocol")
 		return
@@ -145,6 +152,24 @@ func (c ClassicalConfig) serve(ctx context.Context, raw net.Conn, cfg *tls.Confi
 	}
 	s := newStream(conn)
 	defer func() { _ = s.Close() }()
-	defer context.AfterFunc(ctx, func() { _ = s.Close() })()
+	ctx, done := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	defer done()
+	watch.Go(func() {
+		defer func() { _ = s.Close() }()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-changed:
+			}
+			changed = c.Changed()
+			if _, err := c.Identify(state); err != nil {
+				log.WarnContext(ctx, "stream closed", "err", err)
+				return
+			}
+		}
+	})
 	c.Handle(ctx, from, s)
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,6 +27,7 @@ func classical(t *testing.T, cfg *tls.Config, handle func(context.Context, ident
 	go func() {
 		done <- ServeClassical(ctx, ln, ClassicalConfig{
 			TLS: cfg, Identify: judge(t), Handle: handle, Log: quiet(),
+			Changed: func() <-chan struct{} { return nil }, Failed: func(net.Addr, error) {},
 			Refused: func(_ context.Context, c identity.Caller, r Refusal) {
 				if c.Remote() == "" || c.Certificate().Serial == "" {
 					t.Error("a refusal without its caller's facts")
@@ -93,6 +95,66 @@ func TestStreamOverTLS(t *testing.T) {
 	}
 	if who != mustKME(t, "km1") {
 		t.Errorf("from %v, want km1", who)
+	}
+}
+
+// TestStreamOfNobody: a stream is closed when its certificate names nobody any more, and
+// not when something else has changed.
+func TestStreamOfNobody(t *testing.T) {
+	ca := newAuthority(t)
+	ln := listen(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	var changed atomic.Pointer[chan struct{}]
+	change := func() {
+		next := make(chan struct{})
+		if before := changed.Swap(&next); before != nil {
+			close(*before)
+		}
+	}
+	change()
+	var revoked atomic.Bool
+	known := judge(t)
+	done, over := make(chan error, 1), make(chan error, 1)
+	go func() {
+		done <- ServeClassical(ctx, ln, ClassicalConfig{
+			TLS: ca.server(ca.issue(t, "kme", "km2")), Log: quiet(), Refused: func(context.Context, identity.Caller, Refusal) {},
+			Failed: func(net.Addr, error) {}, Changed: func() <-chan struct{} { return *changed.Load() },
+			Identify: func(s tls.ConnectionState) (identity.Caller, error) {
+				if revoked.Load() {
+					return identity.Caller{}, errors.New("revoked")
+				}
+				return known(s)
+			},
+			Handle: func(ctx context.Context, from identity.KME, s *Stream) {
+				echo(ctx, from, s)
+				_, _, err := s.Recv()
+				over <- err
+			},
+		})
+	}()
+	s, err := DialClassical(within(t, 5*time.Second), []string{ln.Addr().String()}, ca.client(ca.issue(t, "kme", "km1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	change()
+	if err := s.Send(1, []byte("still there?")); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Recv(); err != nil {
+		t.Fatalf("closed by a change that was not about it: %v", err)
+	}
+	revoked.Store(true)
+	change()
+	if _, _, err := s.Recv(); err == nil {
+		t.Error("a stream of a revoked certificate goes on")
+	}
+	if err := <-over; err == nil {
+		t.Error("its handler goes on")
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 

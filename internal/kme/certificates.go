@@ -1,0 +1,28 @@
+package kme
+
+import (
+	"context"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/pki"
+)
+
+// RecordRefusals records handshakes that the doors ended before anything could be
+// asked for, one event for those that are alike. Whoever summed them up offers them
+// again if that fails.
+func (k *KME) RecordRefusals(ctx context.Context, rs []pki.Refusal) error {
+	evs := make([]audit.Event, len(rs))
+	for i, r := range rs {
+		reason := r.Reason
+		if r.Detail != "" {
+			reason += ": " + r.Detail
+		}
+		evs[i] = audit.Event{
+			Action: audit.Handshake, Outcome: audit.Refused, Reason: reason, Route: r.Door, Count: r.Count,
+			Actor: audit.Actor{
+				Remote: r.Remote, Serial: r.Certificate.Serial, Issuer: r.Certificate.Issuer, Fingerprint: r.Certificate.Fingerprint,
+			},
+		}
+	}
+	return k.Store.Record(ctx, evs...)
+}

@@ -1,0 +1,462 @@
+package pki_test
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/pki"
+)
+
+// door is an SAE door behind a Gate, with the CRL of its CA.
+type door struct {
+	t        testing.TB
+	ca       string
+	url      string
+	sae      signer
+	crl      *publisher
+	revoked  *pki.Revocations
+	gate     *pki.Gate
+	refusals pki.Refusals
+	later    atomic.Int64 // how far the door's clock is ahead
+	people   atomic.Pointer[identity.Map]
+	changed  atomic.Pointer[chan struct{}]
+
+	mu       sync.Mutex
+	recorded []pki.Refusal
+	denied   []string // what Identify said of requests
+	failing  bool     // nothing can be recorded
+}
+
+func newDoor(t testing.TB, limits pki.Limits) *door {
+	t.Helper()
+	d := &door{t: t, ca: newCAs(t), crl: newPublisher(t)}
+	d.sae = signerOf(t, d.ca, "sae")
+	d.crl.publish(d.sae.crl(t, 1, nil))
+	d.revoked = saeRevocations(t, d.ca, t.TempDir(), d.crl)
+	d.people.Store(saeMap(t, true))
+	changed := make(chan struct{})
+	d.changed.Store(&changed)
+	d.refusals.Record = func(_ context.Context, rs []pki.Refusal) error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.failing {
+			return io.ErrClosedPipe
+		}
+		d.recorded = append(d.recorded, rs...)
+		return nil
+	}
+	d.gate = pki.NewGate(pki.GateConfig{
+		Door: "sae", Credential: load(t, mint(t, d.ca, "kme", "km1", nil)),
+		Issuers: issuers(t, filepath.Join(d.ca, "sae/intermediate.pem")), Revocations: d.revoked,
+		MinVersion: tls.VersionTLS13, Refusals: &d.refusals, Limits: limits, Now: d.now, Log: quiet,
+		Judge: func(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
+			return d.people.Load().Judge("sae", leaf, now)
+		},
+		Changed: func() <-chan struct{} { return *d.changed.Load() },
+	})
+	d.serve()
+	return d
+}
+
+func (d *door) now() time.Time { return time.Now().Add(time.Duration(d.later.Load())) }
+
+func (d *door) serve() {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.url = strings.Replace("https://"+ln.Addr().String(), "127.0.0.1", "localhost", 1)
+	identify := pki.Identify("sae", d.people.Load, d.now)
+	s := &http.Server{TLSConfig: d.gate.TLS(), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := identify(r); err != nil {
+			d.mu.Lock()
+			d.denied = append(d.denied, reasonOf(err))
+			d.mu.Unlock()
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+	})}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { _ = s.Serve(d.gate.Listen(ln)) })
+	running.Go(func() { _ = d.gate.Run(ctx) })
+	d.t.Cleanup(func() {
+		cancel()
+		_ = s.Close()
+		running.Wait()
+	})
+}
+
+// client is one of id, or of whom the credential in dir is, with connections of its own.
+func (d *door) client(dir string, protocols ...string) *http.Client {
+	cfg := pki.ClientTLS(load(d.t, dir), pool(d.t, filepath.Join(d.ca, "root.pem")), nil)
+	tr := &http.Transport{TLSClientConfig: cfg, Protocols: new(http.Protocols)}
+	tr.Protocols.SetHTTP1(!slices.Contains(protocols, "h2"))
+	tr.Protocols.SetHTTP2(slices.Contains(protocols, "h2"))
+	d.t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: 10 * time.Second}
+}
+
+func (d *door) alice() string { return mint(d.t, d.ca, "sae", "alice", nil) }
+
+// ask makes a request and returns its status, or 0.
+func (d *door) ask(c *http.Client) (int, error) {
+	res, err := c.Get(d.url)
+	if err != nil {
+		return 0, err
+	}
+	_, _ = io.Copy(io.Discard, res.Body)
+	return res.StatusCode, res.Body.Close()
+}
+
+// reasons are those that were recorded or denied since the last call, and how often.
+func (d *door) reasons() string {
+	d.refusals.Flush(context.Background())
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var all []string
+	for _, r := range d.recorded {
+		all = append(all, fmt.Sprintf("handshake %s %d", r.Reason, r.Count))
+	}
+	for _, reason := range d.denied {
+		all = append(all, "request "+reason)
+	}
+	d.recorded, d.denied = nil, nil
+	return strings.Join(all, ", ")
+}
+
+// record fails the test unless this, and nothing else, comes on record. A client may
+// know of its refusal before it is on record.
+func (d *door) record(name, want string) {
+	d.t.Helper()
+	var got string
+	d.until(fmt.Sprintf("%s: %q on record", name, want), func() bool {
+		if more := d.reasons(); more != "" {
+			got = strings.TrimPrefix(got+", "+more, ", ")
+		}
+		return len(got) >= len(want)
+	})
+	if got != want {
+		d.t.Errorf("%s: on record: %q, want %q", name, got, want)
+	}
+}
+
+// TestCertificateTraps: each is refused for its own reason, and on record with it.
+func TestCertificateTraps(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, pki.Limits{})
+	other := newCAs(t)
+	uri := func(s string) func(*x509.Certificate) {
+		return func(c *x509.Certificate) { c.URIs = nil; c.ExtraExtensions = append(c.ExtraExtensions, sanOf(t, s)) }
+	}
+	subject := func(cns ...string) func(*x509.Certificate) {
+		return func(c *x509.Certificate) { c.RawSubject = subjectOf(t, cns...) }
+	}
+	revoked := mint(t, d.ca, "sae", "alice", nil)
+	d.crl.publish(d.sae.crl(t, 2, nil, load(t, revoked).Leaf()))
+	d.revoked.Fetch(t.Context())
+	for name, tt := range map[string]struct {
+		dir  string
+		want string
+	}{
+		"a good one":               {d.alice(), ""},
+		"no EKU":                   {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.ExtKeyUsage = nil }), "request eku"},
+		"any EKU":                  {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} }), "request eku"},
+		"EKU of servers":           {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), "handshake eku 1"},
+		"a CA as leaf":             {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true }), "request not-leaf"},
+		"no digitalSignature":      {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }), "request key-usage"},
+		"two CNs":                  {mint(t, d.ca, "sae", "alice", subject("bob", "alice")), "request cn-mismatch"},
+		"NUL in the CN":            {mint(t, d.ca, "sae", "alice", subject("alice\x00")), "request cn-mismatch"},
+		"Cyrillic in the CN":       {mint(t, d.ca, "sae", "alice", subject("\u0430lice")), "request cn-mismatch"},
+		"two URI SANs":             {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) }), "request ambiguous"},
+		"an escape":                {mint(t, d.ca, "sae", "alice", uri("qkd://sae.lab.test/%61lice")), "request bad-id"},
+		"userinfo":                 {mint(t, d.ca, "sae", "alice", uri("qkd://u@sae.lab.test/alice")), "request no-rule"},
+		"a port":                   {mint(t, d.ca, "sae", "alice", uri("qkd://sae.lab.test:99/alice")), "request no-rule"},
+		"dots":                     {mint(t, d.ca, "sae", "alice", uri("qkd://sae.lab.test/x/../alice")), "request bad-id"},
+		"another trust domain":     {mint(t, d.ca, "sae", "alice", uri("qkd://sae.evil.test/alice")), "handshake names 1"},
+		"another role's host":      {mint(t, d.ca, "sae", "alice", uri("qkd://operator.lab.test/alice")), "handshake names 1"},
+		"a KME's":                  {mint(t, d.ca, "kme", "km1", nil), "handshake unknown-ca 1"},
+		"an operator's":            {mint(t, d.ca, "operator", "root", nil), "handshake unknown-ca 1"},
+		"a CA of the same name":    {mint(t, other, "sae", "alice", nil), "handshake unknown-ca 1"},
+		"not begun":                {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), "handshake not-yet-valid 1"},
+		"of a year":                {mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.NotAfter = time.Now().AddDate(1, 0, 0) }), "request lifetime"},
+		"revoked":                  {revoked, "handshake revoked 1"},
+		"of somebody nobody knows": {mint(t, d.ca, "sae", "mallory", nil), "request unknown-principal"},
+	} {
+		status, err := d.ask(d.client(tt.dir))
+		if (status == http.StatusOK) != (tt.want == "") {
+			t.Errorf("%s: got %d, %v", name, status, err)
+		}
+		d.record(name, tt.want)
+	}
+
+	t.Run("nothing", func(t *testing.T) {
+		c := &http.Client{Transport: &http.Transport{TLSClientConfig: pki.AnonymousTLS(pool(t, filepath.Join(d.ca, "root.pem")))}}
+		if status, err := d.ask(c); err == nil {
+			t.Errorf("got %d", status)
+		}
+		d.record("", "handshake no-certificate 1")
+	})
+	t.Run("the other way round", func(t *testing.T) { // an SAE's at the door of KMEs
+		kmes := issuers(t, filepath.Join(d.ca, "kme/intermediate.pem"))
+		if _, err := load(t, d.alice()).Leaf().Verify(x509.VerifyOptions{Roots: kmes.Pool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err == nil {
+			t.Error("verified")
+		}
+	})
+	t.Run("ended", func(t *testing.T) {
+		dir := d.alice()
+		d.later.Store(int64(2 * time.Hour))
+		defer d.later.Store(0)
+		if status, _ := d.ask(d.client(dir)); status != 0 {
+			t.Errorf("got %d", status)
+		}
+		d.record("", "handshake expired 1")
+	})
+	t.Run("a session to resume", func(t *testing.T) {
+		dir := d.alice()
+		c := d.client(dir)
+		c.Transport.(*http.Transport).TLSClientConfig.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+		if status, err := d.ask(c); status != http.StatusOK {
+			t.Fatal(status, err)
+		}
+		d.crl.publish(d.sae.crl(t, 3, nil, load(t, dir).Leaf()))
+		d.revoked.Fetch(t.Context())
+		c.CloseIdleConnections()
+		if status, _ := d.ask(c); status != 0 {
+			t.Errorf("got %d", status)
+		}
+		d.record("", "handshake revoked 1")
+	})
+}
+
+var oidSubjectAltName, oidCommonName = asn1.ObjectIdentifier{2, 5, 29, 17}, asn1.ObjectIdentifier{2, 5, 4, 3}
+
+// sanOf is a SAN with one URI in exactly this spelling.
+func sanOf(t testing.TB, uri string) pkix.Extension {
+	t.Helper()
+	value, err := asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(uri)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pkix.Extension{Id: oidSubjectAltName, Value: value}
+}
+
+// subjectOf is a subject of these CNs, in order.
+func subjectOf(t testing.TB, cns ...string) []byte {
+	t.Helper()
+	var seq pkix.RDNSequence
+	for _, cn := range cns {
+		seq = append(seq, pkix.RelativeDistinguishedNameSET{{Type: oidCommonName, Value: cn}})
+	}
+	raw, err := asn1.Marshal(seq)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// watcher keeps asking on one connection until it ends.
+func (d *door) watch(c *http.Client, asked *atomic.Int64) (ended <-chan error) {
+	done := make(chan error, 1)
+	go func() {
+		for {
+			status, err := d.ask(c)
+			if err == nil && status != http.StatusOK {
+				err = fmt.Errorf("status %d", status)
+			}
+			if err != nil {
+				done <- err
+				return
+			}
+			asked.Add(1)
+		}
+	}()
+	return done
+}
+
+// TestBlockAlice: her open connections end when her certificate is revoked, or her
+// switch is turned; those of others go on.
+func TestBlockAlice(t *testing.T) {
+	t.Parallel()
+	for _, how := range []string{"CRL", "switch"} {
+		for _, protocol := range []string{"http/1.1", "h2"} {
+			t.Run(how+" "+protocol, func(t *testing.T) {
+				t.Parallel()
+				d := newDoor(t, pki.Limits{})
+				d.people.Store(peopleMap(t, true))
+				alice, bob := mint(t, d.ca, "sae", "alice", nil), mint(t, d.ca, "sae", "bob", nil)
+				var hers, his atomic.Int64
+				aliceDone, bobDone := d.watch(d.client(alice, protocol), &hers), d.watch(d.client(bob, protocol), &his)
+				idle := d.client(alice, protocol)
+				if status, err := d.ask(idle); err != nil || status != http.StatusOK {
+					t.Fatal(status, err)
+				}
+				d.until("both are served", func() bool { return hers.Load() > 10 && his.Load() > 10 })
+				if n := d.gate.Open(); n != 3 {
+					t.Errorf("%d connections are open, want 3", n)
+				}
+				switch how {
+				case "CRL":
+					d.crl.publish(d.sae.crl(t, 2, nil, load(t, alice).Leaf()))
+					d.revoked.Fetch(t.Context())
+				case "switch":
+					d.people.Store(peopleMap(t, false))
+					next := make(chan struct{})
+					close(*d.changed.Swap(&next))
+				}
+				if err := <-aliceDone; err == nil {
+					t.Error("alice is served on")
+				}
+				d.until("her other connection, which asks nothing, is closed", func() bool { return d.gate.Good() == 1 })
+				served := his.Load()
+				d.until("bob is served on", func() bool { return his.Load() > served+10 })
+				select {
+				case err := <-bobDone:
+					t.Errorf("bob was disturbed: %v", err)
+				default:
+				}
+			})
+		}
+	}
+}
+
+// until waits for what must become true.
+func (d *door) until(what string, is func() bool) {
+	d.t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for range 20_000 {
+		if is() {
+			return
+		}
+		<-tick.C
+	}
+	d.t.Fatalf("never: %s", what)
+}
+
+// peopleMap knows alice and bob.
+func peopleMap(t testing.TB, alice bool) *identity.Map {
+	t.Helper()
+	m, err := identity.NewMap(
+		[]identity.Rule{{ID: "sae-uri", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://sae.lab.test/{id}", Principal: "{id}"}},
+		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 169 * time.Hour},
+		map[string]identity.Principal{
+			identity.PrincipalKey(identity.RoleSAE, "alice"): {Enabled: alice}, identity.PrincipalKey(identity.RoleSAE, "bob"): {Enabled: true},
+		},
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// TestLimits: who does not come to the end of his handshakes keeps others out of his
+// network only, and one caller has only so many connections.
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, pki.Limits{Handshakes: 3, HandshakesPerNetwork: 2, Connections: 2})
+	address := strings.TrimPrefix(d.url, "https://")
+	dial := func(from string) net.Conn {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		c, err := dialer.DialContext(t.Context(), "tcp4", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	mute := []net.Conn{dial("127.0.0.1"), dial("127.0.0.9")}
+	d.until("two handshakes are under way", func() bool { return d.gate.Shaking() == 2 })
+	if _, err := dial("127.0.0.1").Read(make([]byte, 1)); err == nil {
+		t.Error("a third of the same network was heard")
+	}
+	d.record("", "handshake busy 1")
+	third := dial("127.0.1.1") // of another network
+	d.until("three handshakes are under way", func() bool { return d.gate.Shaking() == 3 })
+	if _, err := dial("127.0.2.1").Read(make([]byte, 1)); err == nil {
+		t.Error("a fourth of all was heard")
+	}
+	for _, c := range append(mute, third) {
+		c.Close()
+	}
+	d.until("their places are free", func() bool { return d.gate.Shaking() == 0 })
+	d.reasons()
+
+	alice := d.alice()
+	first, second := d.client(alice), d.client(alice)
+	for _, c := range []*http.Client{first, second} {
+		if status, err := d.ask(c); err != nil || status != http.StatusOK {
+			t.Fatal(status, err)
+		}
+	}
+	if status, _ := d.ask(d.client(alice)); status != 0 {
+		t.Error("alice has a third connection")
+	}
+	d.record("", "handshake too-many 1")
+	first.CloseIdleConnections()
+	d.until("her place is free", func() bool { return d.gate.Open() == 1 })
+	if status, err := d.ask(d.client(alice)); err != nil || status != http.StatusOK {
+		t.Error(status, err)
+	}
+}
+
+// TestRefusalsAreSummedUp: a flood is a few events; what cannot be recorded is counted on.
+func TestRefusalsAreSummedUp(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, pki.Limits{})
+	d.failing = true
+	km1 := mint(t, d.ca, "kme", "km1", nil)
+	for range 5 {
+		_, _ = d.ask(d.client(km1))
+		if got := d.reasons(); got != "" {
+			t.Errorf("on record: %q, and nothing can be", got)
+		}
+	}
+	d.failing = false
+	d.record("", "handshake unknown-ca 5")
+	for range 80 { // each a certificate of its own
+		leaf := &x509.Certificate{Raw: []byte(rand.Text())}
+		d.gate.Failed(&net.TCPAddr{}, &tls.CertificateVerificationError{UnverifiedCertificates: []*x509.Certificate{leaf}, Err: x509.UnknownAuthorityError{}})
+	}
+	got := strings.Split(d.reasons(), ", ")
+	slices.Sort(got)
+	if len(got) != 65 || got[64] != "handshake unknown-ca 16" {
+		t.Errorf("on record: %d events, the last %q; want 65, and one of 16", len(got), got[len(got)-1])
+	}
+}
+
+// TestHybrid: the key exchange is one that a quantum computer does not break, unless a
+// client knows no better.
+func TestHybrid(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, pki.Limits{})
+	for _, tt := range []struct{ offered, want tls.CurveID }{{0, tls.X25519MLKEM768}, {tls.X25519, tls.X25519}} {
+		c := d.client(d.alice(), "h2")
+		if cfg := c.Transport.(*http.Transport).TLSClientConfig; tt.offered != 0 {
+			cfg.CurvePreferences = []tls.CurveID{tt.offered}
+		}
+		res, err := c.Get(d.url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.TLS.CurveID != tt.want || res.TLS.Version != tls.VersionTLS13 || res.ProtoMajor != 2 {
+			t.Errorf("got %v, %s, %s; want %v", res.TLS.CurveID, tls.VersionName(res.TLS.Version), res.Proto, tt.want)
+		}
+	}
+}
