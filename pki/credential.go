@@ -53,6 +53,9 @@ func readCredential(dir string, now time.Time) (*tls.Certificate, error) {
 		return nil, fmt.Errorf("others can read %s (mode %o)", keyFile, info.Mode().Perm())
 	}
 	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, certFile), key)
+	if err != nil && finishStoring(dir) == nil {
+		cert, err = tls.LoadX509KeyPair(filepath.Join(dir, certFile), key)
+	}
 	if err != nil {
 		return nil, err
 	}

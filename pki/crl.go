@@ -177,6 +177,14 @@ func (r *Revocations) Run(ctx context.Context) error {
 	}
 }
 
+// From has the CRLs fetched from these URLs from now on.
+func (r *Revocations) From(urls []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cfg.URLs = urls
+	maps.DeleteFunc(r.errors, func(url string, _ error) bool { return !slices.Contains(urls, url) })
+}
+
 // Reissued takes up the CAs that Issuers has now: CRLs of those that are gone count
 // no more.
 func (r *Revocations) Reissued() {
@@ -192,7 +200,10 @@ func (r *Revocations) fetch(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, crlTimeout)
 	defer cancel()
 	var all sync.WaitGroup
-	for _, url := range r.cfg.URLs {
+	r.mu.Lock()
+	urls := r.cfg.URLs
+	r.mu.Unlock()
+	for _, url := range urls {
 		all.Go(func() {
 			raw, err := r.get(ctx, url)
 			r.mu.Lock()
@@ -200,7 +211,9 @@ func (r *Revocations) fetch(ctx context.Context) {
 			if err == nil {
 				err = r.accept(raw)
 			}
-			r.outcome(url, err)
+			if slices.Contains(r.cfg.URLs, url) {
+				r.outcome(url, err)
+			}
 		})
 	}
 	all.Wait()

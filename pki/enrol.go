@@ -11,28 +11,21 @@
 package pki
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/hex"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net/http"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 )
 
 // Enrolment says which certificate Enrol fetches, from where and to where.
@@ -49,18 +42,19 @@ type Enrolment struct {
 	Names []string
 
 	Log *slog.Logger // default slog.Default()
+
+	dial func(ctx context.Context, network, address string) (net.Conn, error) // for tests
 }
+
+func (e Enrolment) client() caClient { return caClient{e.CA, e.dial} }
 
 // Files of an enrolled directory.
 const (
 	keyFile  = "key.pem"  // PKCS #8, mode 0600
 	certFile = "cert.pem" // leaf, then intermediate
 	rootFile = "root.pem" // the anchor that the CA was pinned to
-)
 
-const (
-	enrolTimeout   = 30 * time.Second // of one request
-	maxAnswerBytes = 1 << 20
+	nextCertFile = "cert.pem.next" // what is to become cert.pem: see storeCredential
 )
 
 // Enrol makes sure that e.Dir holds a key and a certificate for e.ID. It does
@@ -93,125 +87,26 @@ func (e Enrolment) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("making a key: %w", err)
 	}
-	root, err := e.fetchRoot(ctx)
+	ca := e.client()
+	root, err := ca.root(ctx, e.RootFingerprint)
 	if err != nil {
 		return fmt.Errorf("fetching the root: %w", err)
 	}
-	chain, err := e.sign(ctx, root, key, strings.TrimSpace(string(token)))
+	chain, err := ca.sign(ctx, root, e.ID, key, strings.TrimSpace(string(token)))
 	if err != nil {
 		return fmt.Errorf("asking for a certificate: %w", err)
 	}
 	if err := e.check(chain, root, key); err != nil {
 		return fmt.Errorf("checking the certificate: %w", err)
 	}
-	if err := e.store(chain, root, key); err != nil {
+	if err := storeRoot(e.Dir, root); err != nil {
+		return fmt.Errorf("storing the root: %w", err)
+	}
+	if err := storeCredential(e.Dir, chain, key); err != nil {
 		return fmt.Errorf("storing the certificate: %w", err)
 	}
 	log.Info("enrolled", "id", e.ID, "ca", e.CA, "serial", chain[0].SerialNumber.String(), "until", chain[0].NotAfter)
 	return nil
-}
-
-// fetchRoot asks the CA for the root with the pinned fingerprint. Nothing vouches
-// for this connection, and nothing has to: the answer must hash to the pin.
-func (e Enrolment) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
-	pin := strings.ToLower(e.RootFingerprint)
-	if raw, err := hex.DecodeString(pin); err != nil || len(raw) != sha256.Size {
-		return nil, fmt.Errorf("the root's fingerprint %q is not a SHA-256 in hex", e.RootFingerprint)
-	}
-	var answer struct {
-		CA string `json:"ca"`
-	}
-	unverified := &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}
-	if err := e.call(ctx, unverified, http.MethodGet, "/root/"+pin, nil, &answer); err != nil {
-		return nil, err
-	}
-	root, err := parseCertificate(answer.CA)
-	if err != nil {
-		return nil, err
-	}
-	if sum := sha256.Sum256(root.Raw); hex.EncodeToString(sum[:]) != pin {
-		return nil, fmt.Errorf("the CA's root has the fingerprint %x, not %s", sum, pin)
-	}
-	return root, nil
-}
-
-// sign sends the request and the token, over a connection verified against root.
-func (e Enrolment) sign(ctx context.Context, root *x509.Certificate, key *ecdsa.PrivateKey, token string) ([]*x509.Certificate, error) {
-	// The CA takes nothing from the request but its key.
-	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: e.ID}}
-	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
-	if err != nil {
-		return nil, err
-	}
-	request := struct {
-		CSR   string `json:"csr"`
-		Token string `json:"ott"`
-	}{string(encodePEM("CERTIFICATE REQUEST", der)), token}
-	var answer struct {
-		Chain []string `json:"certChain"`
-	}
-	if err := e.call(ctx, AnonymousTLS(poolOf(root)), http.MethodPost, "/1.0/sign", request, &answer); err != nil {
-		return nil, err
-	}
-	if len(answer.Chain) == 0 {
-		return nil, errors.New("the CA's answer holds no certificate")
-	}
-	var chain []*x509.Certificate
-	for _, text := range answer.Chain {
-		cert, err := parseCertificate(text)
-		if err != nil {
-			return nil, err
-		}
-		chain = append(chain, cert)
-	}
-	return chain, nil
-}
-
-// call makes one request on a connection of its own: no proxy, no redirect, a
-// bounded answer.
-func (e Enrolment) call(ctx context.Context, tlsConfig *tls.Config, method, path string, request, answer any) error {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return err
-	}
-	if method == http.MethodGet {
-		body = nil
-	}
-	transport := &http.Transport{TLSClientConfig: tlsConfig, ForceAttemptHTTP2: true}
-	defer transport.CloseIdleConnections()
-	client := http.Client{
-		Transport:     transport,
-		Timeout:       enrolTimeout,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	req, err := http.NewRequestWithContext(ctx, method, strings.TrimSuffix(e.CA, "/")+path, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes))
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode/100 != 2 {
-		return refusal(resp.StatusCode, text)
-	}
-	return json.Unmarshal(text, answer)
-}
-
-// refusal is the CA's error, in its own words if it has any.
-func refusal(status int, body []byte) error {
-	var problem struct {
-		Message string `json:"message"`
-	}
-	if json.Unmarshal(body, &problem) != nil || problem.Message == "" {
-		problem.Message = http.StatusText(status)
-	}
-	return fmt.Errorf("the CA refused: %d: %s", status, problem.Message)
 }
 
 // check makes sure that what the CA sent is what was asked for.
@@ -239,8 +134,18 @@ func (e Enrolment) check(chain []*x509.Certificate, root *x509.Certificate, key 
 	return nil
 }
 
-// store writes the certificate last: it is what says that the others are good.
-func (e Enrolment) store(chain []*x509.Certificate, root *x509.Certificate, key *ecdsa.PrivateKey) error {
+func storeRoot(dir string, root *x509.Certificate) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return replaceFile(filepath.Join(dir, rootFile), encodePEM("CERTIFICATE", root.Raw), 0o644)
+}
+
+// storeCredential replaces key and certificate as one, though they are two files: the
+// new certificate lies beside the old one, under another name, when the key is
+// replaced. If the process dies before that, the old pair stands; if it dies after it,
+// finishStoring completes the new one.
+func storeCredential(dir string, chain []*x509.Certificate, key *ecdsa.PrivateKey) error {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return err
@@ -249,16 +154,25 @@ func (e Enrolment) store(chain []*x509.Certificate, root *x509.Certificate, key 
 	for _, cert := range chain {
 		certs = append(certs, encodePEM("CERTIFICATE", cert.Raw)...)
 	}
-	if err := os.MkdirAll(e.Dir, 0o700); err != nil {
+	if err := replaceFile(filepath.Join(dir, nextCertFile), certs, 0o644); err != nil {
 		return err
 	}
-	if err := replaceFile(filepath.Join(e.Dir, rootFile), encodePEM("CERTIFICATE", root.Raw), 0o644); err != nil {
+	if err := replaceFile(filepath.Join(dir, keyFile), encodePEM("PRIVATE KEY", der), 0o600); err != nil {
 		return err
 	}
-	if err := replaceFile(filepath.Join(e.Dir, keyFile), encodePEM("PRIVATE KEY", der), 0o600); err != nil {
+	return finishStoring(dir)
+}
+
+// finishStoring gives the next certificate its name if it is the key's.
+func finishStoring(dir string) error {
+	next := filepath.Join(dir, nextCertFile)
+	if _, err := tls.LoadX509KeyPair(next, filepath.Join(dir, keyFile)); err != nil {
 		return err
 	}
-	return replaceFile(filepath.Join(e.Dir, certFile), certs, 0o644)
+	if err := os.Rename(next, filepath.Join(dir, certFile)); err != nil {
+		return err
+	}
+	return syncDir(dir)
 }
 
 // replaceFile writes a file whole or not at all: under another name, synced, then
@@ -276,7 +190,11 @@ func replaceFile(name string, content []byte, mode os.FileMode) error {
 	if err := os.Rename(f.Name(), name); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(name))
+	return syncDir(filepath.Dir(name))
+}
+
+func syncDir(name string) error {
+	dir, err := os.Open(name)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,9 @@
 package pki
 
-import "context"
+import (
+	"context"
+	"net"
+)
 
 // Fetch asks every URL once, as Run does.
 func (r *Revocations) Fetch(ctx context.Context) { r.fetch(ctx) }
@@ -33,4 +36,22 @@ func (g *Gate) Good() int {
 		}
 	}
 	return n
+}
+
+// Over has e speak to its CA over connections that dial makes.
+func (e Enrolment) Over(dial func(ctx context.Context, network, address string) (net.Conn, error)) Enrolment {
+	e.dial = dial
+	return e
+}
+
+// Renew makes one attempt.
+func (r *Renewal) Renew(ctx context.Context) error { return r.renew(ctx) }
+
+// StoreHalf is storeCredential that dies when the key is replaced and the certificate is
+// not, or even before that.
+func StoreHalf(dir string, next []byte, key []byte) error {
+	if err := replaceFile(dir+"/"+nextCertFile, next, 0o644); err != nil || key == nil {
+		return err
+	}
+	return replaceFile(dir+"/"+keyFile, key, 0o600)
 }

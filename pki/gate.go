@@ -57,13 +57,12 @@ type Gate struct {
 	cfg GateConfig
 	tls *tls.Config
 
-	mu         sync.Mutex
-	shaking    int
-	networks   map[netip.Prefix]int // handshakes under way
-	open       map[*gateConn]struct{}
-	perCaller  map[string]int // connections
-	accepted   atomic.Int64
-	overloaded atomic.Int64
+	mu        sync.Mutex
+	shaking   int
+	networks  map[netip.Prefix]int // handshakes under way
+	open      map[*gateConn]struct{}
+	perCaller map[string]int // connections
+	accepted  atomic.Int64
 }
 
 // NewGate returns the Gate of a door. Its Run closes connections, its Listen makes
@@ -311,9 +310,6 @@ func (g *Gate) Failed(remote net.Addr, err error) { g.refuse(nil, remote, err) }
 
 // refuse has the record say that a connection came to nothing. leaf may be nil.
 func (g *Gate) refuse(leaf *x509.Certificate, remote net.Addr, err error) {
-	if errors.Is(err, errBusy) {
-		g.overloaded.Add(1)
-	}
 	r := refusalOf(err, leaf, g.cfg.Now())
 	r.Door, r.Remote = g.cfg.Door, remote.String()
 	g.cfg.Log.Debug("handshake refused", "remote", r.Remote, "reason", r.Reason, "err", err)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -35,7 +36,12 @@ type door struct {
 	refusals pki.Refusals
 	later    atomic.Int64 // how far the door's clock is ahead
 	people   atomic.Pointer[identity.Map]
-	changed  atomic.Pointer[chan struct{}]
+	issuers  *pki.Issuers
+	issuing  string // the file of issuers
+
+	credential    *pki.Credential
+	credentialDir string
+	changed       atomic.Pointer[chan struct{}]
 
 	mu       sync.Mutex
 	recorded []pki.Refusal
@@ -47,8 +53,17 @@ func newDoor(t testing.TB, limits pki.Limits) *door {
 	t.Helper()
 	d := &door{t: t, ca: newCAs(t), crl: newPublisher(t)}
 	d.sae = signerOf(t, d.ca, "sae")
+	d.issuing = filepath.Join(t.TempDir(), "sae.pem")
+	d.credentialDir = mint(t, d.ca, "kme", "km1", nil)
+	d.credential = load(t, d.credentialDir)
 	d.crl.publish(d.sae.crl(t, 1, nil))
-	d.revoked = saeRevocations(t, d.ca, t.TempDir(), d.crl)
+	d.trust(d.ca)
+	var err error
+	if d.revoked, err = pki.OpenRevocations(t.Context(), pki.RevocationsConfig{
+		Role: "sae", Issuers: d.issuers, URLs: []string{d.crl.url}, Dir: t.TempDir(), Log: quiet,
+	}); err != nil {
+		t.Fatal(err)
+	}
 	d.people.Store(saeMap(t, true))
 	changed := make(chan struct{})
 	d.changed.Store(&changed)
@@ -62,8 +77,7 @@ func newDoor(t testing.TB, limits pki.Limits) *door {
 		return nil
 	}
 	d.gate = pki.NewGate(pki.GateConfig{
-		Door: "sae", Credential: load(t, mint(t, d.ca, "kme", "km1", nil)),
-		Issuers: issuers(t, filepath.Join(d.ca, "sae/intermediate.pem")), Revocations: d.revoked,
+		Door: "sae", Credential: d.credential, Issuers: d.issuers, Revocations: d.revoked,
 		MinVersion: tls.VersionTLS13, Refusals: &d.refusals, Limits: limits, Now: d.now, Log: quiet,
 		Judge: func(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
 			return d.people.Load().Judge("sae", leaf, now)
@@ -72,6 +86,26 @@ func newDoor(t testing.TB, limits pki.Limits) *door {
 	})
 	d.serve()
 	return d
+}
+
+// trust has the door take the SAEs of these CAs, and of no others.
+func (d *door) trust(cas ...string) {
+	var all string
+	for _, ca := range cas {
+		all += pemText(d.t, filepath.Join(ca, "sae/intermediate.pem"))
+	}
+	if err := os.WriteFile(d.issuing, []byte(all), 0o600); err != nil {
+		d.t.Fatal(err)
+	}
+	if d.issuers == nil {
+		d.issuers = issuers(d.t, d.issuing)
+		return
+	}
+	if err := d.issuers.Reload(); err != nil {
+		d.t.Fatal(err)
+	}
+	d.revoked.Reissued()
+	d.revoked.Fetch(d.t.Context())
 }
 
 func (d *door) now() time.Time { return time.Now().Add(time.Duration(d.later.Load())) }
@@ -104,7 +138,11 @@ func (d *door) serve() {
 
 // client is one of id, or of whom the credential in dir is, with connections of its own.
 func (d *door) client(dir string, protocols ...string) *http.Client {
-	cfg := pki.ClientTLS(load(d.t, dir), pool(d.t, filepath.Join(d.ca, "root.pem")), nil)
+	return d.clientOf(load(d.t, dir), pool(d.t, filepath.Join(d.ca, "root.pem")), protocols...)
+}
+
+func (d *door) clientOf(c *pki.Credential, roots *x509.CertPool, protocols ...string) *http.Client {
+	cfg := pki.ClientTLS(c, roots, nil)
 	tr := &http.Transport{TLSClientConfig: cfg, Protocols: new(http.Protocols)}
 	tr.Protocols.SetHTTP1(!slices.Contains(protocols, "h2"))
 	tr.Protocols.SetHTTP2(slices.Contains(protocols, "h2"))

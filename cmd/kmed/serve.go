@@ -11,9 +11,11 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"syscall"
@@ -42,6 +44,7 @@ import (
 
 // node is a daemon being put together: what the configuration names, opened.
 type node struct {
+	path       string // of the configuration
 	cfg        Config
 	env        Environment
 	log        *slog.Logger
@@ -52,6 +55,7 @@ type node struct {
 	issuers    map[string]*pki.Issuers
 	revoked    map[string]*pki.Revocations
 	refusals   *pki.Refusals
+	renewal    *pki.Renewal
 	roots      *x509.CertPool
 	token      *hsm.Token
 	witness    *store.Witness
@@ -94,7 +98,7 @@ func load(ctx context.Context, path string, log *slog.Logger) (*node, *kme.KME, 
 	if err != nil {
 		return nil, nil, err
 	}
-	n := &node{cfg: cfg, env: env, refusals: new(pki.Refusals), log: log.With("kme", cfg.KME, "node", cfg.Node)}
+	n := &node{path: path, cfg: cfg, env: env, refusals: new(pki.Refusals), log: log.With("kme", cfg.KME, "node", cfg.Node)}
 	if err := n.open(ctx); err != nil {
 		return nil, nil, err
 	}
@@ -153,6 +157,9 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 	}
 	n.refusals.Record = core.RecordRefusals
 	open.Go(func() error { return n.refusals.Run(ctx) })
+	n.renewal.Record = core.RecordRenewal
+	open.Go(func() error { return n.renewal.Run(ctx) })
+	open.Go(func() error { return n.reloadAtHUP(ctx) })
 	open.Go(func() error {
 		select {
 		case err := <-coreDone:
@@ -252,9 +259,10 @@ func lockData(dir string) (*os.File, error) {
 
 func (n *node) openCertificates(ctx context.Context) (err error) {
 	c := n.cfg.Certificates
-	if err := pki.Enrol(ctx, pki.Enrolment{
+	enrolment := pki.Enrolment{
 		CA: c.CA, RootFingerprint: c.RootFingerprint, TokenFile: c.TokenFile, Dir: c.Dir, ID: n.cfg.KME, Names: c.Names, Log: n.log,
-	}); errors.Is(err, fs.ErrNotExist) {
+	}
+	if err := pki.Enrol(ctx, enrolment); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w (certificates.token_file names the file; kme-ca token kme %s prints what belongs into it)", err, n.cfg.KME)
 	} else if err != nil {
 		return err
@@ -262,6 +270,7 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 	if n.credential, err = pki.LoadCredential(c.Dir); err != nil {
 		return err
 	}
+	n.renewal = &pki.Renewal{Enrolment: enrolment, Credential: n.credential, Now: failpoint.Now}
 	if n.roots, err = pki.LoadPool(filepath.Join(c.Dir, "root.pem")); err != nil {
 		return err
 	}
@@ -281,6 +290,38 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 	return nil
 }
 
+// reloadAtHUP reads the certificates again at each SIGHUP until ctx ends: this node's,
+// those of the issuing CAs, and, for half a minute every second, the CRLs.
+func (n *node) reloadAtHUP(ctx context.Context) error {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hangups:
+		}
+		n.log.Info("SIGHUP: reading the certificates and the CRLs again")
+		if err := n.reloadCertificates(); err != nil {
+			n.log.Error("what was not read again stays as it was", "err", err)
+		}
+	}
+}
+
+func (n *node) reloadCertificates() error {
+	err := n.credential.Reload()
+	cfg, cfgErr := LoadConfig(n.path, n.env)
+	for role, revoked := range n.revoked {
+		err = errors.Join(err, n.issuers[role].Reload())
+		if cfgErr == nil {
+			revoked.From(cfg.Certificates.CRLs[role])
+		}
+		revoked.Reissued()
+	}
+	return errors.Join(err, cfgErr)
+}
+
 // core makes the KME with its peers and links.
 func (n *node) core() (*kme.KME, error) {
 	cfg := kme.Config{
@@ -292,6 +333,7 @@ func (n *node) core() (*kme.KME, error) {
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
 		Quota: kme.Quota{Rate: float64(n.cfg.Limits.AtomsPerSecond), Burst: n.cfg.Limits.Burst, Untaken: n.cfg.Limits.Untaken},
 	}
+	cfg.Watched = append(cfg.Watched, kme.Watched{Alarm: "certificate", Trouble: n.renewal.Trouble})
 	for _, role := range roles {
 		cfg.Watched = append(cfg.Watched, kme.Watched{Alarm: "crl-" + string(role), Trouble: n.revoked[string(role)].Trouble})
 	}
@@ -432,8 +474,20 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 		return nil, err
 	}
 
+	e := n.entry
+	saeTLS := uint16(tls.VersionTLS13)
+	if n.cfg.TLS12 {
+		saeTLS = tls.VersionTLS12
+	}
+	gateSAE, gateOperator := n.gate("sae", "sae", saeTLS), n.gate("operator", "operator", tls.VersionTLS13)
+	gateAssign, gateClassical := n.gate("assign", "kme", tls.VersionTLS13), n.gate("classical", "kme", tls.VersionTLS13)
+
 	metrics := prometheus.NewRegistry()
-	for _, c := range n.collectors(core, door014) {
+	certificates := pki.Metrics{
+		Gates: []*pki.Gate{gateSAE, gateAssign, gateOperator, gateClassical}, Refusals: n.refusals, Renewal: n.renewal,
+		Revocations: slices.Collect(maps.Values(n.revoked)),
+	}
+	for _, c := range append(n.collectors(core, door014), certificates) {
 		if err := metrics.Register(c); err != nil {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}
@@ -446,19 +500,13 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 		return nil, err
 	}
 
-	e := n.entry
-	saeTLS := uint16(tls.VersionTLS13)
-	if n.cfg.TLS12 {
-		saeTLS = tls.VersionTLS12
-	}
-	classical := n.gate("classical", "kme", tls.VersionTLS13)
 	return []door{
-		{name: "sae", address: n.env.address(e.SAE), gate: n.gate("sae", "sae", saeTLS), handler: door014.Handler(doorOld.Mount), log: n.log},
-		{name: "assign", address: e.Assign, gate: n.gate("assign", "kme", tls.VersionTLS13), handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
-		{name: "operator", address: e.Operator, gate: n.gate("operator", "operator", tls.VersionTLS13), handler: operator, log: n.log},
+		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: door014.Handler(doorOld.Mount), log: n.log},
+		{name: "assign", address: e.Assign, gate: gateAssign, handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
+		{name: "operator", address: e.Operator, gate: gateOperator, handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
 			return peer.ServeClassical(ctx, ln, peer.ClassicalConfig{
-				TLS: classical.TLS(), Failed: classical.Failed, Changed: n.revoked["kme"].Changed,
+				TLS: gateClassical.TLS(), Failed: gateClassical.Failed, Changed: n.revoked["kme"].Changed,
 				Identify: func(s tls.ConnectionState) (identity.Caller, error) {
 					caller, err := peers(&http.Request{TLS: &s})
 					return caller, cmp.Or(err, n.revoked["kme"].Check(s.VerifiedChains[0][0], now()))
@@ -505,7 +553,7 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 		_ = watch.Wait() // it has no errors
 	}()
 	s := &http.Server{
-		Handler: d.handler, TLSConfig: d.gate.TLS(), ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
+		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
 	}

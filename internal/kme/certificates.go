@@ -2,6 +2,8 @@ package kme
 
 import (
 	"context"
+	"crypto/x509"
+	"time"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/pki"
@@ -25,4 +27,15 @@ func (k *KME) RecordRefusals(ctx context.Context, rs []pki.Refusal) error {
 		}
 	}
 	return k.Store.Record(ctx, evs...)
+}
+
+// RecordRenewal records that this node's own certificate was renewed, or why it could
+// not be. leaf is the one in use now.
+func (k *KME) RecordRenewal(ctx context.Context, leaf *x509.Certificate, err error) {
+	ev := k.own(audit.Certificate)
+	ev.Reason = "serial " + leaf.SerialNumber.String() + " until " + leaf.NotAfter.UTC().Format(time.RFC3339)
+	if err != nil {
+		ev.Outcome, ev.Reason = audit.Failed, err.Error()
+	}
+	k.note(ctx, ev)
 }
