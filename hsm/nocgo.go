@@ -4,6 +4,7 @@ package hsm
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 )
 
@@ -16,6 +17,12 @@ type Token struct{}
 
 // KEK is an open key-encryption key. Without cgo there is none.
 type KEK struct{}
+
+// SigningKey is an Ed25519 key in the token. Without cgo there is none.
+type SigningKey struct{}
+
+// ErrNoSigningKey is what the cgo twin returns for a label without a key.
+var ErrNoSigningKey = errors.New("no such signing key")
 
 // Open fails: the binary was built without cgo.
 func Open(context.Context, Config) (*Token, error) { return nil, errNoCgo }
@@ -60,3 +67,8 @@ func (*KEK) Unwrap(context.Context, [IVBytes]byte, []byte, []byte) ([]byte, erro
 func (*KEK) Wrap(context.Context, []byte, []byte) (iv [IVBytes]byte, ct []byte, err error) {
 	return iv, nil, errNoCgo
 }
+
+func (*Token) OpenSigningKey(context.Context, string) (*SigningKey, error) { return nil, errNoCgo }
+func (*Token) NewSigningKey(context.Context, string) (*SigningKey, error)  { return nil, errNoCgo }
+func (*SigningKey) Public() ed25519.PublicKey                              { return nil }
+func (*SigningKey) Sign(context.Context, []byte) ([]byte, error)           { return nil, errNoCgo }

@@ -45,6 +45,7 @@ type commands struct {
 	Link    linkCommand    `cmd:"" help:"See how its QKD links stand (operators)."`
 	Epochs  epochsCommand  `cmd:"" help:"See how the epochs stand, and when what was handed out cannot be recovered any more (operators)."`
 	Alarms  alarmsCommand  `cmd:"" help:"See what a KME node complains of (operators)."`
+	Audit   trailCommand   `cmd:"" help:"Read and verify the audit log (auditors)."`
 	Cleanup cleanupCommand `cmd:"" help:"Have keys ended whose lifetime is over, now (operators)."`
 	Version versionCommand `cmd:"" help:"Print the version."`
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/kme"
@@ -60,12 +61,47 @@ type Config struct {
 	// TLS12 lets SAEs in that do not speak TLS 1.3. Default false.
 	TLS12 bool `yaml:"tls12"`
 
+	Audit AuditConfig `yaml:"audit"`
+
 	Legacy LegacyConfig `yaml:"legacy"`
 
 	// Production refuses keys of a simulated link. Default false, which kmed says
 	// loudly at start.
 	Production bool `yaml:"production"`
+
+	digest [sha256.Size]byte // of the file's text
 }
+
+// AuditConfig says how the audit log is kept. See deploy/AUDIT.md.
+type AuditConfig struct {
+	// Sequencer is the Postgres DSN of the role kme_seq: with it this node folds the
+	// site's events into the log's tree when no other node does. Without it, kmed
+	// sequencer must run somewhere.
+	Sequencer string `yaml:"sequencer"`
+	// Reader is the Postgres DSN of the role kme_auditor, with which the operator door
+	// answers kmectl audit. Without it that door has no audit routes.
+	Reader string `yaml:"reader"`
+	// Fork says what follows when the log was forged, forked or rewound: stop (nothing is
+	// delivered any more, or not with that peer; the default) or alarm.
+	Fork string `yaml:"fork"`
+	// PeerKeys are the verifier keys of the logs of other KMEs, by their IDs. Of one that
+	// is not there the first key that is seen is kept.
+	PeerKeys map[string]string `yaml:"peer_keys"`
+	// Witnesses are those beside the other KMEs that checkpoints are submitted to.
+	Witnesses []WitnessConfig `yaml:"witnesses"`
+}
+
+// WitnessConfig is a witness of the audit log that speaks C2SP tlog-witness.
+type WitnessConfig struct {
+	URL string `yaml:"url"` // of add-checkpoint
+	Key string `yaml:"key"` // its verifier key
+}
+
+// The values of AuditConfig.Fork.
+const (
+	forkStops = "stop"
+	forkAlarm = "alarm"
+)
 
 // LegacyConfig is about the QuteMail routes.
 type LegacyConfig struct {
@@ -159,6 +195,7 @@ func LoadConfig(path string, env Environment) (Config, error) {
 func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
+		Audit:  AuditConfig{Fork: forkStops},
 		Legacy: LegacyConfig{Reread: untilConsumed},
 		Limits: LimitsConfig{
 			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000,
@@ -180,6 +217,7 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	if err := c.check(doc); err != nil {
 		return c, err
 	}
+	c.digest = sha256.Sum256(text)
 	dir, err := filepath.Abs(filepath.Dir(path))
 	if err != nil {
 		return c, err
@@ -263,6 +301,7 @@ func (c *Config) check(doc document) error {
 	k.must(c.Limits.Connections >= 1, "limits.connections", "is %d: at least 1", c.Limits.Connections)
 	k.must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
 	k.must(c.Legacy.Reread == untilConsumed || c.Legacy.Reread == once, "legacy.reread", "is %q: %s or %s", c.Legacy.Reread, untilConsumed, once)
+	c.Audit.check(k)
 	c.checkLinks(k)
 	return errors.Join(k.errs...)
 }
@@ -293,6 +332,23 @@ func (c *CertificatesConfig) check(k *checker) {
 	}
 	for _, role := range slices.Sorted(maps.Keys(c.Issuers)) {
 		k.must(slices.Contains(roles, identity.Role(role)), "certificates.issuers."+role, "is no role: those are %v", roles)
+	}
+}
+
+func (c *AuditConfig) check(k *checker) {
+	k.must(c.Fork == forkStops || c.Fork == forkAlarm, "audit.fork", "is %q: %s or %s", c.Fork, forkStops, forkAlarm)
+	for _, id := range slices.Sorted(maps.Keys(c.PeerKeys)) {
+		_, err := identity.ParseKME(id)
+		k.must(err == nil, "audit.peer_keys."+id, "is not for a KME: %v", err)
+		_, err = audit.ParseLogKey(c.PeerKeys[id])
+		k.must(err == nil, "audit.peer_keys."+id, "%v", err)
+	}
+	for i, w := range c.Witnesses {
+		at := fmt.Sprintf("audit.witnesses[%d].", i)
+		u, err := url.Parse(w.URL)
+		k.must(err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != "", at+"url", "is %q: the URL of add-checkpoint", w.URL)
+		_, err = audit.NewWitness(w.Key)
+		k.must(err == nil, at+"key", "%v", err)
 	}
 }
 

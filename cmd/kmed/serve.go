@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"syscall"
 	"time"
@@ -28,6 +30,8 @@ import (
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/auditlog"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
@@ -59,6 +63,8 @@ type node struct {
 	roots      *x509.CertPool
 	token      *hsm.Token
 	witness    *store.Witness
+	auditKey   *audit.NodeKey
+	reader     *auditlog.Reader // nil: the audit log is not read here
 	db         *store.DB
 	lock       *os.File // of the data folder; the kernel lets it go when the process ends
 }
@@ -111,6 +117,9 @@ func load(ctx context.Context, path string, log *slog.Logger) (*node, *kme.KME, 
 }
 
 func (n *node) close() {
+	if n.reader != nil {
+		n.reader.Close()
+	}
 	n.db.Close()
 	_ = n.witness.Close() // what it holds is in the file
 	_ = n.token.Close()
@@ -206,8 +215,11 @@ func (n *node) open(ctx context.Context) (err error) {
 	if n.witness, err = store.OpenWitness(filepath.Join(n.cfg.Data, "witness"), n.cfg.Node); err != nil {
 		return errors.Join(err, n.token.Close())
 	}
+	if n.auditKey, err = audit.OpenNodeKey(filepath.Join(n.cfg.Data, "audit.key")); err != nil {
+		return errors.Join(err, n.witness.Close(), n.token.Close())
+	}
 	n.db, err = store.Open(ctx, store.Config{
-		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: failpoint.Now, Witness: n.witness, Log: n.log,
+		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: failpoint.Now, Witness: n.witness, Key: n.auditKey, Log: n.log,
 	})
 	if err != nil {
 		_, _ = n.token.Close(), n.witness.Close()
@@ -215,6 +227,12 @@ func (n *node) open(ctx context.Context) (err error) {
 			err = fmt.Errorf("%w: kmed migrate does it, as the schema's owner", err)
 		}
 		return fmt.Errorf("opening the database: %w", err)
+	}
+	if n.cfg.Audit.Reader != "" {
+		if n.reader, err = auditlog.NewReader(ctx, n.cfg.Audit.Reader); err != nil {
+			n.close()
+			return err
+		}
 	}
 	return nil
 }
@@ -331,6 +349,7 @@ func (n *node) core() (*kme.KME, error) {
 		DataDir:     n.cfg.Data,
 		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
+		Trail: n.trail(),
 		Quota: kme.Quota{Rate: float64(n.cfg.Limits.AtomsPerSecond), Burst: n.cfg.Limits.Burst, Untaken: n.cfg.Limits.Untaken},
 	}
 	cfg.Watched = append(cfg.Watched, kme.Watched{Alarm: "certificate", Trouble: n.renewal.Trouble})
@@ -349,6 +368,42 @@ func (n *node) core() (*kme.KME, error) {
 		}
 	}
 	return kme.New(cfg)
+}
+
+// trail is how the audit log is kept. What stands in the configuration was checked.
+func (n *node) trail() kme.Trail {
+	c := n.cfg.Audit
+	t := kme.Trail{
+		TrustDomain: n.set.TrustDomain, NodeKey: n.auditKey, Sequencer: c.Sequencer, ForkAlarmOnly: c.Fork == forkAlarm,
+		Facts:    audit.Facts{Build: build(), Config: hex.EncodeToString(n.cfg.digest[:])},
+		PeerKeys: make(map[identity.KME]string),
+	}
+	for id, key := range c.PeerKeys {
+		if kme, err := identity.ParseKME(id); err == nil {
+			t.PeerKeys[kme] = key
+		}
+	}
+	for _, w := range c.Witnesses {
+		if key, err := audit.NewWitness(w.Key); err == nil {
+			t.Witnesses = append(t.Witnesses, kme.OtherWitness{URL: w.URL, Key: key})
+		}
+	}
+	return t
+}
+
+// build names this program: its version, and the source that it was made from.
+func build() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	b := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" || s.Key == "vcs.modified" && s.Value == "true" {
+			b += " " + s.Value
+		}
+	}
+	return b
 }
 
 func assignDoor(n policies.NodeEntry) string    { return n.Assign }
@@ -492,10 +547,14 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}
 	}
-	operator, err := admin.Handler(admin.Config{
+	operatorDoor := admin.Config{
 		KME: n.self, Node: n.cfg.Node, Backend: core.OperatorDoor(), Identify: operators, Log: n.log, Stopping: ctx.Done(),
 		Metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
-	})
+	}
+	if n.reader != nil {
+		operatorDoor.Trail = core.TrailDoor(n.reader)
+	}
+	operator, err := admin.Handler(operatorDoor)
 	if err != nil {
 		return nil, err
 	}

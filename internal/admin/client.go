@@ -119,15 +119,20 @@ func (c *Client) call(ctx context.Context, method, path string, into any) error 
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
-		var o errorObject
-		if json.Unmarshal(body, &o) == nil {
-			e.Message = o.Message
-		}
-		return e
+		return apiError(resp, body)
 	}
 	if err := json.Unmarshal(body, into); err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	return nil
+}
+
+// apiError is an answer other than 200.
+func apiError(resp *http.Response, body []byte) *APIError {
+	e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
+	var o errorObject
+	if json.Unmarshal(body, &o) == nil {
+		e.Message = o.Message
+	}
+	return e
 }

@@ -26,6 +26,7 @@ type Config struct {
 	// stranger with the certificate's facts.
 	Identify func(*http.Request) (identity.Caller, error)
 	Metrics  http.Handler // serves /metrics to operators
+	Trail    TrailBackend // nil: this node does not read the audit log to anybody
 	Log      *slog.Logger
 
 	Node     string          // the node's name, for people; may be empty
@@ -43,6 +44,12 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/api/v1/alarms", serve(c, c.alarms))
 	r.Get("/api/v1/epochs", serve(c, c.Backend.Epochs))
 	r.Post(pathCleanup, serve(c, c.cleanup))
+	if c.Trail != nil {
+		r.Get(pathTrail, serveTrail(c, c.trail))
+		r.Get(pathSearch, serveTrail(c, c.search))
+		r.Get(pathProof, serveTrail(c, c.proof))
+		r.Get(pathBundle, c.bundle)
+	}
 	r.Get("/metrics", c.metrics)
 	r.Get("/healthz", c.probe(c.Backend.Healthy))
 	r.Get("/readyz", c.probe(c.Backend.Ready))

@@ -7,10 +7,12 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
 	"github.com/qutemail/kme/internal/key"
@@ -109,6 +111,52 @@ func TestTextIsJSON(t *testing.T) {
 			t.Fatalf("%s does not say %+v", text, e)
 		}
 	})
+}
+
+// Every field of an event is written, and read back: whoever adds one is told here
+// what is missing.
+func TestEveryFieldIsWritten(t *testing.T) {
+	t.Parallel()
+	var e Event
+	fill(t, reflect.ValueOf(&e).Elem())
+	text := e.AppendText(nil)
+	got, err := ParseEvent(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(e, got); diff != "" {
+		t.Errorf("read back from %s (-want +got):\n%s", text, diff)
+	}
+	if again := got.AppendText(nil); !bytes.Equal(again, text) {
+		t.Errorf("%s is written again as %s", text, again)
+	}
+}
+
+// fill gives every field a value of its own.
+func fill(t *testing.T, v reflect.Value) {
+	t.Helper()
+	switch {
+	case v.Type() == reflect.TypeFor[time.Time]():
+		v.Set(reflect.ValueOf(time.UnixMilli(1234567890123).UTC()))
+	case v.Type() == reflect.TypeFor[key.ID]():
+		v.Set(reflect.ValueOf(mustID("01a20a35-6080-7d42-a9b0-32f7aade4f11")))
+	case v.Kind() == reflect.Struct:
+		for i := range v.NumField() {
+			fill(t, v.Field(i))
+		}
+	case v.Kind() == reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
+		fill(t, v.Index(0))
+		fill(t, v.Index(1))
+	case v.Kind() == reflect.String:
+		v.SetString("a text of type " + v.Type().Name())
+	case v.CanInt():
+		v.SetInt(77)
+	case v.Kind() == reflect.Bool:
+		v.SetBool(true)
+	default:
+		t.Fatalf("an event has a field of type %s", v.Type())
+	}
 }
 
 func TestChainShowsEveryChange(t *testing.T) {

@@ -125,6 +125,16 @@ func (e *Event) AppendText(b []byte) []byte {
 	w.text("peer_node", e.PeerNode)
 	w.number("peer_run", e.PeerRun)
 	w.number("batch", e.Batch)
+	if e.Facts != (Facts{}) {
+		w.name("facts")
+		w.b = append(w.b, '{')
+		w.text("build", e.Facts.Build)
+		w.text("config", e.Facts.Config)
+		w.text("policies", e.Facts.Policies)
+		w.text("clock", e.Facts.Clock)
+		w.text("key", e.Facts.Key)
+		w.b = append(w.b, '}')
+	}
 	return append(w.b, '}')
 }
 

@@ -1,5 +1,11 @@
 // Package audit holds the record of what a KME did and refused: the Event, its
-// one canonical text, and the hash chain that ties each node's events together.
+// one canonical text, the hash chain that ties each node's events together, the
+// signature of each node over the head of its chain, and the Merkle tree of all of a
+// site's events with its signed checkpoints (C2SP tlog-tiles, tlog-checkpoint and
+// tlog-cosignature, over x/mod's tlog and note).
+//
+// A stranger needs one public key to verify a site's log, that of the log, and those
+// of the witnesses that he trusts. The log's key vouches for the keys of the nodes.
 //
 // An event's text is written once and stored as it is; the leaf that is hashed is
 // that text. No event has a field that could hold key material, wrapped or plain.
@@ -54,6 +60,16 @@ const (
 	Handshake   Action = "handshake"      // refused ones that are alike; Count says how many
 	Certificate Action = "certificate"    // this node's own was renewed, or could not be
 	Outage      Action = "outage-summary" // refusals that could not be recorded while the database was away
+
+	FactsChanged Action = "facts-changed" // what Facts says is other than at the start
+	ClockStep    Action = "clock-step"    // the clock was set; Reason says by how much
+
+	AuditStart    Action = "audit-start"       // this node folds the site's events into the tree from now on
+	AuditStop     Action = "audit-stop"        // and no more
+	AuditFailure  Action = "audit-failure"     // the log, its tree or its way out does not do as it must
+	AuditOverflow Action = "audit-overflow"    // events were refused because too many waited; Count says how many
+	AuditRead     Action = "audit-read"        // somebody read the log; Reason says what of it
+	AuditDropped  Action = "audit-day-dropped" // a day's events left the database, after they were written to a bundle
 )
 
 // Outcome is how it ended.
@@ -69,23 +85,33 @@ const (
 // Actor is who asked, with the facts of the certificate. A node's own acts have
 // the role "node".
 type Actor struct {
-	Role        string // sae, kme, operator, node, or "" if no rule named the caller
-	ID          string
-	Gateway     string // who spoke for it; "" if it spoke for itself
-	Rule        string // the principals rule that matched
-	Serial      string // certificate serial, decimal
-	Issuer      string // authority key identifier of the certificate, hex
-	Fingerprint string // SHA-256 of the certificate, hex
-	Remote      string // address and port
+	Role        string `json:"role"` // sae, kme, operator, node, or "" if no rule named the caller
+	ID          string `json:"id"`
+	Gateway     string `json:"gateway"`     // who spoke for it; "" if it spoke for itself
+	Rule        string `json:"rule"`        // the principals rule that matched
+	Serial      string `json:"serial"`      // certificate serial, decimal
+	Issuer      string `json:"issuer"`      // authority key identifier of the certificate, hex
+	Fingerprint string `json:"fingerprint"` // SHA-256 of the certificate, hex
+	Remote      string `json:"remote"`      // address and port
+}
+
+// Facts are what holds for all events of a node from the one that has them on, until
+// another one of its chain says otherwise. So they are said once, and hold for each.
+type Facts struct {
+	Build    string `json:"build"`    // version and source revision of the daemon
+	Config   string `json:"config"`   // SHA-256 of its configuration file, hex
+	Policies string `json:"policies"` // SHA-256 of the policies in force, hex
+	Clock    string `json:"clock"`    // what keeps the clock right, and how well
+	Key      string `json:"key"`      // the node's audit key, vouched for by the log's: a note (SignNodeKey)
 }
 
 // Atoms names a run of consecutive atoms of a block.
 type Atoms struct {
-	Link    string
-	Session int64
-	Block   int64
-	First   int // index of the first atom, from 0
-	Count   int
+	Link    string `json:"link"`
+	Session int64  `json:"session"`
+	Block   int64  `json:"block"`
+	First   int    `json:"first"` // index of the first atom, from 0
+	Count   int    `json:"count"`
 }
 
 // Event is one act or refusal.
@@ -93,31 +119,32 @@ type Atoms struct {
 // Site, Node, Run, Seq and At are filled in by the committer; everything else by
 // whoever acts.
 type Event struct {
-	Site string
-	Node string
-	Run  int64
-	Seq  int64 // gap-free per node, from 1
-	At   time.Time
+	Site string    `json:"site"`
+	Node string    `json:"node"`
+	Run  int64     `json:"run"`
+	Seq  int64     `json:"seq"` // gap-free per node, from 1
+	At   time.Time `json:"at"`
 
-	Action  Action
-	Outcome Outcome
-	Reason  string   // why it was refused or failed; never seen by the caller
-	Request string   // request ID, "" for a node's own acts
-	Route   string   // method and route pattern of the request
-	Actor   Actor    //
-	Policy  []string // IDs of the policies that decided
+	Action  Action   `json:"action"`
+	Outcome Outcome  `json:"outcome"`
+	Reason  string   `json:"reason"`  // why it was refused or failed; never seen by the caller
+	Request string   `json:"request"` // request ID, "" for a node's own acts
+	Route   string   `json:"route"`   // method and route pattern of the request
+	Actor   Actor    `json:"actor"`   //
+	Policy  []string `json:"policy"`  // IDs of the policies that decided
 
-	Link       string
-	Peer       string   // the other KME, or the SAE that a request named
-	Master     string   //
-	Slaves     []string //
-	Keys       []key.ID
-	Atoms      []Atoms // what left the pool of its block, or entered it
-	Bits       int     // size of each key
-	Count      int     // of what the action says: refusals summed up, rows expired
-	Provenance key.Provenance
-	Reread     bool   // the keys were read and stay where they are
-	PeerNode   string // with announces and voids: the initiating node, its run and batch
-	PeerRun    int64
-	Batch      int64
+	Link       string         `json:"link"`
+	Peer       string         `json:"peer"`   // the other KME, or the SAE that a request named
+	Master     string         `json:"master"` //
+	Slaves     []string       `json:"slaves"` //
+	Keys       []key.ID       `json:"keys"`
+	Atoms      []Atoms        `json:"atoms"` // what left the pool of its block, or entered it
+	Bits       int            `json:"bits"`  // size of each key
+	Count      int            `json:"count"` // of what the action says: refusals summed up, rows expired
+	Provenance key.Provenance `json:"provenance"`
+	Reread     bool           `json:"reread"`    // the keys were read and stay where they are
+	PeerNode   string         `json:"peer_node"` // with announces and voids: the initiating node, its run and batch
+	PeerRun    int64          `json:"peer_run"`
+	Batch      int64          `json:"batch"`
+	Facts      Facts          `json:"facts"` // of starts and changes alone
 }

@@ -170,6 +170,9 @@ func (k *KME) able() *problem.Error {
 	if err := k.serving(); err != nil {
 		return err
 	}
+	if err := k.trailWell(); err != nil {
+		return err
+	}
 	if err := k.hsmWell(); err != nil {
 		return unavailable(time.Second, "the key store is not available", fmt.Errorf("HSM: %w", err))
 	}

@@ -53,6 +53,7 @@ type Config struct {
 	Strict      bool          // see etsi014.Limits
 	ReadOnce    bool          // keys asked for through the legacy API are read once, as those of 014
 	Quota       Quota         // of each SAE
+	Trail       Trail         // how the audit log is kept
 
 	// Watched are parts outside the core whose trouble is an alarm here.
 	Watched []Watched
@@ -87,6 +88,12 @@ type KME struct {
 
 	past past
 
+	trail     trail
+	facts     audit.Facts // those that do not change while the process lives
+	told      audit.Facts // those last recorded
+	clockSeen clockLook
+	lag       atomic.Pointer[store.TrailLag]
+
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
 	news      chan struct{} // there is something to tell a peer
 	uneven    chan struct{} // a peer may be in want of chunks
@@ -103,6 +110,9 @@ func New(c Config) (*KME, error) {
 	}
 	if c.Quota.Rate <= 0 || c.Quota.Burst < MinBurst || c.Quota.Untaken <= 0 {
 		return nil, fmt.Errorf("configuring the KME: the quota must be positive, and its burst at least %d", MinBurst)
+	}
+	if c.Trail.TrustDomain == "" || c.Trail.NodeKey == nil {
+		return nil, errors.New("configuring the KME: the audit log has no name, or the node no key for it")
 	}
 	if c.Store.Witness() == nil {
 		return nil, errors.New("configuring the KME: the store keeps no witness file")
@@ -165,6 +175,12 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.Store.Lead(ctx, "takeovers", k.succeed) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.keepWitness) })
+	g.Go(func() error { return k.every(ctx, time.Second, nil, k.watchTrail) })
+	g.Go(func() error { return k.every(ctx, time.Hour, nil, k.openDays) })
+	g.Go(func() error { return k.Store.Lead(ctx, "audit witnesses", k.publish) })
+	if k.Trail.Sequencer != "" {
+		g.Go(func() error { return k.sequence(ctx) })
+	}
 	g.Go(func() error { return k.every(ctx, time.Second, k.news, k.tellPeers) })
 	g.Go(func() error { return k.every(ctx, balanceEvery, k.uneven, k.balance) })
 	g.Go(func() error { return k.every(ctx, 10*time.Second, nil, k.expire) })
@@ -276,6 +292,8 @@ func (k *KME) beat(ctx context.Context) {
 			k.clear(ctx, w.Alarm)
 		}
 	}
+	k.watchClock(ctx)
+	k.watchFacts(ctx)
 	if err := k.outage.keep(); err != nil {
 		k.raise(ctx, "data", "the data folder takes no writes: "+err.Error())
 	} else {

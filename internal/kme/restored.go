@@ -311,6 +311,9 @@ func (k *KME) servingPeer(id identity.KME) error {
 	if err := k.serving(); err != nil {
 		return err
 	}
+	if why := k.trail.peerBroken(id); why != "" && !k.Trail.ForkAlarmOnly {
+		return unavailable(time.Minute, "the other KME is not available", fmt.Errorf("the audit log of %s: %s", id, why))
+	}
 	if behind := k.past.behind(id); behind != "" {
 		return unavailable(10*time.Second, "the other KME is not available", fmt.Errorf("%s has been restored to the past: %s", id, behind))
 	}

@@ -55,8 +55,13 @@ func (k *KME) beginRun(ctx context.Context) error {
 			return fmt.Errorf("registering link %s: %w", id, err)
 		}
 	}
+	if err := k.openTrail(ctx); err != nil {
+		return err
+	}
 	ev := k.own(audit.Start)
 	ev.Reason = fmt.Sprintf("run %d", k.run.Load())
+	ev.Facts = k.factsNow()
+	k.told = ev.Facts
 	return k.Store.Record(ctx, ev)
 }
 

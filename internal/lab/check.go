@@ -22,6 +22,7 @@ type Report struct {
 	Violations []string // each names its invariant: I1 to I7
 	Blocks     int      // blocks seen, both sites
 	Events     int      // audit events verified, both sites
+	Leaves     int      // of them, those that are in the trees
 	Atoms      int      // atoms in the pools, both sites
 	Compared   int      // atoms that were unwrapped at both sites and compared
 	Served     int      // keys handed to masters
@@ -68,6 +69,11 @@ func (l *Lab) Check(ctx context.Context) (Report, error) {
 		}
 		other.checkServedBlocks(&r, blocks, evidence[i])
 		other.checkOwners(&r, chunks, evidence[i])
+	}
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		if err := s.checkTrail(ctx, &r); err != nil {
+			return r, err
+		}
 	}
 	for _, e := range evidence {
 		e.checkOutcomes(&r)

@@ -28,6 +28,7 @@ var rings = map[string]int{
 	"internal/audit":    1,
 
 	"internal/store":          2,
+	"internal/auditlog":       2,
 	"internal/qlink":          2,
 	"internal/peer":           2,
 	"internal/etsi014":        2,

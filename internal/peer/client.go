@@ -17,6 +17,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 )
 
@@ -117,6 +118,12 @@ func (c *Client) Void(ctx context.Context, v handover.Void) error {
 // said any number of times.
 func (c *Client) Burned(ctx context.Context, b handover.Burned) (handover.BurnedAnswer, error) {
 	return call[handover.BurnedAnswer](ctx, c, pathBurned, b, maxBody)
+}
+
+// Checkpoint has the peer witness a checkpoint of our audit log. It may be said any
+// number of times.
+func (c *Client) Checkpoint(ctx context.Context, s audit.Submission) (audit.Cosigned, error) {
+	return call[audit.Cosigned](ctx, c, pathCheckpoint, s, maxBody)
 }
 
 // Grant gives chunks to the peer. It may be said any number of times.

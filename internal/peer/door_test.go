@@ -16,6 +16,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
@@ -64,6 +67,10 @@ func (s *site) Announce(_ context.Context, from identity.KME, a handover.Announc
 
 func (s *site) Void(_ context.Context, from identity.KME, v handover.Void) error {
 	return s.note(from, v)
+}
+
+func (s *site) Checkpoint(_ context.Context, from identity.KME, c audit.Submission) (audit.Cosigned, error) {
+	return audit.Cosigned{Size: c.Old, Line: "line"}, s.note(from, c)
 }
 
 func (s *site) Burned(_ context.Context, from identity.KME, b handover.Burned) (handover.BurnedAnswer, error) {
@@ -161,11 +168,15 @@ func TestEveryMessageArrives(t *testing.T) {
 	if got, err := c.Run(ctx, run); err != nil || !cmp.Equal(got, s.assigned, unexported) {
 		t.Errorf("Run: %+v, %v", got, err)
 	}
+	submission := audit.Submission{Key: "k", Old: 3, Proof: []tlog.Hash{{1}}, Note: "n"}
+	if got, err := c.Checkpoint(ctx, submission); err != nil || got.Size != 3 || got.Line != "line" {
+		t.Errorf("Checkpoint: %+v, %v", got, err)
+	}
 	burned := handover.Burned{Origin: 2}
 	if got, err := c.Burned(ctx, burned); err != nil || len(got.Links) != 1 || got.Links[0] != (handover.LinkSession{Link: "l1", Session: 7}) {
 		t.Errorf("Burned: %+v, %v", got, err)
 	}
-	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, burned}, s.asked, unexported); diff != "" {
+	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, burned}, s.asked, unexported); diff != "" {
 		t.Errorf("what the Backend was asked (-want +got):\n%s", diff)
 	}
 	if s.from != mustKME(t, "km1") {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 )
 
@@ -46,6 +47,8 @@ var parsers = map[string]func(*testing.T, []byte) bool{
 	"void":            reparse[handover.Void],
 	"burned":          reparse[handover.Burned],
 	"burned-answer":   reparse[handover.BurnedAnswer],
+	"submission":      reparse[audit.Submission],
+	"cosigned":        reparse[audit.Cosigned],
 	"grant":           reparse[handover.Grant],
 	"grant-answer":    reparse[handover.GrantAnswer],
 	"run":             reparse[handover.RunStarted],
@@ -104,6 +107,7 @@ func FuzzAnnounce(f *testing.F)       { fuzz(f, "announce") }
 func FuzzAnnounceAnswer(f *testing.F) { fuzz(f, "announce-answer") }
 func FuzzVoid(f *testing.F)           { fuzz(f, "void") }
 func FuzzBurned(f *testing.F)         { fuzz(f, "burned") }
+func FuzzSubmission(f *testing.F)     { fuzz(f, "submission") }
 func FuzzBurnedAnswer(f *testing.F)   { fuzz(f, "burned-answer") }
 func FuzzGrant(f *testing.F)          { fuzz(f, "grant") }
 func FuzzGrantAnswer(f *testing.F)    { fuzz(f, "grant-answer") }

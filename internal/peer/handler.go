@@ -85,6 +85,7 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 		return runAnswer{rows}, err
 	}))
 	r.Post(pathBurned, serve(d, pathBurned, b.Burned))
+	r.Post(pathCheckpoint, serve(d, pathCheckpoint, b.Checkpoint))
 	r.Post(pathGrant, serve(d, pathGrant, func(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
 		answer, err := b.Grant(ctx, from, g)
 		failpoint.Hit(failpoint.PeerGrantCommitted)

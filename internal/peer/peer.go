@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
@@ -47,6 +48,9 @@ type Backend interface {
 	Grant(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error)
 	// Run hears of a node's new run and lists what lower runs were assigned.
 	Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error)
+	// Checkpoint cosigns a checkpoint of the peer's audit log that follows what was seen
+	// of it. problem.Forbidden says that it does not.
+	Checkpoint(ctx context.Context, from identity.KME, s audit.Submission) (audit.Cosigned, error)
 	// Refused is told of each message and stream that the door itself turned away
 	// after TLS. It records exactly one event.
 	Refused(ctx context.Context, c identity.Caller, r Refusal)

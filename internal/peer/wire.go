@@ -22,6 +22,8 @@ const (
 	pathRun      = "/peer/v1/run"
 	pathGrant    = "/peer/v1/grant"
 	pathBurned   = "/peer/v1/burned"
+
+	pathCheckpoint = "/peer/v1/checkpoint"
 )
 
 // heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.

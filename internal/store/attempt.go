@@ -30,6 +30,7 @@ type attempt struct {
 	open bool // BEGIN has been sent
 	mark int64
 	head audit.Head // after the events of this attempt
+	sig  []byte     // of the node over it; nil if there are none
 
 	// What the first round trip does, and what came back.
 	delete  map[key.Epoch][]key.ID // by their IDs
@@ -316,7 +317,8 @@ func (a *attempt) queueRemoved(b *pgx.Batch) {
 	b.Queue("UPDATE chunk SET remaining = remaining - gone.n FROM unnest($1::bigint[], $2::int[]) AS gone (id, n) WHERE chunk.id = gone.id", chunks, counts)
 }
 
-// queueEvents completes the events, chains them and writes them.
+// queueEvents completes the events, chains them, signs the chain's head and writes them:
+// the signature stands with the last of them.
 func (a *attempt) queueEvents(b *pgx.Batch) {
 	if len(a.events) == 0 {
 		return
@@ -335,10 +337,13 @@ func (a *attempt) queueEvents(b *pgx.Batch) {
 		bodies[i] = string(text)
 	}
 	a.head = head
-	b.Queue(`INSERT INTO audit_d`+at.Format("20060102")+` (day, node, seq, prev, body, at)
-		SELECT $1::text::date, $2, $3::bigint + n - 1, prev, body, $4
+	if cfg.Key != nil {
+		a.sig = cfg.Key.Sign(cfg.Node, head)
+	}
+	b.Queue(`INSERT INTO audit_d`+at.Format("20060102")+` (day, node, seq, prev, body, at, sig)
+		SELECT $1::text::date, $2, $3::bigint + n - 1, prev, body, $4, CASE WHEN n = cardinality($5::bytea[]) THEN $7::bytea END
 		FROM unnest($5::bytea[], $6::text[]) WITH ORDINALITY AS e (prev, body, n)`,
-		at.Format(time.DateOnly), cfg.Node, first, at, prevs, bodies)
+		at.Format(time.DateOnly), cfg.Node, first, at, prevs, bodies, a.sig)
 }
 
 // uuids is ids in the form that pgx writes without looking twice.

@@ -124,7 +124,7 @@ func (c *committer) advance(a *attempt) {
 	if time.Since(c.failed) > fullTime {
 		c.full.Store(nil)
 	}
-	c.db.cfg.Witness.note(c.run, c.head)
+	c.db.cfg.Witness.note(c.run, c.head, a.sig)
 	for e := range a.due {
 		c.db.epochs.refill(e)
 	}

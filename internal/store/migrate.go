@@ -33,11 +33,13 @@ var schemaVersion = func() int64 {
 }()
 
 // The roles. The owner migrates, the daemon has no DDL and of the audit nothing
-// but INSERT, the auditor reads everything but blobs.
+// but INSERT, the sequencer reads events and writes the tree over them, the auditor
+// reads everything but blobs.
 const (
-	OwnerRole   = "kme_owner"
-	AppRole     = "kme_app"
-	AuditorRole = "kme_auditor"
+	OwnerRole     = "kme_owner"
+	AppRole       = "kme_app"
+	SequencerRole = "kme_seq"
+	AuditorRole   = "kme_auditor"
 )
 
 // Migrate brings the database that dsn names to the schema of this program, and
@@ -75,7 +77,7 @@ func Migrate(ctx context.Context, dsn string, epochLength time.Duration, log *sl
 // makeRoles makes what is missing of the roles and the schema. Roles belong to
 // the cluster, so another database's migration may make them at the same moment.
 func makeRoles(ctx context.Context, conn *pgx.Conn) error {
-	for _, role := range []string{OwnerRole, AppRole, AuditorRole} {
+	for _, role := range []string{OwnerRole, AppRole, SequencerRole, AuditorRole} {
 		var there bool
 		if err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", role).Scan(&there); err != nil {
 			return err

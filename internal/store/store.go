@@ -25,6 +25,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
 )
 
@@ -59,7 +60,7 @@ var (
 	ErrOvertaken = errors.New("a later takeover of the node has begun")
 )
 
-// Config is what a DB needs. All fields must be set, Witness and Log excepted.
+// Config is what a DB needs. All fields must be set, Witness, Key and Log excepted.
 type Config struct {
 	DSN         string           // of the role kme_app; of several hosts the primary is found, connect_timeout (2 s) is for each
 	Site        identity.KME     // whose database it is: a database of another KME is refused
@@ -67,6 +68,7 @@ type Config struct {
 	EpochLength time.Duration    // must be what the database was made with
 	Now         func() time.Time // the daemon's clock
 	Witness     *Witness         // is told of each commit; nil: nobody is
+	Key         *audit.NodeKey   // signs the head of the audit chain in each commit; nil: nobody does, for tests
 	Log         *slog.Logger     // nil discards
 }
 

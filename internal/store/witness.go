@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -14,8 +15,9 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 )
 
-// Witness keeps the head of a node's audit chain in a file, outside the database:
-// a database that has less was set back to the past. The committer writes it after
+// Witness keeps the head of a node's audit chain, and the node's signature over it, in
+// a file, outside the database: a database that has less was set back to the past, and
+// one that has other events was forged. The committer writes it after
 // each commit and before anything of that commit is answered.
 //
 // There are two records in the file, each with a checksum, written in turns and in
@@ -30,16 +32,21 @@ type Witness struct {
 	count  uint64 // of records written; the next one goes to slot count%2
 	origin int64  // 0 until Start: nothing is written
 	known  handover.Figures
+	sig    [ed25519.SignatureSize]byte // over the head that is known; zero while there is none
 	dirty  bool
 	err    error // of the last write
 }
 
 const (
-	witnessMagic = "kmewit01"
 	witnessSlot  = 4096 // bytes from one record to the other: in no case one sector
-	witnessBody  = 8 + 8 + 8 + 8 + 8 + sha256.Size
+	witnessBody  = 8 + 8 + 8 + 8 + 8 + sha256.Size + ed25519.SignatureSize
 	witnessSize  = witnessBody + sha256.Size
+	witnessMagic = "kmewit02"
 )
+
+// witnessBodies are the kinds of records by their magic, and how long they are without
+// the checksum. Those of an earlier release have no signature.
+var witnessBodies = map[string]int{witnessMagic: witnessBody, "kmewit01": witnessBody - ed25519.SignatureSize}
 
 // OpenWitness opens the file of a node, and makes it if it is missing.
 func OpenWitness(path, node string) (*Witness, error) {
@@ -59,8 +66,10 @@ func (w *Witness) read(path string) error {
 	var file [2 * witnessSlot]byte
 	n, _ := w.f.ReadAt(file[:], 0) // what is missing is zero, which is no record
 	for slot := range 2 {
-		if r := file[slot*witnessSlot:][:witnessSize]; bytes.Equal(w.checksum(r[:witnessBody]), r[witnessBody:]) {
-			w.parse(r)
+		for magic, body := range witnessBodies {
+			if r := file[slot*witnessSlot:][:body+sha256.Size]; string(r[:8]) == magic && bytes.Equal(w.checksum(r[:body]), r[body:]) {
+				w.parse(r[:body])
+			}
 		}
 	}
 	if w.count > 0 {
@@ -92,16 +101,17 @@ func (w *Witness) checksum(body []byte) []byte {
 	return h.Sum(nil)
 }
 
-// A record is the magic, five numbers of 8 bytes less the magic's place, the hash
-// and the checksum.
+// A record is the magic, five numbers of 8 bytes less the magic's place, the hash,
+// the signature and the checksum.
 func (w *Witness) parse(r []byte) {
 	number := func(i int) int64 { return int64(binary.BigEndian.Uint64(r[8*i:])) }
-	if string(r[:8]) != witnessMagic || uint64(number(1)) < w.count {
+	if uint64(number(1)) < w.count {
 		return
 	}
 	w.count = uint64(number(1))
 	n := handover.NodeFigures{Node: w.name, Run: number(3), Seq: number(4)}
 	copy(n.Head[:], r[40:])
+	copy(w.sig[:], r[40+sha256.Size:])
 	w.known = handover.Figures{Origin: number(2), Nodes: []handover.NodeFigures{n}}
 }
 
@@ -111,7 +121,7 @@ func (w *Witness) format() []byte {
 	for _, v := range []int64{int64(w.count), w.known.Origin, n.Run, n.Seq} {
 		r = binary.BigEndian.AppendUint64(r, uint64(v))
 	}
-	r = append(r, n.Head[:]...)
+	r = append(append(r, n.Head[:]...), w.sig[:]...)
 	return append(r, w.checksum(r)...)
 }
 
@@ -120,6 +130,18 @@ func (w *Witness) Known() handover.Figures {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.known
+}
+
+// Signed is the last head that the file knows of the node's chain, and the node's
+// signature over it.
+func (w *Witness) Signed() (audit.Head, [ed25519.SignatureSize]byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.known.Nodes) == 0 {
+		return audit.Head{}, w.sig
+	}
+	n := w.known.Nodes[0]
+	return audit.Head{Seq: n.Seq, Hash: n.Head}, w.sig
 }
 
 // Start has commits written from now on, as those of this origin. It is called
@@ -135,7 +157,7 @@ func (w *Witness) Freeze() { w.Start(0) }
 
 // note writes where the chain stands. An error is kept for Sync: the commit has
 // happened, and there are other witnesses.
-func (w *Witness) note(run int64, head audit.Head) {
+func (w *Witness) note(run int64, head audit.Head, sig []byte) {
 	if w == nil {
 		return
 	}
@@ -146,6 +168,7 @@ func (w *Witness) note(run int64, head audit.Head) {
 	}
 	w.count++
 	w.known = handover.Figures{Origin: w.origin, Nodes: []handover.NodeFigures{{Node: w.name, Run: run, Seq: head.Seq, Head: head.Hash}}}
+	copy(w.sig[:], sig) // a commit without events has none, and leaves the head as it is
 	_, w.err = w.f.WriteAt(w.format(), int64(w.count%2)*witnessSlot)
 	w.dirty = true
 }

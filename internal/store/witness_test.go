@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
 	"strings"
@@ -33,16 +34,16 @@ func TestWitnessFile(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "witness")
 	w := witnessAt(t, path)
-	w.note(1, audit.Head{Seq: 1}) // not started: nothing is written
+	w.note(1, audit.Head{Seq: 1}, nil) // not started: nothing is written
 	w.Start(3)
 	if got := witnessAt(t, path).Known(); got.Origin != 0 {
 		t.Errorf("a file without records knows of %v", got)
 	}
 	for seq := range int64(5) {
-		w.note(7, audit.Head{Seq: seq, Hash: [32]byte{byte(seq)}})
+		w.note(7, audit.Head{Seq: seq, Hash: [32]byte{byte(seq)}}, bytes.Repeat([]byte{byte(seq)}, 64))
 	}
 	w.Freeze()
-	w.note(7, audit.Head{Seq: 99})
+	w.note(7, audit.Head{Seq: 99}, nil)
 	if err := w.Sync(); err != nil {
 		t.Fatal(err)
 	}
@@ -82,6 +83,9 @@ func TestWitnessFile(t *testing.T) {
 		}
 		if diff := cmp.Diff(test.want, w.Known()); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", test.name, diff)
+		}
+		if head, sig := w.Signed(); head.Seq != test.want.Nodes[0].Seq || sig[63] != byte(head.Seq) {
+			t.Errorf("%s: head %d is signed %x", test.name, head.Seq, sig)
 		}
 		_ = w.Close()
 	}

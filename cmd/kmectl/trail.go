@@ -1,0 +1,549 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/audit"
+)
+
+// trailCommand is kmectl audit. What it verifies it verifies itself: the KME is only
+// asked for the text.
+type trailCommand struct {
+	Log       trailLogCommand  `cmd:"" help:"See how the audit log stands, and the keys that it is verified with."`
+	Search    searchCommand    `cmd:"" help:"Look for events."`
+	Show      showCommand      `cmd:"" help:"Print one event and prove that it is in the log."`
+	Prove     proveCommand     `cmd:"" help:"Write the proof that an event is in the log, for somebody who has only the log's key."`
+	Check     checkCommand     `cmd:"" help:"Verify such a proof. Needs no KME."`
+	Verify    verifyCommand    `cmd:"" help:"Verify the whole log, or a bundle of it without a KME."`
+	Export    exportCommand    `cmd:"" help:"Write the log, or a part of it, into a bundle."`
+	Reconcile reconcileCommand `cmd:"" help:"Compare the logs of two KMEs."`
+	Watch     watchCommand     `cmd:"" help:"Print events as they come."`
+}
+
+// trusted are the public keys that an auditor was given.
+type trusted struct {
+	Vkey    string   `name:"vkey" placeholder:"KEY" help:"The log's verifier key, from somebody you trust."`
+	Witness []string `name:"witness" placeholder:"KEY" help:"The verifier key of a witness; all that are given must have signed. Repeatable."`
+}
+
+// keys reads them. Without the log's key the one that the log itself names is taken,
+// which proves that the log hangs together, and not whose it is.
+func (t trusted) keys(s *session, named string) (key audit.LogKey, witnesses []audit.Witness, err error) {
+	vkey := t.Vkey
+	if vkey == "" {
+		vkey = named
+		fmt.Fprintf(s.stderr, "kmectl: no --vkey: taking the key that the log names itself, %s\n", printable(vkey))
+	}
+	if key, err = audit.ParseLogKey(vkey); err != nil {
+		return key, nil, err
+	}
+	for _, text := range t.Witness {
+		w, err := audit.NewWitness(text)
+		if err != nil {
+			return key, nil, err
+		}
+		witnesses = append(witnesses, w)
+	}
+	return key, witnesses, nil
+}
+
+// cosigned says whether all witnesses that were asked for have signed.
+func cosignedByAll(names []string, witnesses []audit.Witness) error {
+	for _, w := range witnesses {
+		if !strings.Contains("\n"+strings.Join(names, "\n")+"\n", "\n"+w.Name()+"\n") {
+			return fmt.Errorf("witness %s has not signed the checkpoint", w.Name())
+		}
+	}
+	return nil
+}
+
+type trailLogCommand struct{}
+
+// Run prints how the log stands.
+func (trailLogCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	t, err := client.Trail(ctx)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	if s.JSON {
+		return s.printJSON(t)
+	}
+	var b bytes.Buffer
+	for _, l := range t.Logs {
+		fmt.Fprintf(&b, "log %s, %d events, since %s\n  key     %s\n", l.Name, l.Size, clock(l.Begun), l.Key)
+	}
+	if n := len(t.Logs); n > 0 {
+		for _, line := range strings.Split(strings.TrimSpace(t.Logs[n-1].Checkpoint), "\n") {
+			fmt.Fprintf(&b, "          %s\n", printable(line))
+		}
+	}
+	fmt.Fprintf(&b, "  waiting %d events are not in it yet\n  witness %s\n", t.Waiting, t.Witness)
+	for _, w := range t.Witnessed {
+		fmt.Fprintf(&b, "witnessed %s of %s, %d events\n  key     %s\n", w.Log, w.KME, w.Size, w.Key)
+	}
+	if t.Distrust != "" {
+		fmt.Fprintf(&b, "NOT TO BE TRUSTED: %s\n", printable(t.Distrust))
+	}
+	_, err = s.stdout.Write(b.Bytes())
+	return err
+}
+
+// query are the flags of a search.
+type query struct {
+	From    time.Time `help:"Not before this time (RFC 3339)." format:"2006-01-02T15:04:05Z07:00"`
+	To      time.Time `help:"Before this time." format:"2006-01-02T15:04:05Z07:00"`
+	SAE     string    `name:"sae" help:"An SAE that asked or was named."`
+	KeyID   string    `name:"key-id" help:"A key."`
+	Request string    `help:"A request's ID."`
+	Action  string    `help:"enc_keys, dec_keys, alarm ..."`
+	Outcome string    `help:"done, refused or failed."`
+	Serial  string    `help:"Serial number of the certificate that asked, decimal."`
+	Who     string    `name:"operator" help:"An operator that asked."`
+}
+
+func (q query) query() admin.Query {
+	return admin.Query{
+		From: q.From, To: q.To, SAE: q.SAE, Key: q.KeyID, Request: q.Request, Action: q.Action, Outcome: q.Outcome, Serial: q.Serial, Operator: q.Who,
+	}
+}
+
+type searchCommand struct {
+	query
+	Limit int `default:"100" help:"At most so many (${default})."`
+}
+
+// Run prints what was found: one event a line.
+func (c searchCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	q := c.query.query()
+	q.Limit = c.Limit
+	found, err := client.Search(ctx, q)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	for _, f := range found {
+		if err := s.printFound(f); err != nil {
+			return err
+		}
+	}
+	if len(found) == c.Limit {
+		fmt.Fprintf(s.stderr, "kmectl: there may be more: --limit\n")
+	}
+	return nil
+}
+
+// printFound prints an event: its text as it is with --json, and for people else.
+func (s *session) printFound(f admin.Found) error {
+	if s.JSON {
+		_, err := fmt.Fprintln(s.stdout, f.Text)
+		return err
+	}
+	e, err := audit.ParseEvent([]byte(f.Text))
+	if err != nil {
+		return err
+	}
+	place := "-"
+	if f.Leaf >= 0 {
+		place = fmt.Sprint(f.Leaf)
+	}
+	_, err = fmt.Fprintf(s.stdout, "%8s %s %-7s %-8s %s\n", place, e.At.Format("2006-01-02T15:04:05.000Z"), e.Node, e.Outcome, printable(sentence(e)))
+	return err
+}
+
+// sentence is an event for people.
+func sentence(e audit.Event) string {
+	parts := []string{string(e.Action)}
+	if e.Actor.ID != "" && e.Actor.Role != "node" {
+		parts = append(parts, "by "+e.Actor.Role+" "+e.Actor.ID)
+	}
+	if e.Peer != "" {
+		parts = append(parts, "with "+e.Peer)
+	}
+	switch {
+	case len(e.Keys) == 1:
+		parts = append(parts, "key "+e.Keys[0].String())
+	case len(e.Keys) > 1:
+		parts = append(parts, fmt.Sprintf("%d keys from %s on", len(e.Keys), e.Keys[0]))
+	}
+	if e.Request != "" {
+		parts = append(parts, "request "+e.Request)
+	}
+	if e.Reason != "" {
+		parts = append(parts, ": "+e.Reason)
+	}
+	return strings.Join(parts, " ")
+}
+
+type showCommand struct {
+	trusted
+	Leaf int64 `arg:"" help:"The event's number in the log."`
+}
+
+// Run prints an event that was proved.
+func (c showCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	proof, err := client.Proof(ctx, c.Leaf)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	named, err := namedKey(ctx, client, c.trusted)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	return c.print(s, proof, named)
+}
+
+// namedKey asks for the key that the log names, if none was given.
+func namedKey(ctx context.Context, client *admin.Client, t trusted) (string, error) {
+	if t.Vkey != "" {
+		return "", nil
+	}
+	trail, err := client.Trail(ctx)
+	if err != nil || len(trail.Logs) == 0 {
+		return "", err
+	}
+	return trail.Logs[len(trail.Logs)-1].Key, nil
+}
+
+// print verifies a proof and prints its event.
+func (t trusted) print(s *session, proof audit.Proof, named string) error {
+	key, witnesses, err := t.keys(s, named)
+	if err != nil {
+		return err
+	}
+	_, c, names, err := proof.Verify(key, witnesses...)
+	if err == nil {
+		err = cosignedByAll(names, witnesses)
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(s.stdout, proof.Text); err != nil {
+		return err
+	}
+	fmt.Fprintf(s.stderr, "proved: leaf %d of %d of %s%s\n", proof.Leaf, c.Size, c.Origin, signedBy(names))
+	return nil
+}
+
+func signedBy(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	return ", signed by " + strings.Join(names, " and ")
+}
+
+type proveCommand struct {
+	Leaf int64  `arg:"" help:"The event's number in the log."`
+	Out  string `default:"-" placeholder:"FILE" help:"Where to write it (standard output)."`
+}
+
+// Run writes a proof.
+func (c proveCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	proof, err := client.Proof(ctx, c.Leaf)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	text, err := json.Marshal(proof)
+	if err != nil {
+		return err
+	}
+	if c.Out == "-" {
+		_, err = fmt.Fprintf(s.stdout, "%s\n", text)
+		return err
+	}
+	return os.WriteFile(c.Out, append(text, '\n'), 0o644)
+}
+
+type checkCommand struct {
+	trusted
+	File string `arg:"" type:"existingfile" help:"The proof."`
+}
+
+// Run verifies a proof.
+func (c checkCommand) Run(s *session) error {
+	if c.Vkey == "" {
+		return errors.New("--vkey is missing: a proof says nothing without the log's key")
+	}
+	text, err := os.ReadFile(c.File)
+	if err != nil {
+		return err
+	}
+	proof, err := audit.ParseProof(text)
+	if err != nil {
+		return err
+	}
+	return c.print(s, proof, "")
+}
+
+type exportCommand struct {
+	Out    string `arg:"" help:"The file to write."`
+	Origin int64  `help:"The log of this origin (the present one)."`
+	First  int64  `help:"From this leaf on."`
+	End    int64  `help:"Up to, and without, this leaf (all, and what is not in the log yet)."`
+}
+
+// Run writes a bundle.
+func (c exportCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(c.Out, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(client.Bundle(ctx, f, c.Origin, c.First, c.End), f.Close())
+	if err != nil {
+		return errors.Join(p.explain(err, p.unlisted()), os.Remove(c.Out))
+	}
+	return nil
+}
+
+type verifyCommand struct {
+	trusted
+	Offline string `type:"existingfile" placeholder:"FILE" help:"Verify this bundle, and ask no KME."`
+	Part    bool   `help:"The bundle may be of a part of the log."`
+	Origin  int64  `help:"The log of this origin (the present one)."`
+	Also    string `placeholder:"URL" help:"Ask the operator door of the other KME what it has witnessed of this log."`
+	Head    string `placeholder:"NODE:EVENT:HASH" help:"What the witness file of a node says, as kmed witness prints it."`
+}
+
+// Run verifies the log. Its error names the first event that is not as it was recorded.
+func (c verifyCommand) Run(ctx context.Context, s *session) error {
+	f, err := s.fetch(ctx, c.Offline, "", c.Origin)
+	if err != nil {
+		return err
+	}
+	defer f.close()
+	key, witnesses, err := c.keys(s, f.bundle.Key)
+	if err != nil {
+		return err
+	}
+	known, err := c.known(ctx, s, key)
+	if err != nil {
+		return err
+	}
+	r, cp, names, err := audit.VerifyBundle(ctx, key, witnesses, known, !c.Part, f.bundle)
+	if err == nil {
+		err = cosignedByAll(names, witnesses)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(s.stdout, "verified: leaves %d to %d of %s, whose checkpoint has %d%s; %d events beyond it, signed by their nodes\n",
+		f.bundle.First, f.bundle.First+r.Leaves-1, cp.Origin, cp.Size, signedBy(names), r.Tail)
+	return err
+}
+
+// known gathers what is known from elsewhere.
+func (c verifyCommand) known(ctx context.Context, s *session, key audit.LogKey) (k audit.Known, err error) {
+	if c.Head != "" {
+		var h audit.Head
+		parts := strings.Split(c.Head, ":")
+		if len(parts) == 3 {
+			var hash []byte
+			hash, err = hex.DecodeString(parts[2])
+			_, serr := fmt.Sscan(parts[1], &h.Seq)
+			if err = errors.Join(err, serr); err == nil && len(hash) == len(h.Hash) {
+				h.Hash = [32]byte(hash)
+				k.Heads = map[string]audit.Head{parts[0]: h}
+			}
+		}
+		if k.Heads == nil {
+			return k, fmt.Errorf("--head %q is not NODE:EVENT:HASH", c.Head)
+		}
+	}
+	if c.Also == "" {
+		return k, nil
+	}
+	other := *s
+	other.KME = []string{c.Also}
+	p, client, err := other.operator()
+	if err != nil {
+		return k, err
+	}
+	t, err := client.Trail(ctx)
+	if err != nil {
+		return k, p.explain(err, p.unlisted())
+	}
+	for _, w := range t.Witnessed {
+		if w.Log != key.Name() {
+			continue
+		}
+		cp, _, err := audit.OpenCheckpoint([]byte(w.Checkpoint), key)
+		if err != nil {
+			return k, fmt.Errorf("what %s has witnessed: %w", c.Also, err)
+		}
+		k.Checkpoints = append(k.Checkpoints, cp)
+	}
+	if len(k.Checkpoints) == 0 {
+		return k, fmt.Errorf("%s has witnessed nothing of %s", c.Also, key.Name())
+	}
+	return k, nil
+}
+
+// fetched is a bundle in a file.
+type fetched struct {
+	bundle *audit.Bundle
+	file   *os.File
+	temp   bool
+}
+
+func (f fetched) close() {
+	_ = f.file.Close()
+	if f.temp {
+		_ = os.Remove(f.file.Name())
+	}
+}
+
+// fetch opens a bundle, or asks a KME for one of the whole log: the one of the profile,
+// or that at url.
+func (s *session) fetch(ctx context.Context, file, url string, origin int64) (f fetched, err error) {
+	if file != "" {
+		f.bundle, f.file, err = audit.OpenBundleFile(file)
+		return f, err
+	}
+	at := *s
+	if url != "" {
+		at.KME = []string{url}
+	}
+	p, client, err := at.operator()
+	if err != nil {
+		return f, err
+	}
+	if f.file, err = os.CreateTemp("", "kmectl-bundle-"); err != nil {
+		return f, err
+	}
+	f.temp = true
+	err = client.Bundle(ctx, f.file, origin, 0, 0)
+	if err != nil {
+		err = p.explain(err, p.unlisted())
+	} else if _, err = f.file.Seek(0, io.SeekStart); err == nil {
+		f.bundle, err = audit.OpenBundle(f.file)
+	}
+	if err != nil {
+		f.close()
+	}
+	return f, err
+}
+
+type reconcileCommand struct {
+	A string `arg:"" help:"A bundle of the log of the one KME, or the URL of its operator door."`
+	B string `arg:"" help:"The same of the other, taken after it."`
+}
+
+// Run compares two logs. Each is verified, by the key that it names, before it is
+// believed.
+func (c reconcileCommand) Run(ctx context.Context, s *session) error {
+	var accounts [2]*audit.Account
+	for i, from := range []string{c.A, c.B} {
+		file, url := from, ""
+		if strings.HasPrefix(from, "https://") {
+			file, url = "", from
+		}
+		f, err := s.fetch(ctx, file, url, 0)
+		if err != nil {
+			return err
+		}
+		defer f.close()
+		key, err := audit.ParseLogKey(f.bundle.Key)
+		if err != nil {
+			return err
+		}
+		if _, _, _, err := audit.VerifyBundle(ctx, key, nil, audit.Known{}, true, f.bundle); err != nil {
+			return fmt.Errorf("%s: %w", from, err)
+		}
+		accounts[i] = audit.NewAccount()
+		add := func(r audit.Row) error {
+			e, err := audit.ParseEvent(r.Body)
+			accounts[i].Add(e)
+			return err
+		}
+		if err := errors.Join(f.bundle.Rows(ctx, 0, 1<<62, add), f.bundle.Tail(ctx, add)); err != nil {
+			return fmt.Errorf("%s: %w", from, err)
+		}
+	}
+	findings := audit.Reconcile(accounts[0], accounts[1])
+	for _, f := range findings {
+		fmt.Fprintln(s.stdout, printable(f))
+	}
+	if len(findings) > 0 {
+		return fmt.Errorf("%d findings", len(findings))
+	}
+	_, err := fmt.Fprintf(s.stdout, "%s and %s agree: %d and %d requests, %d and %d keys given to masters, %d and %d to slaves\n",
+		accounts[0].Site, accounts[1].Site, accounts[0].Requests(), accounts[1].Requests(), accounts[0].Served(), accounts[1].Served(),
+		accounts[0].Taken(), accounts[1].Taken())
+	return err
+}
+
+type watchCommand struct {
+	query
+	Interval time.Duration `default:"1s" help:"How often to ask (${default})."`
+}
+
+// Run prints events as they come into the log, until it is interrupted.
+func (c watchCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	t, err := client.Trail(ctx)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	q := c.query.query()
+	if n := len(t.Logs); n > 0 {
+		q.First = t.Logs[n-1].Size
+	}
+	q.Limit, q.Watch = 1000, true
+	tick := time.NewTicker(max(c.Interval, 100*time.Millisecond))
+	defer tick.Stop()
+	for {
+		found, err := client.Search(ctx, q)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return p.explain(err, p.unlisted())
+		}
+		for _, f := range found {
+			if f.Leaf < 0 { // it comes again, once it has its place
+				continue
+			}
+			if err := s.printFound(f); err != nil {
+				return err
+			}
+			q.First = f.Leaf + 1
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}

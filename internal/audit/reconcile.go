@@ -1,0 +1,129 @@
+package audit
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/qutemail/kme/internal/key"
+)
+
+// Account is what one site's log says of keys and requests, for Reconcile.
+type Account struct {
+	Site     string
+	served   map[key.ID][]string        // the slaves that a master named
+	assigned map[key.ID]map[string]bool // to whom, here
+	taken    map[key.ID]map[string]int  // by whom, here, and how often; reads aside that leave the key where it is
+	voided   map[key.ID]bool
+	outcomes map[string]int // of each request
+}
+
+// NewAccount begins with nothing.
+func NewAccount() *Account {
+	return &Account{
+		served: make(map[key.ID][]string), assigned: make(map[key.ID]map[string]bool), taken: make(map[key.ID]map[string]int),
+		voided: make(map[key.ID]bool), outcomes: make(map[string]int),
+	}
+}
+
+// Requests is how many requests have an outcome.
+func (a *Account) Requests() int { return len(a.outcomes) }
+
+// Served is how many keys masters were given.
+func (a *Account) Served() int { return len(a.served) }
+
+// Taken is how many keys slaves were given.
+func (a *Account) Taken() int { return len(a.taken) }
+
+// Add takes in one event.
+func (a *Account) Add(e Event) {
+	a.Site = e.Site
+	if e.IsOutcome() {
+		a.outcomes[e.Request]++
+	}
+	if e.Outcome != Done {
+		return
+	}
+	for _, id := range e.Keys {
+		switch e.Action {
+		case EncKeys:
+			a.served[id] = e.Slaves
+		case Assign:
+			if a.assigned[id] == nil {
+				a.assigned[id] = make(map[string]bool)
+			}
+			for _, sae := range e.Slaves {
+				a.assigned[id][sae] = true
+			}
+		case DecKeys:
+			if a.taken[id] == nil {
+				a.taken[id] = make(map[string]int)
+			}
+			if !e.Reread {
+				a.taken[id][e.Actor.ID]++
+			} else if a.taken[id][e.Actor.ID] == 0 {
+				a.taken[id][e.Actor.ID] = 0
+			}
+		case VoidKeys:
+			a.voided[id] = true
+		}
+	}
+}
+
+// IsOutcome says whether the event is the outcome of a request that a handler saw:
+// each has exactly one.
+func (e Event) IsOutcome() bool {
+	switch e.Action {
+	case Status, EncKeys, DecKeys, Consume, Cleanup, Malformed:
+		return e.Request != ""
+	}
+	return false
+}
+
+// Reconcile compares the accounts of the sites at both ends of a link, of which b was
+// read after a. It returns what does not agree: a key that a master was given and that
+// was assigned to a slave nowhere, one that somebody took who was not named or took it
+// twice, one that was taken and voided, a request with other than one outcome.
+func Reconcile(a, b *Account) (findings []string) {
+	find := func(format string, args ...any) { findings = append(findings, fmt.Sprintf(format, args...)) }
+	for id, slaves := range a.served { // b was read later: whatever a has served, b has assigned
+		for _, sae := range slaves {
+			if !a.assigned[id][sae] && !b.assigned[id][sae] {
+				find("key %s was given to its master at %s and assigned to %s nowhere", id, a.Site, sae)
+			}
+		}
+	}
+	for _, at := range []*Account{a, b} {
+		other := a
+		if at == a {
+			other = b
+		}
+		for id, takers := range at.taken {
+			for sae, times := range takers {
+				named, known := other.served[id]
+				if !known {
+					named, known = at.served[id]
+				}
+				switch {
+				case !at.assigned[id][sae]:
+					find("key %s was taken at %s by %s, whom no assignment there names", id, at.Site, sae)
+				case known && !slices.Contains(named, sae):
+					find("key %s was taken at %s by %s, whom its master did not name", id, at.Site, sae)
+				case times > 1:
+					find("key %s was taken at %s by %s %d times", id, at.Site, sae, times)
+				}
+			}
+		}
+		for request, n := range at.outcomes {
+			if n != 1 {
+				find("request %s at %s has %d outcomes", request, at.Site, n)
+			}
+		}
+	}
+	for id := range b.voided {
+		if _, served := a.served[id]; served {
+			find("key %s was given to its master at %s and taken back at %s", id, a.Site, b.Site)
+		}
+	}
+	slices.Sort(findings)
+	return findings
+}
