@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/qutemail/kme/hsm/hsmtest"
 )
 
 // TestVerify: what keeps a node from starting on a token.
@@ -97,15 +99,15 @@ func TestNewPIN(t *testing.T) {
 
 // TestExamineFindsWhatIsMissing: each thing that a module does not do is named.
 func TestExamineFindsWhatIsMissing(t *testing.T) {
-	for want, at := range map[string]int{
-		"it can be copied to a session object":         cCopyObject,
-		"AES-GCM seals, 32 bytes":                      cEncryptInit,
-		"it opens, 32 bytes":                           cDecrypt,
-		"an AES-256 key can be generated as a session": cGenerateKey,
+	for want, at := range map[string]hsmtest.Function{
+		"it can be copied to a session object":         hsmtest.CopyObject,
+		"AES-GCM seals, 32 bytes":                      hsmtest.EncryptInit,
+		"it opens, 32 bytes":                           hsmtest.Decrypt,
+		"an AES-256 key can be generated as a session": hsmtest.GenerateKey,
 	} {
 		b := newBench(t)
 		f := newFaults(t, b)
-		f[at].fail(pkcs11.CKR_FUNCTION_NOT_SUPPORTED, always)
+		f.Fail(at, pkcs11.CKR_FUNCTION_NOT_SUPPORTED, hsmtest.Always)
 		_, checks, err := Examine(t.Context(), b.cfg)
 		if err != nil {
 			t.Fatal(err)

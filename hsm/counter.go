@@ -21,7 +21,10 @@ func (t *Token) Counter(ctx context.Context, name string) (value int64, err erro
 		}
 		return err
 	})
-	return value, err
+	if err != nil {
+		return 0, err
+	}
+	return value, nil
 }
 
 // SetCounter keeps value, which is not negative, under name in the token. It

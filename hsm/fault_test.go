@@ -7,89 +7,39 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/qutemail/kme/hsm/hsmtest"
 )
 
-// Places of functions in CK_FUNCTION_LIST.
-const (
-	cGetTokenInfo = 6
-	cOpenSession  = 12
-	cCloseSession = 13
-	cLogin        = 18
-	cCreateObject = 20
-	cCopyObject   = 21
-	cGenerateKey  = 58
-	cEncryptInit  = 29
-	cEncrypt      = 30
-	cDecryptInit  = 33
-	cDecrypt      = 34
-	cRandom       = 64
-	functions     = 68
-)
-
-// control is how the module of testdata/fault.c is told to fail: the next left
-// calls answer rv, after the real module has done its part if late is not 0, and
-// calls wait inside while hold is not 0.
-type control struct{ rv, left, late, hold, calls, inside, most uint }
-
-func (c *control) fail(rv uint, times uint) {
-	c.rv = rv
-	atomic.StoreUintptr((*uintptr)(unsafe.Pointer(&c.left)), uintptr(times))
-}
-
-func (c *control) load(field *uint) uint {
-	return uint(atomic.LoadUintptr((*uintptr)(unsafe.Pointer(field))))
-}
-
-func (c *control) setHold(v uintptr) {
-	atomic.StoreUintptr((*uintptr)(unsafe.Pointer(&c.hold)), v)
-}
-
-const always = 1 << 30
-
-// newFaults puts the fault module between b and SoftHSM.
-func newFaults(t *testing.T, b *bench) *[functions]control {
+// newFaults puts a module that misbehaves between b and SoftHSM.
+func newFaults(t *testing.T, b *bench) *hsmtest.Module {
 	t.Helper()
-	cc := os.Getenv("CC")
-	if cc == "" {
-		cc = "cc"
-	}
-	so, ctl := filepath.Join(b.dir, "fault.so"), filepath.Join(b.dir, "ctl")
-	if out, err := exec.Command(cc, "-O1", "-shared", "-fPIC", "-o", so, filepath.Join("testdata", "fault.c"), "-ldl").CombinedOutput(); err != nil {
-		t.Fatalf("building the fault module: %v\n%s", err, out)
-	}
-	size := int(unsafe.Sizeof([functions]control{}))
-	f, err := os.Create(ctl)
-	if err == nil {
-		err = f.Truncate(int64(size))
-	}
+	m, err := hsmtest.New(b.dir, b.cfg.Module)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	mem, err := syscall.Mmap(int(f.Fd()), 0, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED)
-	if err != nil {
-		t.Fatal(err)
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, env := range m.Env {
+		name, value, _ := strings.Cut(env, "=")
+		t.Setenv(name, value)
 	}
-	t.Cleanup(func() { _ = syscall.Munmap(mem) })
-	t.Setenv("P11FAULT_MODULE", b.cfg.Module)
-	t.Setenv("P11FAULT_CTL", ctl)
-	b.cfg.Module = so
-	return (*[functions]control)(unsafe.Pointer(unsafe.SliceData(mem)))
+	b.cfg.Module = m.Path
+	return m
 }
 
-func newFaulty(t *testing.T) (*bench, *[functions]control, *Token) {
+func newFaulty(t *testing.T) (*bench, *hsmtest.Module, *Token) {
 	t.Helper()
 	b := newBench(t)
 	f := newFaults(t, b)
@@ -104,34 +54,34 @@ func TestFaultOfOneCall(t *testing.T) {
 	s := wrap(t, k)
 	for _, c := range []struct {
 		name string
-		at   int
+		at   hsmtest.Function
 		rv   uint
 		call func() error
 	}{
-		{"C_EncryptInit", cEncryptInit, pkcs11.CKR_KEY_HANDLE_INVALID, func() error { _, _, err := k.Wrap(t.Context(), s.plain, s.aad); return err }},
+		{"C_EncryptInit", hsmtest.EncryptInit, pkcs11.CKR_KEY_HANDLE_INVALID, func() error { _, _, err := k.Wrap(t.Context(), s.plain, s.aad); return err }},
 		// The operation stays active in the real module: on this session every later
 		// EncryptInit would answer CKR_OPERATION_ACTIVE.
-		{"C_Encrypt", cEncrypt, pkcs11.CKR_DEVICE_ERROR, func() error { _, _, err := k.Wrap(t.Context(), s.plain, s.aad); return err }},
-		{"C_Encrypt", cEncrypt, pkcs11.CKR_GENERAL_ERROR, func() error { _, _, err := k.Wrap(t.Context(), s.plain, s.aad); return err }},
-		{"C_DecryptInit", cDecryptInit, pkcs11.CKR_SESSION_HANDLE_INVALID, func() error { _, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad); return err }},
-		{"C_Decrypt", cDecrypt, pkcs11.CKR_DEVICE_REMOVED, func() error { _, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad); return err }},
-		{"C_GenerateRandom", cRandom, pkcs11.CKR_DEVICE_ERROR, func() error { return token.Random(t.Context(), make([]byte, 8)) }},
+		{"C_Encrypt", hsmtest.Encrypt, pkcs11.CKR_DEVICE_ERROR, func() error { _, _, err := k.Wrap(t.Context(), s.plain, s.aad); return err }},
+		{"C_Encrypt", hsmtest.Encrypt, pkcs11.CKR_GENERAL_ERROR, func() error { _, _, err := k.Wrap(t.Context(), s.plain, s.aad); return err }},
+		{"C_DecryptInit", hsmtest.DecryptInit, pkcs11.CKR_SESSION_HANDLE_INVALID, func() error { _, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad); return err }},
+		{"C_Decrypt", hsmtest.Decrypt, pkcs11.CKR_DEVICE_REMOVED, func() error { _, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad); return err }},
+		{"C_GenerateRandom", hsmtest.GenerateRandom, pkcs11.CKR_DEVICE_ERROR, func() error { return token.Random(t.Context(), make([]byte, 8)) }},
 	} {
-		closed := f[cCloseSession].load(&f[cCloseSession].calls)
-		f[c.at].fail(c.rv, 1)
+		closed := f.Calls(hsmtest.CloseSession)
+		f.Fail(c.at, c.rv, 1)
 		err := c.call()
 		wantErr(t, c.name, err, ErrUnavailable)
-		if !isRV(err, pkcs11.Error(c.rv)) || !strings.Contains(err.Error(), c.name) || c.at != cRandom && !strings.Contains(err.Error(), "epoch-1") {
+		if !isRV(err, pkcs11.Error(c.rv)) || !strings.Contains(err.Error(), c.name) || c.at != hsmtest.GenerateRandom && !strings.Contains(err.Error(), "epoch-1") {
 			t.Errorf("%s: %v does not say which call, key and error it was", c.name, err)
 		}
-		if n := f[cCloseSession].load(&f[cCloseSession].calls) - closed; n != 1 {
+		if n := f.Calls(hsmtest.CloseSession) - closed; n != 1 {
 			t.Errorf("%s: %d sessions closed, want 1", c.name, n)
 		}
 		if err := c.call(); err != nil {
 			t.Errorf("%s, next call: %v", c.name, err)
 		}
 	}
-	f[cOpenSession].fail(pkcs11.CKR_SESSION_COUNT, 1)
+	f.Fail(hsmtest.OpenSession, pkcs11.CKR_SESSION_COUNT, 1)
 	token.idle = nil
 	_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
 	wantErr(t, "C_OpenSession", err, ErrUnavailable)
@@ -147,17 +97,17 @@ func TestBrokenTokenIsNotTampering(t *testing.T) {
 	_, f, token := newFaulty(t)
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
-	f[cDecrypt].fail(pkcs11.CKR_GENERAL_ERROR, always)
+	f.Fail(hsmtest.Decrypt, pkcs11.CKR_GENERAL_ERROR, hsmtest.Always)
 	_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
 	wantErr(t, "Unwrap", err, ErrUnavailable)
-	calls := f[cEncryptInit].load(&f[cEncryptInit].calls)
+	calls := f.Calls(hsmtest.EncryptInit)
 	_, _, err = k.Wrap(t.Context(), s.plain, s.aad)
 	wantErr(t, "Wrap while down", err, ErrUnavailable)
-	if f[cEncryptInit].load(&f[cEncryptInit].calls) != calls {
+	if f.Calls(hsmtest.EncryptInit) != calls {
 		t.Error("Wrap reached the module while the token was down")
 	}
 	wantErr(t, "Heartbeat", token.Heartbeat(t.Context()), ErrUnavailable)
-	f[cDecrypt].fail(0, 0)
+	f.Fail(hsmtest.Decrypt, 0, 0)
 	if err := token.Heartbeat(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -171,10 +121,9 @@ func TestPassingFaultIsNotTampering(t *testing.T) {
 	_, f, token := newFaulty(t)
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
-	f[cDecrypt].late = 1
-	f[cDecrypt].fail(pkcs11.CKR_GENERAL_ERROR, 1)
+	f.FailLate(hsmtest.Decrypt, pkcs11.CKR_GENERAL_ERROR, 1)
 	s.opens(t, k)
-	f[cDecryptInit].fail(pkcs11.CKR_GENERAL_ERROR, 1)
+	f.Fail(hsmtest.DecryptInit, pkcs11.CKR_GENERAL_ERROR, 1)
 	_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
 	wantErr(t, "Unwrap", err, ErrUnavailable)
 	s.opens(t, k)
@@ -185,8 +134,7 @@ func TestNoPlainBytesAfterFault(t *testing.T) {
 	_, f, token := newFaulty(t)
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
-	f[cDecrypt].late = 1
-	f[cDecrypt].fail(pkcs11.CKR_DEVICE_ERROR, 1)
+	f.FailLate(hsmtest.Decrypt, pkcs11.CKR_DEVICE_ERROR, 1)
 	buf := make([]byte, len(s.ct))
 	rw(t, token, func(h pkcs11.SessionHandle) error {
 		if _, err := token.m.unseal(h, k.copy, s.iv[:], s.aad, s.ct, buf); !isRV(err, pkcs11.CKR_DEVICE_ERROR) {
@@ -205,8 +153,8 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	t.Run("at start", func(t *testing.T) {
 		b := newBench(t)
 		f := newFaults(t, b)
-		logins := func() uint { return f[cLogin].load(&f[cLogin].calls) }
-		refused := func(what string, tries uint, cfg Config) {
+		logins := func() int { return f.Calls(hsmtest.Login) }
+		refused := func(what string, tries int, cfg Config) {
 			t.Helper()
 			before := logins()
 			if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrPINRefused) {
@@ -263,13 +211,13 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 		f := newFaults(t, b)
 		b.cfg.RefusalFile = filepath.Join(b.dir, "refused")
 		b.writePIN(t, "wrong-1", 0o400)
-		f[cCreateObject].fail(pkcs11.CKR_USER_NOT_LOGGED_IN, always)
+		f.Fail(hsmtest.CreateObject, pkcs11.CKR_USER_NOT_LOGGED_IN, hsmtest.Always)
 		for range 2 {
 			if _, err := Open(t.Context(), b.cfg); !errors.Is(err, ErrPINRefused) {
 				t.Errorf("got %v, want ErrPINRefused", err)
 			}
 		}
-		if n := f[cLogin].load(&f[cLogin].calls); n != 1 {
+		if n := f.Calls(hsmtest.Login); n != 1 {
 			t.Errorf("%d logins, want 1", n)
 		}
 	})
@@ -280,8 +228,8 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 		if err := os.WriteFile(b.cfg.RefusalFile, []byte("refused-pin-v1 600000 00"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(t.Context(), b.cfg); err == nil || f[cLogin].load(&f[cLogin].calls) != 0 {
-			t.Errorf("got %v and %d logins, want none", err, f[cLogin].load(&f[cLogin].calls))
+		if _, err := Open(t.Context(), b.cfg); err == nil || f.Calls(hsmtest.Login) != 0 {
+			t.Errorf("got %v and %d logins, want none", err, f.Calls(hsmtest.Login))
 		}
 	})
 	for name, rv := range map[string]uint{"wrong": pkcs11.CKR_PIN_INCORRECT, "locked": pkcs11.CKR_PIN_LOCKED} {
@@ -292,14 +240,14 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 			if err := token.m.CloseAllSessions(token.slot); err != nil {
 				t.Fatal(err)
 			}
-			f[cLogin].fail(rv, always)
-			before := f[cLogin].load(&f[cLogin].calls)
+			f.Fail(hsmtest.Login, rv, hsmtest.Always)
+			before := f.Calls(hsmtest.Login)
 			for range 3 {
 				wantErr(t, "Heartbeat", token.Heartbeat(t.Context()), ErrUnavailable)
 			}
-			f[cLogin].fail(0, 0)
+			f.Fail(hsmtest.Login, 0, 0)
 			wantErr(t, "Heartbeat", token.Heartbeat(t.Context()), ErrUnavailable)
-			if n := f[cLogin].load(&f[cLogin].calls) - before; n != 1 {
+			if n := f.Calls(hsmtest.Login) - before; n != 1 {
 				t.Errorf("%d logins, want 1", n)
 			}
 			_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
@@ -311,7 +259,7 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 func TestStartIsTriedAgain(t *testing.T) {
 	b := newBench(t)
 	f := newFaults(t, b)
-	f[cGetTokenInfo].fail(pkcs11.CKR_TOKEN_NOT_RECOGNIZED, 2)
+	f.Fail(hsmtest.GetTokenInfo, pkcs11.CKR_TOKEN_NOT_RECOGNIZED, 2)
 	k := newKEK(t, b.open(t), "epoch-1")
 	wrap(t, k).opens(t, k)
 }
@@ -320,14 +268,24 @@ func TestStartIsTriedAgain(t *testing.T) {
 func TestSelfTestGuardsOpen(t *testing.T) {
 	b := newBench(t)
 	f := newFaults(t, b)
-	for _, at := range []int{cEncryptInit, cEncrypt, cDecrypt} {
-		f[at].fail(pkcs11.CKR_MECHANISM_INVALID, always)
+	for _, at := range []hsmtest.Function{hsmtest.EncryptInit, hsmtest.Encrypt, hsmtest.Decrypt} {
+		f.Fail(at, pkcs11.CKR_MECHANISM_INVALID, hsmtest.Always)
 		if _, err := Open(t.Context(), b.cfg); err == nil || !strings.Contains(err.Error(), "self-test") {
 			t.Errorf("Open with function %d broken: got %v", at, err)
 		}
-		f[at].fail(0, 0)
+		f.Fail(at, 0, 0)
 	}
 	b.open(t)
+}
+
+// until waits for what another goroutine or thread is about to do.
+func until(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !is(); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
 }
 
 // TestSlowTokenHoldsFewThreads: never more than MaxConcurrent calls are in the
@@ -339,21 +297,18 @@ func TestSlowTokenHoldsFewThreads(t *testing.T) {
 	token := b.open(t)
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
-	c := &f[cDecrypt]
-	c.setHold(1)
+	f.Hold(hsmtest.Decrypt, true)
 	var callers sync.WaitGroup
-	for range 8 {
+	for range 200 {
 		callers.Go(func() {
 			if _, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad); err != nil {
 				t.Error(err)
 			}
 		})
 	}
-	for deadline := time.Now().Add(20 * time.Second); c.load(&c.inside) < 2; runtime.Gosched() {
-		if time.Now().After(deadline) {
-			t.Fatal("no two calls got into the module")
-		}
-	}
+	until(t, "two calls are in the module and the others wait", func() bool {
+		return f.Inside(hsmtest.Decrypt) == 2 && token.gate.waiting() == 198
+	})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	_, err := k.Unwrap(ctx, s.iv, s.ct, s.aad)
@@ -361,11 +316,333 @@ func TestSlowTokenHoldsFewThreads(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want context.Canceled in it", err)
 	}
-	wantErr(t, "Heartbeat that gave up", token.Heartbeat(ctx), ErrUnavailable)
-	c.setHold(0)
+	f.Hold(hsmtest.Decrypt, false)
 	callers.Wait()
-	if most := c.load(&c.most); most != 2 {
+	if most := f.Most(hsmtest.Decrypt); most != 2 {
 		t.Errorf("%d calls in the module at once, want 2", most)
+	}
+	s.opens(t, k)
+}
+
+// TestStuckModule: whoever waits for a module that does not return is answered when his
+// time is over, and what the module writes afterwards is wiped; with every turn stuck
+// the token is down; and all is well, without a restart, when the module returns.
+func TestStuckModule(t *testing.T) {
+	b := newBench(t)
+	b.cfg.MaxConcurrent = 2
+	f := newFaults(t, b)
+	token := b.open(t)
+	k := newKEK(t, token, "epoch-1")
+	s := wrap(t, k)
+	f.Hold(hsmtest.Decrypt, true)
+	short := func() context.Context {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		t.Cleanup(cancel)
+		return ctx
+	}
+	for range 2 {
+		_, err := k.Unwrap(short(), s.iv, s.ct, s.aad)
+		wantErr(t, "Unwrap", err, ErrUnavailable)
+	}
+	if n := token.stuck.Load(); n != 2 {
+		t.Errorf("%d calls are stuck, want 2", n)
+	}
+	_, err := token.NewKEK(t.Context(), "epoch-2") // it would keep all others out while it waits
+	wantErr(t, "NewKEK", err, ErrUnavailable)
+	wantErr(t, "Heartbeat", token.Heartbeat(short()), ErrUnavailable)
+	if h := token.Health(); h.Stage != Down {
+		t.Errorf("Health: %+v", h)
+	}
+	_, _, err = k.Wrap(t.Context(), s.plain, s.aad) // at once, without a time of its own
+	wantErr(t, "Wrap while down", err, ErrUnavailable)
+	f.Hold(hsmtest.Decrypt, false)
+	until(t, "the calls return", func() bool { return token.stuck.Load() == 0 })
+	if err := token.Heartbeat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.opens(t, k)
+}
+
+// TestStuckHeartbeat: it is answered in its time too, and so is a ladder that hangs.
+func TestStuckHeartbeat(t *testing.T) {
+	for name, at := range map[string]hsmtest.Function{"heartbeat": hsmtest.GetTokenInfo, "ladder": hsmtest.CloseAllSessions} {
+		t.Run(name, func(t *testing.T) {
+			_, f, token := newFaulty(t)
+			k := newKEK(t, token, "epoch-1")
+			s := wrap(t, k)
+			f.Hold(at, true)
+			if at == hsmtest.CloseAllSessions {
+				if err := token.m.CloseSession(token.anchor); err != nil { // so that a login is needed
+					t.Fatal(err)
+				}
+			}
+			for range 2 {
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				wantErr(t, "Heartbeat", token.Heartbeat(ctx), ErrUnavailable)
+				cancel()
+			}
+			f.Heal()
+			until(t, "the heartbeat finds the token well", func() bool { return token.Heartbeat(t.Context()) == nil })
+			s.opens(t, k)
+		})
+	}
+}
+
+// TestUnwrapsGoFirst: intake's wraps wait while somebody waits for a key.
+func TestUnwrapsGoFirst(t *testing.T) {
+	b := newBench(t)
+	b.cfg.MaxConcurrent = 2
+	f := newFaults(t, b)
+	token := b.open(t)
+	k := newKEK(t, token, "epoch-1")
+	s := wrap(t, k)
+	f.Hold(hsmtest.Encrypt, true)
+	f.Hold(hsmtest.Decrypt, true)
+	var callers sync.WaitGroup
+	var mu sync.Mutex
+	var order []string
+	in := func(what string, f func() error) {
+		callers.Go(func() {
+			if err := f(); err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			order = append(order, what)
+			mu.Unlock()
+		})
+	}
+	for range 3 {
+		in("wrap", func() error { _, _, err := k.WrapInBackground(t.Context(), s.plain, s.aad); return err })
+	}
+	until(t, "intake has one turn and waits for another", func() bool {
+		return f.Inside(hsmtest.Encrypt) == 1 && token.gate.waiting() == 2
+	})
+	for range 3 {
+		in("unwrap", func() error { _, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad); return err })
+	}
+	until(t, "an unwrap has the last turn", func() bool {
+		return f.Inside(hsmtest.Decrypt) == 1 && token.gate.waiting() == 4
+	})
+	f.Hold(hsmtest.Decrypt, false)
+	until(t, "every unwrap is done", func() bool { mu.Lock(); defer mu.Unlock(); return len(order) == 3 })
+	if f.Inside(hsmtest.Encrypt) != 1 {
+		t.Errorf("%d wraps of intake in the module, want 1", f.Inside(hsmtest.Encrypt))
+	}
+	f.Hold(hsmtest.Encrypt, false)
+	callers.Wait()
+	if got := strings.Join(order, " "); got != "unwrap unwrap unwrap wrap wrap wrap" {
+		t.Errorf("done in the order %s", got)
+	}
+}
+
+// TestOutages: what a module can do for a while, each noticed by one heartbeat, with
+// nothing answered but ErrUnavailable meanwhile, and healed by the first heartbeat after.
+func TestOutages(t *testing.T) {
+	for name, c := range map[string]struct {
+		begin func(f *hsmtest.Module, token *Token)
+		how   string // a step of the ladder
+	}{
+		"device error at everything": {func(f *hsmtest.Module, _ *Token) {
+			for _, at := range []hsmtest.Function{hsmtest.EncryptInit, hsmtest.DecryptInit, hsmtest.GetTokenInfo, hsmtest.OpenSession, hsmtest.Initialize} {
+				f.Fail(at, pkcs11.CKR_DEVICE_ERROR, hsmtest.Always)
+			}
+		}, "module initialised again"},
+		"token removed": {func(f *hsmtest.Module, _ *Token) {
+			f.Fail(hsmtest.GetTokenInfo, pkcs11.CKR_TOKEN_NOT_PRESENT, hsmtest.Always)
+			f.Fail(hsmtest.DecryptInit, pkcs11.CKR_DEVICE_REMOVED, hsmtest.Always)
+			f.Fail(hsmtest.EncryptInit, pkcs11.CKR_DEVICE_REMOVED, hsmtest.Always)
+		}, ""},
+		"restarted, and no session can be opened at first": {func(f *hsmtest.Module, token *Token) {
+			_ = token.m.CloseAllSessions(token.slot)
+			f.Fail(hsmtest.OpenSession, pkcs11.CKR_SESSION_COUNT, hsmtest.Always)
+		}, ""},
+		"no slot is listed": {func(f *hsmtest.Module, token *Token) {
+			_ = token.m.Finalize()
+			f.Fail(hsmtest.GetSlotList, pkcs11.CKR_FUNCTION_FAILED, hsmtest.Always)
+		}, "module initialised again"},
+		"login fails, but not for the PIN": {func(f *hsmtest.Module, token *Token) {
+			_ = token.m.Logout(token.anchor)
+			f.Fail(hsmtest.Login, pkcs11.CKR_DEVICE_ERROR, hsmtest.Always)
+		}, ""},
+		"keys cannot be copied": {func(f *hsmtest.Module, token *Token) {
+			_ = token.m.CloseAllSessions(token.slot)
+			f.Fail(hsmtest.CopyObject, pkcs11.CKR_HOST_MEMORY, hsmtest.Always)
+		}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b, f, token := newFaulty(t)
+			k := newKEK(t, token, "epoch-1")
+			s := wrap(t, k)
+			c.begin(f, token)
+			for range 2 {
+				wantErr(t, "Heartbeat", token.Heartbeat(t.Context()), ErrUnavailable)
+				_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
+				wantErr(t, "Unwrap", err, ErrUnavailable)
+			}
+			f.Heal()
+			if err := token.Heartbeat(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			s.opens(t, k)
+			wrap(t, k).opens(t, k)
+			if logs := b.logs.String(); strings.Count(logs, "hsm down") != 1 || strings.Count(logs, "hsm back") != 1 || !strings.Contains(logs, c.how) {
+				t.Errorf("log does not say once that the hsm was down and came back (%s):\n%s", c.how, logs)
+			}
+		})
+	}
+}
+
+// TestSessionsRunOut: a token that has fewer sessions than turns serves with those.
+func TestSessionsRunOut(t *testing.T) {
+	_, f, token := newFaulty(t)
+	k := newKEK(t, token, "epoch-1")
+	s := wrap(t, k)
+	f.MaxSessions(2) // the anchor, and one of the pool
+	f.Hold(hsmtest.Decrypt, true)
+	first := make(chan error, 1)
+	go func() {
+		_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
+		first <- err
+	}()
+	until(t, "a call is in the module", func() bool { return f.Inside(hsmtest.Decrypt) == 1 })
+	_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
+	wantErr(t, "Unwrap without a session", err, ErrUnavailable)
+	if !isRV(err, pkcs11.CKR_SESSION_COUNT) {
+		t.Errorf("got %v, want CKR_SESSION_COUNT in it", err)
+	}
+	f.Hold(hsmtest.Decrypt, false)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	s.opens(t, k)
+	if token.Health().Stage != Well {
+		t.Errorf("Health: %+v", token.Health())
+	}
+}
+
+// TestStoreFull: no key can be made, none is left half made, and the others work.
+func TestStoreFull(t *testing.T) {
+	_, f, token := newFaulty(t)
+	k := newKEK(t, token, "epoch-1")
+	f.Fail(hsmtest.GenerateKey, pkcs11.CKR_FUNCTION_FAILED, hsmtest.Always)
+	_, err := token.NewKEK(t.Context(), "epoch-2")
+	wantErr(t, "NewKEK", err, ErrUnavailable)
+	if err := token.Heartbeat(t.Context()); err != nil {
+		t.Error(err)
+	}
+	wrap(t, k).opens(t, k)
+	f.Heal()
+	newKEK(t, token, "epoch-2")
+	if err := token.Verify(t.Context(), []KEKInfo{k.Info()}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestKeyFileCut: SoftHSM does not notice that a key's file is cut while it is in use.
+// The next start does.
+func TestKeyFileCut(t *testing.T) {
+	b := newBench(t)
+	token := b.open(t)
+	k := newKEK(t, token, "epoch-1")
+	if err := token.Close(); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(b.dir, "tokens", "*", "*.object"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if filepath.Base(file) == "token.object" {
+			continue
+		}
+		st, err := os.Stat(file)
+		if err == nil {
+			err = os.Truncate(file, st.Size()/2)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	token = b.open(t)
+	if err := token.Verify(t.Context(), []KEKInfo{k.Info()}); err == nil {
+		t.Error("Verify took a key whose file was cut")
+	}
+	if _, err := token.OpenKEK(t.Context(), k.Info()); err == nil {
+		t.Error("OpenKEK took a key whose file was cut")
+	}
+}
+
+// TestStartPatience: a module that fails at first is waited for, and one that refuses
+// the PIN is not.
+func TestStartPatience(t *testing.T) {
+	b := newBench(t)
+	f := newFaults(t, b)
+	b.cfg.StartPatience = time.Minute
+	f.Fail(hsmtest.Initialize, pkcs11.CKR_DEVICE_ERROR, 2)
+	f.Fail(hsmtest.OpenSession, pkcs11.CKR_DEVICE_REMOVED, 1)
+	k := newKEK(t, b.open(t), "epoch-1")
+	wrap(t, k).opens(t, k)
+	if n := f.Calls(hsmtest.Login); n != 1 {
+		t.Errorf("%d logins, want 1", n)
+	}
+}
+
+// TestGrace: with the token away, its session copies are used on for as long as the
+// configuration allows, no KEK is made, and all is said aloud.
+func TestGrace(t *testing.T) {
+	b := newBench(t)
+	b.cfg.Grace = time.Hour
+	f := newFaults(t, b)
+	token := b.open(t)
+	k := newKEK(t, token, "epoch-1")
+	s := wrap(t, k)
+	for range 2 {
+		f.Fail(hsmtest.GetTokenInfo, pkcs11.CKR_TOKEN_NOT_PRESENT, hsmtest.Always)
+		f.Fail(hsmtest.GenerateKey, pkcs11.CKR_TOKEN_NOT_PRESENT, hsmtest.Always)
+		for range 2 {
+			if err := token.Heartbeat(t.Context()); err != nil {
+				t.Fatalf("Heartbeat: %v", err)
+			}
+			if h := token.Health(); h.Stage != Grace || h.Cause == nil {
+				t.Errorf("Health: %+v", h)
+			}
+			s.opens(t, k)
+			wrap(t, k).opens(t, k)
+		}
+		_, err := token.NewKEK(t.Context(), "epoch-2")
+		wantErr(t, "NewKEK without a token", err, ErrUnavailable)
+		f.Heal()
+		if err := token.Heartbeat(t.Context()); err != nil || token.Health().Stage != Well {
+			t.Fatalf("Heartbeat: %v, %+v", err, token.Health())
+		}
+		s.opens(t, k)
+	}
+
+	// When it is over, or when the copies are dead too, there is none.
+	back := move(t, filepath.Join(b.dir, "tokens"), filepath.Join(b.dir, "away"))
+	if err := token.Heartbeat(t.Context()); err != nil || token.Health().Stage != Grace {
+		t.Fatal(err, token.Health())
+	}
+	s.opens(t, k)
+	token.cfg.Grace = time.Nanosecond
+	wantErr(t, "Heartbeat after the grace", token.Heartbeat(t.Context()), ErrUnavailable)
+	token.cfg.Grace = time.Hour
+	wantErr(t, "Heartbeat later", token.Heartbeat(t.Context()), ErrUnavailable)
+	_, err := k.Unwrap(t.Context(), s.iv, s.ct, s.aad)
+	wantErr(t, "Unwrap after the grace", err, ErrUnavailable)
+	back()
+	if err := token.Heartbeat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.opens(t, k)
+	back = move(t, filepath.Join(b.dir, "tokens"), filepath.Join(b.dir, "away"))
+	if err := token.m.CloseAllSessions(token.slot); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, "Heartbeat without copies", token.Heartbeat(t.Context()), ErrUnavailable)
+	back()
+	if err := token.Heartbeat(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	s.opens(t, k)
 }

@@ -16,71 +16,164 @@ import (
 // copies alone prove nothing: they go on working when the token is gone.) If all is
 // well it puts the token in use and returns nil.
 //
-// If not, the token is down from that moment: every other call fails with
-// ErrUnavailable. Heartbeat then waits until it is alone with the token and tries,
-// each step only if the one before did not help: to find the keys again, to log in
-// again, to initialise the module again. A PIN that was refused once ends that for
-// good. A KEK that is missing from a token that works does not make the token
-// unhealthy: that KEK alone answers ErrNoKEK until a later heartbeat finds it.
+// If not, and Config.Grace allows it, the session copies that still work are used on
+// for a while: Heartbeat returns nil, and Health says so. Meanwhile it only looks for the
+// keys anew; what would cost the copies (SoftHSM sees a token that is back only when it
+// is initialised again) waits until the grace is over. Otherwise the token is down
+// from that moment: every other call fails with ErrUnavailable. Heartbeat then waits
+// until it is alone with the token and climbs a ladder, each step only if the one
+// before did not help: find the keys again, on new sessions, log in again, initialise
+// the module again. A PIN that was refused ends that for good (ErrPINRefused). A KEK
+// that is missing from a token that works does not make the token unhealthy: that KEK
+// alone answers ErrNoKEK until a later heartbeat finds it.
 //
-// Call it about once a second, from one goroutine. If ctx ends while it waits for
-// calls that are stuck in the module, it fails and has tried nothing.
+// Call it about once a second, from one goroutine. If ctx ends while calls are stuck in
+// the module, its own or others', it fails; the token stays down until they return.
 func (t *Token) Heartbeat(ctx context.Context) error {
-	if err := t.turns.Acquire(ctx, 1); err != nil {
-		return t.sick(fmt.Errorf("waiting for a turn: %w", err))
+	if err := t.gate.enter(ctx, beat); err != nil {
+		return t.ail(fmt.Errorf("waiting for a turn: %w", err))
 	}
-	lost, err := t.probe()
-	t.turns.Release(1)
-	if err == nil && lost == 0 {
+	lost := make(chan int, 1)
+	err := t.do(ctx, beat, func() error {
+		n, err := t.probe()
+		lost <- n
+		return err
+	}, nil)
+	switch {
+	case err == nil && <-lost == 0:
 		t.goUp("by itself")
 		return nil
+	case err != nil && ctx.Err() != nil:
+		return t.ail(err)
 	}
-	if err != nil {
+	patient := err != nil && t.mayWait(ctx, err)
+	if err != nil && !patient {
 		t.goDown(err)
 	}
-	if err := t.turns.Acquire(ctx, t.width); err != nil {
-		return t.sick(fmt.Errorf("waiting to be alone with the token: %w", err))
+	if err := t.gate.enter(ctx, alone); err != nil {
+		return t.ail(fmt.Errorf("waiting to be alone with the token: %w", err))
 	}
-	defer t.turns.Release(t.width)
-	if t.closed {
-		return t.sick(errors.New("token was closed"))
+	ladder := t.ladder()
+	if patient {
+		ladder = ladder[:1] // the steps beyond give the copies up
 	}
-	for _, step := range []struct {
-		name string
-		take func() error
-	}{
+	err = t.do(ctx, alone, func() error { return t.climb(ladder) }, nil)
+	switch {
+	case err == nil:
+		return nil
+	case patient && ctx.Err() == nil:
+		return nil // Health says how it stands
+	}
+	return t.ail(err)
+}
+
+// step is one of the ladder.
+type step struct {
+	name string
+	take func() error
+}
+
+func (t *Token) ladder() []step {
+	return []step{
 		{"keys found again", t.refind},
+		{"new sessions", t.renew},
 		{"logged in again", t.relogin},
 		{"module initialised again", t.reinitialise},
-	} {
-		if err = step.take(); err == nil {
+	}
+}
+
+// climb takes the steps until one has helped. The caller is alone with the token.
+func (t *Token) climb(ladder []step) (err error) {
+	if t.closed {
+		return errors.New("token was closed")
+	}
+	for _, s := range ladder {
+		if err = s.take(); err == nil {
 			_, err = t.probe()
 		}
 		if err == nil {
-			t.goUp(step.name)
+			t.goUp(s.name)
 			return nil
 		}
 	}
-	t.goDown(err) // if only a KEK was missing, it was not down so far
-	return t.sick(err)
+	return err
 }
 
-func (t *Token) sick(err error) error {
+// ail takes the token out of use, if it is not out already, and says why. A heartbeat
+// that was called off says nothing of the token.
+func (t *Token) ail(err error) error {
+	if !errors.Is(err, context.Canceled) {
+		t.goDown(err)
+	}
 	return fmt.Errorf("%w: heartbeat of token %q: %w", ErrUnavailable, t.cfg.TokenLabel, err)
+}
+
+// mayWait says whether, though the token does not answer, its session copies are used
+// on: they still open a known blob, and Config.Grace is not over.
+func (t *Token) mayWait(ctx context.Context, cause error) bool {
+	if t.cfg.Grace == 0 || t.down.Load() != nil {
+		return false
+	}
+	o := t.grace.Load()
+	if o != nil && time.Since(o.since) > t.cfg.Grace {
+		return false
+	}
+	if err := t.gate.enter(ctx, beat); err != nil {
+		return false
+	}
+	err := t.do(ctx, beat, func() error {
+		return t.onSession(func(s pkcs11.SessionHandle) error {
+			for k := range t.keks {
+				if k.gone != nil {
+					continue
+				}
+				if err := k.canary.check(t.m, s, k.copy); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}, nil)
+	if err != nil {
+		return false
+	}
+	if o == nil {
+		t.grace.Store(&outage{cause: cause, since: time.Now()})
+		t.count.outages.Add(1)
+		t.log.Error("hsm away: its session keys are used on", "grace", t.cfg.Grace, "err", cause)
+	}
+	return true
 }
 
 // goUp puts the token back in use.
 func (t *Token) goUp(how string) {
-	if o := t.down.Swap(nil); o != nil {
-		t.log.Warn("hsm back", "how", how, "down_for", time.Since(o.since), "cause", o.cause)
+	for _, o := range []*outage{t.grace.Swap(nil), t.down.Swap(nil)} {
+		if o != nil {
+			t.count.recovered(how)
+			t.log.Warn("hsm back", "how", how, "down_for", time.Since(o.since), "cause", o.cause)
+		}
 	}
 }
 
 // goDown takes the token out of use. Only a heartbeat puts it back.
 func (t *Token) goDown(cause error) {
 	if t.down.CompareAndSwap(nil, &outage{cause: cause, since: time.Now()}) {
+		if t.grace.Swap(nil) == nil {
+			t.count.outages.Add(1)
+		}
 		t.log.Error("hsm down", "err", cause)
 	}
+}
+
+// Health says how the token stands since the last heartbeat.
+func (t *Token) Health() Health {
+	if o := t.down.Load(); o != nil {
+		return Health{Down, o.since, o.cause}
+	}
+	if o := t.grace.Load(); o != nil {
+		return Health{Grace, o.since, o.cause}
+	}
+	return Health{Stage: Well}
 }
 
 // probe looks at everything that is in use. lost is how many open KEKs are known to
@@ -174,6 +267,24 @@ func (k *KEK) settle(err error) {
 	}
 	if err := k.dropCopy(); err != nil {
 		k.t.log.Error("copy of lost KEK lives on until the next login", "kek", k.info.String(), "err", err)
+	}
+}
+
+// renew gives up the sessions of the pool, which may all be dead though the anchor is
+// not, and tries on a new one.
+func (t *Token) renew() error {
+	t.dropSessions()
+	return t.refind()
+}
+
+// dropSessions closes the sessions of the pool.
+func (t *Token) dropSessions() {
+	t.mu.Lock()
+	idle := t.idle
+	t.idle = nil
+	t.mu.Unlock()
+	for _, s := range idle {
+		_ = t.m.CloseSession(s) // it may be dead
 	}
 }
 

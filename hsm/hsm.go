@@ -12,8 +12,9 @@
 // again whose PIN was refused, never write a key or PIN to a log, and never keep
 // a copy of a plain key: what goes in belongs to the caller, what comes out does.
 //
-// A call that has entered the module cannot be cancelled. Contexts bound the wait
-// for a turn, and MaxConcurrent bounds how many threads a slow token can hold.
+// A call that has entered the module cannot be cancelled. When its context ends the
+// caller is answered, and the call is left to itself: it keeps its turn until the module
+// returns, so that MaxConcurrent bounds how many threads a slow token can hold.
 //
 // SoftHSM is files: whoever copies its directory and the PIN opens everything.
 // It is for tests and labs; Info says when it is in use.
@@ -24,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"time"
 )
 
 // Sizes in bytes of what Wrap adds to a key (NIST SP 800-38D, 5.2.1).
@@ -71,8 +73,32 @@ type Config struct {
 	RefusalFile   string // where a note of a refused PIN is kept, beside the one in the token; "" for nowhere
 	RetryPIN      bool   // try, once, a PIN that was refused before: for an operator who has seen to the token
 
+	// Grace is how long, when the token is away but the session copies of its KEKs still
+	// work, they are used on. 0, the default, is not at all: a token that somebody has
+	// pulled out on purpose opens nothing more. KEKs are neither made nor destroyed meanwhile.
+	Grace time.Duration
+	// StartPatience is how long Open tries again when the module fails. 0 is not at all.
+	StartPatience time.Duration
+
 	MaxConcurrent int          // calls in the module at one time, and sessions kept; 0 means 4
 	Log           *slog.Logger // nil discards
+}
+
+// Stage is how a token stands.
+type Stage string
+
+// The stages of a token.
+const (
+	Well  Stage = "well"
+	Grace Stage = "grace" // the token is away; its session copies are used until Config.Grace is over
+	Down  Stage = "down"  // nothing is let into the module but the heartbeat
+)
+
+// Health is the stage, since when, and why it is not Well.
+type Health struct {
+	Stage Stage
+	Since time.Time
+	Cause error
 }
 
 // Info is what the token says of itself.

@@ -77,12 +77,18 @@ func (t *Token) NewKEK(ctx context.Context, label string) (KEKInfo, error) {
 func (t *Token) OpenKEK(ctx context.Context, info KEKInfo) (*KEK, error) {
 	info.ID = bytes.Clone(info.ID)
 	k := &KEK{t: t, info: info}
-	err := t.alone(ctx, "opening KEK "+info.String(), func(s pkcs11.SessionHandle) error {
-		if err := k.load(s); err != nil {
-			return err
-		}
-		t.keks[k] = struct{}{}
-		return nil
+	err := t.call(ctx, alone, "opening KEK "+info.String(), func() error {
+		return t.onOwnSession(func(s pkcs11.SessionHandle) error {
+			if err := k.load(s); err != nil {
+				return err
+			}
+			t.keks[k] = struct{}{}
+			return nil
+		})
+	}, func() {
+		k.gone = fmt.Errorf("%w: nobody waited for it", ErrNoKEK)
+		delete(t.keks, k)
+		_ = k.dropCopy() // it goes with the next login
 	})
 	if err != nil {
 		return nil, err
@@ -157,10 +163,10 @@ func (k *KEK) Wraps() int64 { return k.wraps.Load() }
 func (k *KEK) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
 	defer cancel()
-	if err := k.t.turns.Acquire(ctx, k.t.width); err != nil {
+	if err := k.t.gate.enter(ctx, alone); err != nil {
 		return fmt.Errorf("closing KEK %s: a call is stuck in the module: %w", k.info, err)
 	}
-	defer k.t.turns.Release(k.t.width)
+	defer k.t.gate.leave(alone)
 	k.gone = fmt.Errorf("%w: closed", ErrNoKEK)
 	delete(k.t.keks, k)
 	if k.t.closed {

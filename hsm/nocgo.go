@@ -6,6 +6,8 @@ import (
 	"context"
 	"crypto/ed25519"
 	"errors"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // errNoCgo is all that a build without cgo can say: PKCS#11 is a C interface. The
@@ -57,11 +59,18 @@ func (*Token) NewAuthSecret(context.Context) ([]byte, error)       { return nil,
 func (*Token) AuthSecret(context.Context, string) ([]byte, error)  { return nil, errNoCgo }
 func (*Token) SetAuthSecret(context.Context, string, []byte) error { return errNoCgo }
 func (*Token) DestroyAuthSecret(context.Context, string) error     { return errNoCgo }
+func (*Token) Health() Health                                      { return Health{} }
+func (*Token) Describe(chan<- *prometheus.Desc)                    {}
+func (*Token) Collect(chan<- prometheus.Metric)                    {}
 func (*KEK) Info() KEKInfo                                         { return KEKInfo{} }
 func (*KEK) Wraps() int64                                          { return 0 }
 func (*KEK) Close() error                                          { return errNoCgo }
 func (*KEK) Unwrap(context.Context, [IVBytes]byte, []byte, []byte) ([]byte, error) {
 	return nil, errNoCgo
+}
+
+func (*KEK) WrapInBackground(context.Context, []byte, []byte) (iv [IVBytes]byte, ct []byte, err error) {
+	return iv, nil, errNoCgo
 }
 
 func (*KEK) Wrap(context.Context, []byte, []byte) (iv [IVBytes]byte, ct []byte, err error) {

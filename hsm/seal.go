@@ -14,19 +14,31 @@ import (
 
 // Wrap seals plain (1 byte or more) and binds it to aad. It returns the fresh
 // random IV and the blob: the ciphertext, as long as plain, then the tag. It keeps
-// nothing of plain.
+// nothing of plain. After an error because ctx has ended, the module may still be
+// reading plain and aad: they may be wiped, but not be used for something else.
 func (k *KEK) Wrap(ctx context.Context, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
-	var nonce [IVBytes]byte
-	_, _ = rand.Read(nonce[:]) // never fails: it ends the process instead
-	ct = make([]byte, len(plain)+TagBytes)
-	err = k.with(ctx, "wrapping", func(s pkcs11.SessionHandle) error {
+	return k.wrap(ctx, urgent, plain, aad)
+}
+
+// WrapInBackground is Wrap for what nobody waits for: every other call goes first.
+func (k *KEK) WrapInBackground(ctx context.Context, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
+	return k.wrap(ctx, background, plain, aad)
+}
+
+func (k *KEK) wrap(ctx context.Context, c class, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
+	nonce := make([]byte, IVBytes+len(plain)+TagBytes)
+	blob := nonce[IVBytes:]
+	nonce = nonce[:IVBytes:IVBytes]
+	_, _ = rand.Read(nonce) // never fails: it ends the process instead
+	err = k.call(ctx, c, "wrapping", func(s pkcs11.SessionHandle) error {
 		k.wraps.Add(1) // before the call: an attempt that fails may have used the key
-		return k.t.m.seal(s, k.copy, nonce[:], aad, plain, ct)
-	})
+		return k.t.m.seal(s, k.copy, nonce, aad, plain, blob)
+	}, nil)
+	k.t.count.wraps.add(err)
 	if err != nil {
 		return iv, nil, err
 	}
-	return nonce, ct, nil
+	return [IVBytes]byte(nonce), blob, nil
 }
 
 // Unwrap opens what Wrap returned, given the same aad. The caller owns the plain
@@ -34,7 +46,7 @@ func (k *KEK) Wrap(ctx context.Context, plain, aad []byte) (iv [IVBytes]byte, ct
 func (k *KEK) Unwrap(ctx context.Context, iv [IVBytes]byte, ct, aad []byte) ([]byte, error) {
 	buf := make([]byte, len(ct))
 	n := 0
-	err := k.with(ctx, "unwrapping", func(s pkcs11.SessionHandle) (err error) {
+	err := k.call(ctx, urgent, "unwrapping", func(s pkcs11.SessionHandle) (err error) {
 		if len(ct) <= TagBytes {
 			return fmt.Errorf("%w: %d bytes", ErrTampered, len(ct))
 		}
@@ -49,7 +61,8 @@ func (k *KEK) Unwrap(ctx context.Context, iv [IVBytes]byte, ct, aad []byte) ([]b
 			return fmt.Errorf("%w (%v)", ErrTampered, err)
 		}
 		return err
-	})
+	}, func() { clear(buf) })
+	k.t.count.unwraps.add(err)
 	if err != nil {
 		return nil, err
 	}
@@ -68,13 +81,13 @@ func (k *KEK) vouch(s pkcs11.SessionHandle, refusal error) error {
 	return err
 }
 
-func (k *KEK) with(ctx context.Context, verb string, f func(pkcs11.SessionHandle) error) error {
-	return k.t.with(ctx, verb+" under KEK "+k.info.Label, func(s pkcs11.SessionHandle) error {
+func (k *KEK) call(ctx context.Context, c class, verb string, f func(pkcs11.SessionHandle) error, discard func()) error {
+	return k.t.call(ctx, c, verb+" under KEK "+k.info.Label, func() error {
 		if k.gone != nil {
 			return k.gone
 		}
-		return f(s)
-	})
+		return k.t.onSession(f)
+	}, discard)
 }
 
 // canary is a blob that is known to be good, to ask a key whether it works.

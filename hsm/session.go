@@ -6,21 +6,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/pkcs11"
 )
 
-// with runs f on a read-only session of the pool, in one turn. what names the key
-// or act in errors. If f fails with an error of the module, the result is
-// ErrUnavailable and the session is closed, never to be used again; any other
-// error of f is passed on as it is.
+// with runs f on a read-only session of the pool, in an urgent turn. what names the key
+// or act in errors. If f fails with an error of the module, the result is ErrUnavailable
+// and the session is closed, never to be used again; any other error of f is passed on
+// as it is. After an error nothing that f writes to may be looked at: see do.
 func (t *Token) with(ctx context.Context, what string, f func(pkcs11.SessionHandle) error) error {
-	if err := t.enter(ctx, 1); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	defer t.turns.Release(1)
-	return judged(what, t.onSession(f))
+	return t.call(ctx, urgent, what, func() error { return t.onSession(f) }, nil)
 }
 
 // alone does the same on a read-write session that is opened for f, with no other
@@ -29,30 +26,97 @@ func (t *Token) with(ctx context.Context, what string, f func(pkcs11.SessionHand
 // object half written by another (C_GenerateKey then fails with GENERAL_ERROR, or
 // the new key has no length).
 func (t *Token) alone(ctx context.Context, what string, f func(pkcs11.SessionHandle) error) error {
-	if err := t.enter(ctx, t.width); err != nil {
+	return t.call(ctx, alone, what, func() error { return t.onOwnSession(f) }, nil)
+}
+
+// call runs f in a turn of the class. See with and do.
+func (t *Token) call(ctx context.Context, c class, what string, f func() error, discard func()) error {
+	if c == alone { // it keeps everybody out while it waits: not for long, and not for what may never end
+		if n := t.stuck.Load(); n > 0 {
+			return fmt.Errorf("%w: token %q: %s: %d calls are stuck in the module", ErrUnavailable, t.cfg.TokenLabel, what, n)
+		}
+		waiting, cancel := context.WithTimeout(ctx, alonePatience)
+		defer cancel()
+		if err := t.enter(waiting, c); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+	} else if err := t.enter(ctx, c); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	defer t.turns.Release(t.width)
+	return judged(what, t.do(ctx, c, f, discard))
+}
+
+// onOwnSession runs f on a read-write session of its own.
+func (t *Token) onOwnSession(f func(pkcs11.SessionHandle) error) error {
 	s, err := t.m.OpenSession(t.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
 	if err != nil {
-		return judged(what, fault("C_OpenSession", err))
+		return fault("C_OpenSession", err)
 	}
 	err = f(s)
 	_ = t.m.CloseSession(s)
-	return judged(what, err)
+	return err
 }
 
-// enter waits for turns and refuses them while the token is down. On success the
-// caller releases them.
-func (t *Token) enter(ctx context.Context, turns int64) error {
-	if err := t.turns.Acquire(ctx, turns); err != nil {
+// do runs f, which calls the module, in the turn that the caller has taken, and gives
+// the turn back when f has ended. Nothing can call back a call that is in the module:
+// if ctx ends first, do leaves f to itself and fails with ErrUnavailable. What f
+// writes to belongs to f then, and discard (which may be nil), called when f has ended
+// at last, undoes what nobody waits for any more. Close waits for such calls.
+func (t *Token) do(ctx context.Context, c class, f func() error, discard func()) error {
+	if ctx.Done() == nil {
+		defer t.gate.leave(c)
+		return f()
+	}
+	var settled atomic.Bool
+	done := make(chan error, 1)
+	go func() {
+		defer t.gate.leave(c)
+		err := f()
+		if settled.CompareAndSwap(false, true) {
+			done <- err
+			return
+		}
+		t.stuck.Add(-1)
+		if discard != nil {
+			discard()
+		}
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		t.stuck.Add(1)
+		if !settled.CompareAndSwap(false, true) {
+			t.stuck.Add(-1)
+			return <-done
+		}
+		t.count.abandoned.Add(1)
+		return fmt.Errorf("%w: the module has not returned: %w", ErrUnavailable, context.Cause(ctx))
+	}
+}
+
+// enter waits for a turn, and refuses it while the token is down. On success the
+// caller gives it back.
+func (t *Token) enter(ctx context.Context, c class) error {
+	if err := t.isDown(); err != nil {
+		return err
+	}
+	if err := t.gate.enter(ctx, c); err != nil {
 		return fmt.Errorf("%w: token %q: waiting for a turn: %w", ErrUnavailable, t.cfg.TokenLabel, err)
 	}
-	if o := t.down.Load(); o != nil {
-		t.turns.Release(turns)
-		return fmt.Errorf("%w: token %q: down since %s: %w", ErrUnavailable, t.cfg.TokenLabel, o.since.Format(time.RFC3339), o.cause)
+	if err := t.isDown(); err != nil { // since
+		t.gate.leave(c)
+		return err
 	}
 	return nil
+}
+
+func (t *Token) isDown() error {
+	o := t.down.Load()
+	if o == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: token %q: down since %s: %w", ErrUnavailable, t.cfg.TokenLabel, o.since.Format(time.RFC3339), o.cause)
 }
 
 // onSession runs f on a session of the pool, which gets it back unless f failed
@@ -63,6 +127,7 @@ func (t *Token) onSession(f func(pkcs11.SessionHandle) error) error {
 		return err
 	}
 	if err = f(s); isFault(err) {
+		t.count.evicted.Add(1)
 		_ = t.m.CloseSession(s)
 	} else {
 		t.giveSession(s)

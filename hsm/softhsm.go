@@ -16,8 +16,8 @@ func WriteSoftHSMConfig(dir string) (confPath string, err error) {
 	if err != nil {
 		return "", fmt.Errorf("writing SoftHSM configuration: %w", err)
 	}
-	if strings.ContainsAny(dir, "#\r\n") { // SoftHSM reads it as the start of a comment
-		return "", fmt.Errorf("writing SoftHSM configuration: directory %q: SoftHSM cannot take a path with # or a line break in it", dir)
+	if strings.ContainsAny(dir, "#=\r\n") { // SoftHSM reads them as its configuration's grammar
+		return "", fmt.Errorf("writing SoftHSM configuration: directory %q: SoftHSM cannot take a path with #, = or a line break in it", dir)
 	}
 	tokens := filepath.Join(dir, "tokens")
 	if err := os.MkdirAll(tokens, 0o700); err != nil {

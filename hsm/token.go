@@ -13,13 +13,13 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
-	"golang.org/x/sync/semaphore"
 )
 
 const (
 	defaultConcurrent = 4
 	startAttempts     = 3                      // SoftHSM: two processes starting on one directory can trip each other
 	startPause        = 100 * time.Millisecond // before the next attempt
+	alonePatience     = 2 * time.Second        // how long a change of the token waits for the calls in the module
 	closePatience     = 10 * time.Second       // how long a Close waits for calls that are in the module
 )
 
@@ -30,11 +30,10 @@ type Token struct {
 	log *slog.Logger
 	m   *module
 
-	// turns has one turn for each call that may be in the module. Whoever holds all
-	// of them (width) is alone with the token. Only he changes what follows up to
-	// keks, and makes or destroys objects; a holder of one turn may read it.
-	turns   *semaphore.Weighted
-	width   int64
+	// gate has one turn for each call that may be in the module. Only who is alone
+	// changes what follows up to keks, and makes or destroys objects; whoever has a
+	// turn may read it.
+	gate    *gate
 	slot    uint
 	info    Info
 	anchor  pkcs11.SessionHandle // keeps the login alive and owns every session copy of a KEK
@@ -42,7 +41,10 @@ type Token struct {
 	closed  bool
 	keks    map[*KEK]struct{} // open KEKs, to be opened again after healing
 
-	down atomic.Pointer[outage] // nil while healthy
+	down  atomic.Pointer[outage] // nil while calls are let in
+	grace atomic.Pointer[outage] // not nil while the token is away and its session copies are used on
+	stuck atomic.Int64           // calls in the module that nobody waits for any more
+	count counters
 
 	mu   sync.Mutex             // guards idle
 	idle []pkcs11.SessionHandle // RO sessions of the hot path, never more than turns
@@ -92,34 +94,42 @@ func prepare(cfg Config) (*Token, error) {
 	m.weak = cfg.WeakAttributes
 	return &Token{
 		cfg: cfg, log: cfg.Log.With("token", cfg.TokenLabel), m: m,
-		turns: semaphore.NewWeighted(int64(cfg.MaxConcurrent)), width: int64(cfg.MaxConcurrent),
+		gate: newGate(cfg.MaxConcurrent),
 		keks: make(map[*KEK]struct{}),
 	}, nil
 }
 
-// start brings the module up and logs in. It tries again only after the errors that SoftHSM
-// gives when another process starts on the same directory, and those come before
-// any login.
+// start brings the module up and logs in. What may pass by itself is tried again until
+// StartPatience is over: an HSM that is not on the network yet, or SoftHSM when another
+// process starts on the same directory. A PIN is not.
 func (t *Token) start(ctx context.Context) error {
+	var over <-chan time.Time
+	if t.cfg.StartPatience > 0 {
+		over = time.After(t.cfg.StartPatience)
+	}
+	pause := startPause
 	for attempt := 1; ; attempt++ {
 		err := t.initialise()
 		if err == nil {
-			break
+			if err = t.login(); err == nil {
+				return nil
+			}
+			_ = t.m.Finalize()
 		}
-		if attempt == startAttempts || !isRV(err, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_TOKEN_NOT_RECOGNIZED) {
+		twoAtOnce := isRV(err, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_TOKEN_NOT_RECOGNIZED) && attempt < startAttempts
+		if errors.Is(err, ErrPINRefused) || !isFault(err) || isRV(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) || over == nil && !twoAtOnce {
 			return err
 		}
+		t.log.Warn("the HSM does not start: trying again", "err", err)
 		select {
-		case <-time.After(startPause):
+		case <-time.After(pause):
+			pause = min(2*pause, time.Second)
+		case <-over:
+			return err
 		case <-ctx.Done():
-			return ctx.Err()
+			return errors.Join(ctx.Err(), err)
 		}
 	}
-	err := t.login()
-	if err != nil {
-		_ = t.m.Finalize()
-	}
-	return err
 }
 
 // initialise initialises the module and finds the token. On failure the module is
@@ -269,10 +279,10 @@ func (t *Token) Info() Info { return t.info }
 func (t *Token) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
 	defer cancel()
-	if err := t.turns.Acquire(ctx, t.width); err != nil {
+	if err := t.gate.enter(ctx, alone); err != nil {
 		return fmt.Errorf("closing hsm token %q: a call is stuck in the module: %w", t.cfg.TokenLabel, err)
 	}
-	defer t.turns.Release(t.width)
+	defer t.gate.leave(alone)
 	if t.closed {
 		return nil
 	}
@@ -292,7 +302,16 @@ func (t *Token) Close() error {
 
 // Random fills b from the token's generator.
 func (t *Token) Random(ctx context.Context, b []byte) error {
-	return t.with(ctx, "random", func(s pkcs11.SessionHandle) error { return t.m.random(s, b) })
+	got := make([]byte, len(b)) // not b: the module may write to it when nobody waits any more
+	err := t.call(ctx, urgent, "random", func() error {
+		return t.onSession(func(s pkcs11.SessionHandle) error { return t.m.random(s, got) })
+	}, func() { clear(got) })
+	if err != nil {
+		return err
+	}
+	copy(b, got)
+	clear(got)
+	return nil
 }
 
 // isRV says whether err is one of the module's return values rvs.

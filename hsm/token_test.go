@@ -105,10 +105,11 @@ func TestInitTokenRefusesLabels(t *testing.T) {
 	}
 }
 
-func TestWriteSoftHSMConfigRefusesComment(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "site#1")
-	if conf, err := WriteSoftHSMConfig(dir); err == nil {
-		t.Errorf("got %s: SoftHSM would use the directory up to the #", conf)
+func TestWriteSoftHSMConfigRefusesItsGrammar(t *testing.T) {
+	for _, name := range []string{"site#1", "site=1"} {
+		if conf, err := WriteSoftHSMConfig(filepath.Join(t.TempDir(), name)); err == nil {
+			t.Errorf("got %s: SoftHSM would use another directory", conf)
+		}
 	}
 }
 

@@ -132,6 +132,9 @@ type HSMConfig struct {
 	// WeakAttributes accepts a library that cannot restrict what a key is used for. A
 	// production node refuses it. Default false.
 	WeakAttributes bool `yaml:"weak_attributes"`
+	// Grace is how long, when the token is away but its session keys still work, they are
+	// used on. Default 0: not at all.
+	Grace time.Duration `yaml:"grace"`
 }
 
 // CertificatesConfig says where the node's own certificate comes from and which
@@ -263,6 +266,9 @@ func (k *checker) has(member, value string) bool {
 	return value != ""
 }
 
+// maxGrace is as long as a token may be away and its keys be used.
+const maxGrace = time.Hour
+
 // roles are those whose callers come to a door, and so need an issuing CA.
 var roles = []identity.Role{identity.RoleSAE, identity.RoleKME, identity.RoleOperator}
 
@@ -288,6 +294,7 @@ func (c *Config) check(doc document) error {
 	k.must(c.HSM.PINFile == "" || c.HSM.PINCredential == "", "hsm.pin_credential", "is there beside pin_file: one of them")
 	k.must(!c.Production || c.HSM.Serial != "", "hsm.serial", "is missing, and this node is set to production: kmed hsm status shows it")
 	k.must(!c.Production || !c.HSM.WeakAttributes, "hsm.weak_attributes", "is for tests only: this node is set to production")
+	k.must(c.HSM.Grace >= 0 && c.HSM.Grace <= maxGrace, "hsm.grace", "is %v: at least 0, at most %v", c.HSM.Grace, maxGrace)
 	c.Certificates.check(k)
 	k.must(c.Epoch >= time.Minute && c.Epoch%time.Millisecond == 0, "epoch", "is %v: at least 1m, in whole milliseconds", c.Epoch)
 	k.must(c.TTL >= time.Second, "ttl", "is %v: at least 1s", c.TTL)

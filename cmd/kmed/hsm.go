@@ -106,7 +106,7 @@ func (c *Config) token(log *slog.Logger) hsm.Config {
 		Module: c.HSM.Module, ModuleArgs: c.HSM.ModuleArgs, WeakAttributes: c.HSM.WeakAttributes,
 		TokenLabel: c.HSM.Token, Serial: c.HSM.Serial,
 		PINFile: c.HSM.PINFile, PINCredential: c.HSM.PINCredential, RefusalFile: filepath.Join(c.Data, "refused-pin"),
-		Log: log,
+		Grace: c.HSM.Grace, Log: log,
 	}
 }
 

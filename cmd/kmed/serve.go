@@ -200,7 +200,9 @@ func (n *node) open(ctx context.Context) (err error) {
 	if err := n.openCertificates(ctx); err != nil {
 		return fmt.Errorf("opening the certificates: %w", err)
 	}
-	n.token, err = hsm.Open(ctx, n.cfg.token(n.log))
+	token := n.cfg.token(n.log)
+	token.StartPatience = startPatience
+	n.token, err = hsm.Open(ctx, token)
 	if err != nil {
 		return fmt.Errorf("opening the HSM: %w", err)
 	}
@@ -257,6 +259,10 @@ func (n *node) openPolicies() (err error) {
 	}
 	return nil
 }
+
+// startPatience is how long a starting node waits for an HSM that fails, as one does
+// that is not on the network yet. Beyond that it is the service manager's turn.
+const startPatience = 15 * time.Second
 
 // network is the file that says which KMEs and links there are.
 func (n *node) network() string { return filepath.Join(n.cfg.Policies, policies.NetworkFile) }
@@ -492,7 +498,7 @@ func timed(seconds prometheus.Observer, who identify) identify {
 // and here they are gathered.
 func (n *node) collectors(core *kme.KME, sae *etsi014.Door) []prometheus.Collector {
 	return []prometheus.Collector{
-		core, sae,
+		core, sae, n.token,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "kme_certificate_end_timestamp_seconds", Help: "When this node's own certificate ends.",
 		}, func() float64 { return float64(n.credential.Leaf().NotAfter.Unix()) }),

@@ -73,7 +73,7 @@ func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
 			var aad [256]byte
 			for i := w; i < len(ids); i += workers {
 				plain := b.Bits[i*key.AtomBytes : (i+1)*key.AtomBytes]
-				iv, ct, err := wrap(ctx, kek.kek, plain, AtomAAD(aad[:0], k.Self, kek.id, block.BlockRef, i, ids[i], b.Provenance))
+				iv, ct, err := wrapInBackground(ctx, kek.kek, plain, AtomAAD(aad[:0], k.Self, kek.id, block.BlockRef, i, ids[i], b.Provenance))
 				if err != nil {
 					return fmt.Errorf("wrapping atom %d of block %s: %w", i, block.BlockRef, err)
 				}

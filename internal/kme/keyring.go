@@ -47,7 +47,7 @@ func (r *keyring) verify(ctx context.Context) error {
 	}
 	var keks []hsm.KEKInfo
 	for _, row := range rows {
-		if row.State == store.KEKOpen && len(row.CheckValue) == 3 {
+		if (row.State == store.KEKOpen || row.State == store.KEKSealed) && len(row.CheckValue) == 3 {
 			keks = append(keks, hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)})
 		}
 	}
@@ -350,12 +350,20 @@ func (r *keyring) close() bool {
 // or its KEK is gone.
 func spoilt(err error) bool { return errors.Is(err, hsm.ErrTampered) || errors.Is(err, hsm.ErrNoKEK) }
 
-// wrap and unwrap are the only uses of KEKs.
+// wrap, wrapInBackground (which lets the others go first) and unwrap are the only uses
+// of KEKs.
 func wrap(ctx context.Context, kek *hsm.KEK, plain, aad []byte) (iv [12]byte, ct []byte, err error) {
 	if err := hsmFault(ctx); err != nil {
 		return iv, nil, err
 	}
 	return kek.Wrap(ctx, plain, aad)
+}
+
+func wrapInBackground(ctx context.Context, kek *hsm.KEK, plain, aad []byte) (iv [12]byte, ct []byte, err error) {
+	if err := hsmFault(ctx); err != nil {
+		return iv, nil, err
+	}
+	return kek.WrapInBackground(ctx, plain, aad)
 }
 
 func unwrap(ctx context.Context, kek *hsm.KEK, iv [12]byte, ct, aad []byte) ([]byte, error) {

@@ -327,6 +327,11 @@ func (k *KME) beat(ctx context.Context) {
 	}
 	k.hsmDown.Store("")
 	k.clear(ctx, "hsm")
+	if h := k.Token.Health(); h.Stage == hsm.Grace {
+		k.raise(ctx, "hsm-grace", fmt.Sprintf("the HSM token is away since %s, and its session keys are used on: %v", h.Since.UTC().Format(time.RFC3339), h.Cause))
+	} else {
+		k.clear(ctx, "hsm-grace")
+	}
 	if took > hsmSlow {
 		k.suspect(ctx, "hsm-slow", fmt.Sprintf("the HSM token is slow: a heartbeat took %v", took.Round(time.Millisecond)))
 	} else {

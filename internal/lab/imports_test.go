@@ -45,6 +45,7 @@ var rings = map[string]int{
 
 	"internal/lab/binaries": 0, // for tests
 	"deploy":                0, // files
+	"hsm/hsmtest":           0, // likewise
 
 	"cmd/kmed":   5,
 	"cmd/kmectl": 5,
@@ -60,6 +61,7 @@ var only = map[string][]string{
 	"internal/lab":   {"cmd/kmelab"},
 
 	"internal/lab/binaries": {}, // only tests
+	"hsm/hsmtest":           {},
 }
 
 type listed struct {
