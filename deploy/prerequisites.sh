@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what the lab and the tests need besides git, make, gcc and Go: the
-# Debian packages softhsm2, libnss3, postgresql and curl, without a system-wide cluster.
+# Debian packages softhsm2, libnss3, postgresql, curl and
+# python3-{django,requests,cryptography}, without a system-wide cluster.
 # Does nothing, and asks for nothing, when they are there.
 set -eu
 
@@ -9,6 +10,7 @@ ls /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so >/dev/null 
 ls /usr/lib/*/libsoftokn3.so >/dev/null 2>&1 || missing="$missing libnss3" # the tests' second PKCS#11 module
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null 2>&1 || missing="$missing postgresql"
 command -v curl >/dev/null 2>&1 || missing="$missing curl" # the client of people without one; the tests ask with it too
+/usr/bin/python3 -c 'import django, requests, cryptography' 2>/dev/null || missing="$missing python3-django python3-requests python3-cryptography" # clients of others, and a test's
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null 2>&1; then

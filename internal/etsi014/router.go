@@ -1,6 +1,7 @@
 package etsi014
 
 import (
+	_ "embed"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -18,10 +19,27 @@ func (d *Door) Handler(others ...func(chi.Router)) http.Handler {
 	r.NotFound(d.notFound)
 	r.MethodNotAllowed(d.methodNotAllowed)
 	d.Mount(r)
+	r.Get("/api/v1/openapi.json", d.describe)
 	for _, mount := range others {
 		mount(r)
 	}
 	return r
+}
+
+// openAPI describes the routes of this door, those of the QuteMail API among them, for
+// programs. A test holds it against what the doors do.
+//
+//go:embed openapi.json
+var openAPI []byte
+
+func (d *Door) describe(w http.ResponseWriter, r *http.Request) {
+	x := d.begin(w, r)
+	if _, err := x.identify(); err != nil {
+		x.refuse(err)
+		return
+	}
+	err := x.write(http.StatusOK, answer{body: openAPI})
+	x.log(slog.LevelDebug, http.StatusOK, err)
 }
 
 func (d *Door) notFound(w http.ResponseWriter, r *http.Request) {

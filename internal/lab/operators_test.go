@@ -19,4 +19,5 @@ func TestOperators(t *testing.T) {
 	}
 	got.Wipe()
 	t.Run("dashboard", func(t *testing.T) { dashboard(t, l) })
+	t.Run("clients", func(t *testing.T) { clients(t, l) })
 }

@@ -41,13 +41,14 @@ func TestVectors(t *testing.T) {
 		}
 	}
 	keysStored(t, l, 2048)
+	doc := describe(t)
 	for _, folder := range []string{"etsi014", "legacy"} {
 		files, err := vector.Load(os.DirFS("../../testdata/" + folder))
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
-			place, protos := vectorPlace(t, l, protocol == "HTTP/2")
+			place, protos := vectorPlace(t, l, doc, protocol == "HTTP/2")
 			for _, f := range files {
 				t.Run(fmt.Sprintf("%s/%s/%s", folder, protocol, f.Name), func(t *testing.T) {
 					if err := f.Run(context.Background(), place); err != nil {
@@ -60,11 +61,14 @@ func TestVectors(t *testing.T) {
 			}
 		}
 	}
+	if err := doc.whole(); err != nil {
+		t.Error(err)
+	}
 }
 
 // vectorPlace is the lab as a place for vectors, over one version of HTTP. protos
 // lists those that were spoken.
-func vectorPlace(t *testing.T, l *Lab, http2 bool) (place vector.Place, protos func() []string) {
+func vectorPlace(t *testing.T, l *Lab, doc *described, http2 bool) (place vector.Place, protos func() []string) {
 	t.Helper()
 	var mu sync.Mutex
 	seen := make(map[string]bool)
@@ -86,7 +90,7 @@ func vectorPlace(t *testing.T, l *Lab, http2 bool) (place vector.Place, protos f
 		transport.Protocols.SetHTTP2(http2)
 		transport.Protocols.SetHTTP1(!http2)
 		t.Cleanup(transport.CloseIdleConnections)
-		hc.Transport = watching{transport, func(proto string) {
+		hc.Transport = watching{doc.on(transport), func(proto string) {
 			mu.Lock()
 			defer mu.Unlock()
 			seen[proto] = true
