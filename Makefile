@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha test-console storm bench lint fuzz tools promtool prerequisites clean
+.PHONY: all run build test test-ha test-console storm bench lint deb sbom fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -58,6 +58,20 @@ lint:
 STORM_TIME ?= 10m
 storm: prerequisites build
 	KME_STORM_TIME=$(STORM_TIME) KME_STORM_FILLER=$${KME_STORM_FILLER-16384} $(GO) test -tags $(TAGS) -run '^TestStorm$$' -timeout 2h -v ./internal/lab
+
+## deb: dist/kme_VERSION_ARCH.deb, with units, users, alert rules, runbooks and clients
+VERSION ?= 0~$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d)
+deb: build
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) deploy/deb/build.sh $(BIN) $(VERSION) dist
+
+## sbom: what each program is made of, in CycloneDX, in dist/
+CYCLONEDX := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
+sbom: build
+	@mkdir -p dist
+	@for program in kmed kmectl kme-ca qlink; do \
+		$(GO) run $(CYCLONEDX) bin -json -version "$(VERSION)" -output dist/$$program.cdx.json $(BIN)/$$program || exit 1; \
+		echo "dist/$$program.cdx.json"; \
+	done
 
 ## fuzz: every fuzz target for FUZZTIME
 fuzz:

@@ -99,3 +99,71 @@ func read(t *testing.T, file string) string {
 	}
 	return string(text)
 }
+
+// run runs a program that Debian has, and returns what it prints.
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// TestUnits: by systemd's own measure, what a service could do if somebody took it over
+// is at most 2.0 of 10.
+func TestUnits(t *testing.T) {
+	t.Parallel()
+	for _, unit := range []string{"systemd/kmed.service", "systemd/kme-ca@.service"} {
+		run(t, "systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit)
+	}
+	unit := read(t, "systemd/kmed.service")
+	for _, line := range []string{"Type=notify", "WatchdogSec=", "LoadCredential=hsm.pin:", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
+		if !strings.Contains(unit, "\n"+line) {
+			t.Errorf("kmed.service has no %s", line)
+		}
+	}
+}
+
+// TestPackage: the .deb is whole: its programs run, its units are well formed, and its
+// scripts are shell.
+func TestPackage(t *testing.T) {
+	t.Parallel()
+	bin, err := filepath.Abs("../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(bin, "kmed")); err != nil {
+		t.Fatalf("%v (make build)", err)
+	}
+	dir := t.TempDir()
+	run(t, "deb/build.sh", bin, "0~test", dir, "none")
+	debs, err := filepath.Glob(filepath.Join(dir, "kme_0~test_*.deb"))
+	if err != nil || len(debs) != 1 {
+		t.Fatal(debs, err)
+	}
+	root := filepath.Join(dir, "root")
+	run(t, "dpkg-deb", "-R", debs[0], root)
+	for _, file := range []string{
+		"usr/share/kme/kmed.yaml", "usr/share/kme/openapi.json", "usr/share/kme/policies/default.cedar", "usr/share/kme/policies/schema.cedarschema",
+		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md",
+		"usr/share/doc/kme/copyright", "usr/lib/sysusers.d/kme.conf", "usr/lib/tmpfiles.d/kme.conf",
+	} {
+		if info, err := os.Stat(filepath.Join(root, file)); err != nil || info.Size() == 0 || info.Mode().Perm() != 0o644 && file != "usr/share/kme/clients/kme.py" {
+			t.Errorf("%s: %v, %v", file, info, err)
+		}
+	}
+	for _, script := range []string{"postinst", "prerm", "postrm"} {
+		run(t, "sh", "-n", filepath.Join(root, "DEBIAN", script))
+	}
+	run(t, "systemd-sysusers", "--dry-run", filepath.Join(root, "usr/lib/sysusers.d/kme.conf"))
+	if out := run(t, filepath.Join(root, "usr/bin/kmed"), "config", "print-default"); out != KmedYAML {
+		t.Errorf("kmed of the package prints another configuration than deploy/kmed.yaml: make build?")
+	}
+	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kme-ca@sae.service").CombinedOutput()
+	for _, line := range strings.Split(string(out), "\n") {
+		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kme-ca@")) && !strings.Contains(line, "/bin/kill") { // which is not ours
+			t.Errorf("systemd-analyze verify: %s (%v)", line, err)
+		}
+	}
+}

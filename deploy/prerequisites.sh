@@ -11,6 +11,7 @@ ls /usr/lib/*/libsoftokn3.so >/dev/null 2>&1 || missing="$missing libnss3" # the
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null 2>&1 || missing="$missing postgresql"
 command -v curl >/dev/null 2>&1 || missing="$missing curl" # the client of people without one; the tests ask with it too
 /usr/bin/python3 -c 'import django, requests, cryptography' 2>/dev/null || missing="$missing python3-django python3-requests python3-cryptography" # clients of others, and a test's
+command -v systemd-analyze >/dev/null 2>&1 || missing="$missing systemd" # which judges the units; it is not started
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null 2>&1; then

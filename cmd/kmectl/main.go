@@ -47,6 +47,7 @@ type commands struct {
 	Alarms  alarmsCommand  `cmd:"" help:"See what a KME node complains of (operators)."`
 	Audit   trailCommand   `cmd:"" help:"Read and verify the audit log (auditors)."`
 	Cleanup cleanupCommand `cmd:"" help:"Have keys ended whose lifetime is over, now (operators)."`
+	Doctor  doctorCommand  `cmd:"" help:"Look at everything that a KME node depends on, and say what to do about what is not well (operators)."`
 	Version versionCommand `cmd:"" help:"Print the version."`
 }
 

@@ -43,7 +43,10 @@ func checkConfig(path string, stdout io.Writer) error {
 		errs = append(errs, fmt.Errorf("there is no certificate in %s, and certificates.token_file names no one-time token to get one with", cfg.Certificates.Dir))
 	}
 	_, err = os.Stat(cfg.HSM.Module)
-	errs = append(errs, err, private(cfg.HSM.PINFile))
+	errs = append(errs, err)
+	if cfg.HSM.PINFile != "" {
+		errs = append(errs, private(cfg.HSM.PINFile))
+	}
 	for _, lc := range cfg.Links {
 		if lc.Filler == 0 {
 			errs = append(errs, private(lc.SecretFile))

@@ -353,6 +353,7 @@ func (n *node) core() (*kme.KME, error) {
 		Policies:    func() *policies.Set { return n.set },
 		Peers:       make(map[identity.KME]*peer.Client),
 		DataDir:     n.cfg.Data,
+		Examine:     n.examine,
 		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
 		Trail: n.trail(),
@@ -492,6 +493,11 @@ func timed(seconds prometheus.Observer, who identify) identify {
 		defer func() { seconds.Observe(time.Since(began).Seconds()) }()
 		return who(r)
 	}
+}
+
+// examine looks at what the core does not see.
+func (n *node) examine() []admin.Finding {
+	return []admin.Finding{kme.JudgeCertificate("certificate", n.credential.Leaf().NotAfter, failpoint.Now())}
 }
 
 // collectors are the metrics of the node: each package that has some exports them,

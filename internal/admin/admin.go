@@ -205,6 +205,8 @@ type Backend interface {
 	// History is how a link did from a time on, in spans of that length, oldest first.
 	// Spans of which nothing is known are left out.
 	History(ctx context.Context, c identity.Caller, rid, link string, from time.Time, each time.Duration) ([]Span, error)
+	// Doctor looks at everything that the node depends on.
+	Doctor(ctx context.Context, c identity.Caller, rid string) ([]Finding, error)
 	// Healthy is nil if the process does its work, whatever may be away that it needs:
 	// if not, it is to be started again. Nobody's name is known here.
 	Healthy(ctx context.Context) error

@@ -57,10 +57,15 @@ func TestRoundTrip(t *testing.T) {
 	if diff := cmp.Diff(s.alarms, alarms); diff != "" || err != nil {
 		t.Errorf("Alarms: %v (-want +got):\n%s", err, diff)
 	}
+	s.findings = []admin.Finding{admin.Good("hsm", "answered in %d ms", 2), admin.Bad("peer km2", "call them", "refused")}
+	found, err := c.Doctor(ctx)
+	if diff := cmp.Diff(s.findings, found); diff != "" || err != nil {
+		t.Errorf("Doctor: %v (-want +got):\n%s", err, diff)
+	}
 	if removed, err := c.Cleanup(ctx); removed != 7 || err != nil {
 		t.Errorf("Cleanup: %d, %v", removed, err)
 	}
-	if want := []string{"root", "root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
+	if want := []string{"root", "root", "root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
 		t.Errorf("callers seen by the Backend: got %v, want %v", s.callers, want)
 	}
 	if len(s.refusals) != 0 {

@@ -43,6 +43,7 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/api/v1/links", serve(c, c.links))
 	r.Get("/api/v1/alarms", serve(c, c.alarms))
 	r.Get("/api/v1/epochs", serve(c, c.Backend.Epochs))
+	r.Get("/api/v1/doctor", serve(c, c.doctor))
 	r.Post(pathCleanup, serve(c, c.cleanup))
 	if c.Trail != nil {
 		r.Get(pathTrail, serveTrail(c, c.trail))

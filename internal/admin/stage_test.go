@@ -42,6 +42,7 @@ type script struct {
 	epochs admin.Epochs
 	past   map[string][]admin.Span
 
+	findings []admin.Finding
 	linksErr error
 	stopping chan struct{}
 	healthy  error
@@ -95,6 +96,10 @@ func (s *script) History(_ context.Context, _ identity.Caller, _, link string, f
 
 func (s *script) Epochs(_ context.Context, c identity.Caller, rid string) (admin.Epochs, error) {
 	return s.epochs, s.saw(c, rid)
+}
+
+func (s *script) Doctor(_ context.Context, c identity.Caller, rid string) ([]admin.Finding, error) {
+	return s.findings, s.saw(c, rid)
 }
 
 func (s *script) Healthy(context.Context) error { return s.healthy }

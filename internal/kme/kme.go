@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
@@ -57,6 +58,7 @@ type Config struct {
 
 	// Watched are parts outside the core whose trouble is an alarm here.
 	Watched []Watched
+	Examine func() []admin.Finding // of what the core does not see: the process's certificates; may be nil
 }
 
 // Watched is a part outside the core that is asked every second how it is.
@@ -143,6 +145,9 @@ func New(c Config) (*KME, error) {
 			}
 		}
 		k.links[lc.ID] = newLink(k, lc)
+	}
+	if k.Examine == nil {
+		k.Examine = func() []admin.Finding { return nil }
 	}
 	var err error
 	if k.outage, err = openOutage(c.DataDir); err != nil {

@@ -110,9 +110,9 @@ func TestBadInput(t *testing.T) {
 	id := got.Keys[0].ID
 	got.Wipe()
 	settled(t, l)
-	before := l.content(t)
+	before, doc := l.content(t), describe(t)
 	for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
-		place, _ := vectorPlace(t, l, protocol == "HTTP/2")
+		place, _ := vectorPlace(t, l, doc, protocol == "HTTP/2")
 		url, hc, err := place.Client("KM1", "alice")
 		if err != nil {
 			t.Fatal(err)

@@ -1,6 +1,9 @@
 package lab
 
 import (
+	"context"
+	"fmt"
+	"slices"
 	"testing"
 
 	"github.com/qutemail/kme/internal/etsi014"
@@ -20,4 +23,56 @@ func TestOperators(t *testing.T) {
 	got.Wipe()
 	t.Run("dashboard", func(t *testing.T) { dashboard(t, l) })
 	t.Run("clients", func(t *testing.T) { clients(t, l) })
+	t.Run("doctor", func(t *testing.T) { doctor(t, l) })
+}
+
+// doctor: a node of which all is well says so; one whose peer, link or database is gone
+// finds that out at once, whatever the last heartbeat said.
+func doctor(t *testing.T, l *Lab) {
+	op := operator(t, l.KM1)
+	bad := func(ctx context.Context) (about []string, err error) {
+		found, err := op.Doctor(ctx)
+		for _, f := range found {
+			if !f.OK {
+				about = append(about, f.About)
+				t.Log(f)
+			}
+		}
+		return about, err
+	}
+	expect := func(what string, want ...string) {
+		t.Helper()
+		eventually(t, what, func(ctx context.Context) error {
+			got, err := bad(ctx)
+			for _, w := range want {
+				if !slices.Contains(got, w) {
+					return fmt.Errorf("%v: %q is not among %q", err, w, got)
+				}
+			}
+			if len(want) == 0 && len(got) > 0 {
+				return fmt.Errorf("not well: %q", got)
+			}
+			return err
+		})
+	}
+	expect("all is well")
+	if err := l.KM2.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := bad(t.Context()); err != nil || !slices.Contains(got, "peer km2") {
+		t.Errorf("the peer has just gone: %q, %v", got, err)
+	}
+	if err := l.KM1.stopDatabase(); err != nil {
+		t.Fatal(err)
+	}
+	expect("the database is gone", "peer km2", "database", "migrations", "link km1-km2")
+	if err := l.KM1.StartDatabase(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range l.KM2.Nodes {
+		if err := n.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect("all is well again")
 }
