@@ -13,42 +13,78 @@ import (
 // SeedSize is the size in bytes of the seed that each end gives its device.
 const SeedSize = 32
 
-// Choices are the secret choices of one end in one block, addressed by gate: the
-// basis, and a bit. Alice's bit is the one that she sends; Bob's stands in for the
-// outcome of a double click.
-//
-// They are the key stream of AES-256 in counter mode, 16 bits a gate: the low bit
-// is the bit, the other 15 decide the basis. The AES key is derived from the seed
-// by HKDF-SHA-256 for one end, session and block, so that no two streams are
-// alike. A Choices is for one goroutine.
-type Choices struct {
-	block     cipher.Block
-	threshold uint16 // of 2^15; below it the basis is X
-
-	window [windowGates * gateBytes]byte // key stream from the gate first on
-	first  int64
-	filled int64 // gates in the window
+// Sent is what Alice's transmitter did in a gate.
+type Sent struct {
+	Basis     Basis
+	Bit       byte
+	Intensity byte // index into Params.Intensities
 }
 
-const (
-	gateBytes   = 2
-	blockGates  = aes.BlockSize / gateBytes // gates in one AES block
-	windowGates = 2048
-	near        = 4 * blockGates // a gap for which it pays to fill the whole window
-)
+// Choices are the secret choices of one end in one block. Alice's are the basis, the
+// bit and the intensity of a pulse; Bob's a basis, and the bit that stands in for the
+// outcome of a double click.
+//
+// They are the key stream of AES-256 in counter mode, 8 bytes a draw, under a key that
+// HKDF-SHA-256 derives from the seed for one end, session and block, so that no two
+// streams are alike. A draw is made only for a gate that somebody will ask about: the
+// choices of gates being independent, it makes no difference when each is drawn, and
+// those of dark gates are never known to anybody. A Choices is for one goroutine.
+type Choices struct {
+	stream      cipher.Stream
+	basis       uint32 // of 2^31; below it the basis is X
+	intensities spread
+
+	window [windowBytes]byte // key stream; what is before at is used up
+	at     int
+}
+
+const windowBytes = 4096
+
+// spread turns 32 random bits into the index of an intensity: as many as there are
+// bounds at or below them. It takes 2^-32 for granted as precision.
+type spread [MaxIntensities - 1]uint32
+
+// newSpread makes a spread of weights, which need not add up to 1.
+func newSpread(weights []float64) spread {
+	sum := 0.
+	for _, w := range weights {
+		sum += w
+	}
+	s := spread{math.MaxUint32, math.MaxUint32}
+	below := 0.
+	for i := range s {
+		if i >= len(weights)-1 || !(sum > 0) {
+			break
+		}
+		below += weights[i]
+		s[i] = uint32(min(math.Round(below/sum*(1<<32)), math.MaxUint32))
+	}
+	return s
+}
+
+func (s *spread) pick(u uint32) byte {
+	var i byte
+	if u >= s[0] {
+		i = 1
+	}
+	if u >= s[1] && s[1] != math.MaxUint32 {
+		i = 2
+	}
+	return i
+}
 
 // AliceChoices are the choices of the sending end. It keeps no reference to seed.
-func AliceChoices(seed *[SeedSize]byte, session, block int64, px float64) (*Choices, error) {
-	return newChoices(seed, "alice", session, block, px)
+func AliceChoices(seed *[SeedSize]byte, session, block int64, p Params) (*Choices, error) {
+	return newChoices(seed, "alice", session, block, p)
 }
 
 // BobChoices are the choices of the receiving end. It keeps no reference to seed.
-func BobChoices(seed *[SeedSize]byte, session, block int64, px float64) (*Choices, error) {
-	return newChoices(seed, "bob", session, block, px)
+func BobChoices(seed *[SeedSize]byte, session, block int64, p Params) (*Choices, error) {
+	return newChoices(seed, "bob", session, block, p)
 }
 
-func newChoices(seed *[SeedSize]byte, end string, session, block int64, px float64) (*Choices, error) {
-	info := fmt.Sprintf("kme/bb84/choices/1 %s %d %d", end, session, block)
+func newChoices(seed *[SeedSize]byte, end string, session, block int64, p Params) (*Choices, error) {
+	info := fmt.Sprintf("kme/bb84/choices/2 %s %d %d", end, session, block)
 	k, err := hkdf.Key(sha256.New, seed[:], nil, info, 32)
 	if err != nil {
 		return nil, fmt.Errorf("deriving the key of %s's choices: %w", end, err)
@@ -58,43 +94,52 @@ func newChoices(seed *[SeedSize]byte, end string, session, block int64, px float
 	if err != nil {
 		return nil, fmt.Errorf("making %s's choices: %w", end, err)
 	}
-	return &Choices{block: b, threshold: uint16(math.Round(px * (1 << 15)))}, nil
+	weights := make([]float64, len(p.Intensities))
+	for i, in := range p.Intensities {
+		weights[i] = in.P
+	}
+	return &Choices{
+		stream: cipher.NewCTR(b, make([]byte, aes.BlockSize)), at: windowBytes,
+		basis: uint32(math.Round(p.PX * (1 << 31))), intensities: newSpread(weights),
+	}, nil
 }
 
-// At gives the choices of a gate, counted from 0. Gates may be asked in any order;
-// ascending is fastest.
-func (c *Choices) At(gate int64) (Basis, byte) {
-	i := gate - c.first
-	if uint64(i) >= uint64(c.filled) {
-		c.fill(gate, i)
-		i = gate - c.first
+// draw takes the next 8 bytes of the stream and overwrites them.
+func (c *Choices) draw() uint64 {
+	if c.at == windowBytes {
+		clear(c.window[:])
+		c.stream.XORKeyStream(c.window[:], c.window[:])
+		c.at = 0
 	}
-	w := binary.LittleEndian.Uint16(c.window[i*gateBytes:])
-	basis := Z
-	if w>>1 < c.threshold {
-		basis = X
-	}
-	return basis, byte(w & 1)
+	w := c.window[c.at : c.at+8]
+	v := binary.LittleEndian.Uint64(w)
+	clear(w)
+	c.at += 8
+	return v
 }
 
-// fill brings the key stream of gate into the window: all of the window when the
-// gates asked for lie close together, one AES block when most are skipped.
-func (c *Choices) fill(gate, ahead int64) {
-	c.first = gate - gate%blockGates
-	var counter [aes.BlockSize]byte
-	binary.BigEndian.PutUint64(counter[8:], uint64(gate/blockGates))
-	if ahead < c.filled || ahead > c.filled+near {
-		c.block.Encrypt(c.window[:aes.BlockSize], counter[:])
-		c.filled = blockGates
-		return
+// choose is the basis and the bit of a draw: bit 0, and bits 1 to 31.
+func (c *Choices) choose(v uint64) (Basis, byte) {
+	basis := X
+	if uint32(v)>>1 >= c.basis {
+		basis = Z
 	}
-	clear(c.window[:])
-	cipher.NewCTR(c.block, counter[:]).XORKeyStream(c.window[:], c.window[:])
-	c.filled = windowGates
+	return basis, byte(v & 1)
 }
 
-// Wipe overwrites the key stream held in memory. The Choices stays usable.
+// Sent draws what Alice sent in a gate in which Bob's detectors did nothing.
+func (c *Choices) Sent() Sent { return c.sent(&c.intensities) }
+
+// sent draws what she sent, with the intensities as likely as s says.
+func (c *Choices) sent(s *spread) Sent {
+	v := c.draw()
+	basis, bit := c.choose(v)
+	return Sent{Basis: basis, Bit: bit, Intensity: s.pick(uint32(v >> 32))}
+}
+
+// Wipe overwrites the key stream held in memory. The Choices must not be used again.
 func (c *Choices) Wipe() {
 	clear(c.window[:])
-	c.filled = 0
+	c.stream = nil
+	c.at = windowBytes
 }

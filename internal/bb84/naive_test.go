@@ -1,13 +1,25 @@
 package bb84
 
-import "math/rand/v2"
+import (
+	"math"
+	"math/rand/v2"
+)
 
-// naive looks at every gate in turn and plays out photon, Eve and detectors one by
-// one. It shares nothing with the Sampler but the choices of the two ends.
-func naive(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.Source, report func(Detection)) {
+// guess is what Eve thinks of the bit that Alice sent in a gate: a bit, and whether she
+// knows it.
+type guess struct {
+	bit  byte
+	sure bool
+}
+
+// naive looks at every gate in turn and plays out photons, Eve and detectors one by
+// one. It shares nothing with the Sampler but what the choices of an end look like.
+func naive(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.Source, report func(Event, guess)) {
 	rng := rand.New(physics)
-	chance := func(p float64) bool { return rng.Float64() < p }
-	eta := p.Eta()
+	chance := func(p float64) bool { return p > 0 && rng.Float64() < p }
+	coin := func() byte { return byte(rng.Uint64() & 1) }
+	one, more := p.blocked()
+	throttle := p.forced(p.Intensities[0].Mu) / (-math.Expm1(-p.Intensities[0].Mu) / 2)
 	var dead int64
 	pending := false
 	for gate := range gates {
@@ -15,25 +27,61 @@ func naive(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.Sourc
 			dead--
 			continue
 		}
-		basis, bit := alice.At(gate) // of the photon on its way
-		if chance(e.InterceptResend) {
-			if eve := Basis(rng.IntN(2)); eve != basis {
-				basis, bit = eve, byte(rng.IntN(2))
+		sent := alice.Sent()
+		photons := poisson(rng, p.Intensities[sent.Intensity].Mu)
+		basis, bit := sent.Basis, sent.Bit // of the light on its way
+		measured, double := bob.choose(bob.draw())
+		survival, dark := p.Eta(), p.DarkPerGate
+		knows := guess{bit: coin()}
+		forced := false
+		switch {
+		case e.SplitPhotons:
+			survival = p.EtaBob
+			switch {
+			case photons <= 1 && chance(one), photons > 1 && chance(more):
+				photons = 0
+			case photons > 1:
+				photons--
+				knows = guess{sent.Bit, true}
+			}
+		case e.Blind:
+			eve := Basis(coin())
+			found := sent.Bit
+			if eve != sent.Basis {
+				found = coin()
+			}
+			if photons > 0 && eve == measured && chance(throttle) {
+				forced, basis, bit = true, eve, found
+			}
+			knows = guess{found, eve == sent.Basis}
+			photons, dark = 0, 0
+		case photons > 0 && chance(e.InterceptResend):
+			eve := Basis(coin())
+			knows = guess{bit, true}
+			if eve != basis {
+				basis, bit = eve, coin()
+				knows = guess{bit, false}
 			}
 		}
-		measured, coin := bob.At(gate)
-		clicked := [2]bool{chance(p.DarkPerGate), chance(p.DarkPerGate)}
-		if chance(eta) {
+		clicked := [2]bool{chance(dark), chance(dark)}
+		for range photons {
+			if !chance(survival) {
+				continue
+			}
+			at := bit
 			switch {
 			case basis != measured:
-				bit = byte(rng.IntN(2))
+				at = coin()
 			case chance(p.Misalignment):
-				bit ^= 1
+				at ^= 1
 			}
+			clicked[at] = true
+		}
+		if forced {
 			clicked[bit] = true
 		}
 		if pending && chance(p.Afterpulse) {
-			clicked[rng.IntN(2)] = true
+			clicked[coin()] = true
 		}
 		pending = false
 		if !clicked[0] && !clicked[1] {
@@ -43,10 +91,20 @@ func naive(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.Sourc
 		d := Detection{Gate: gate, Basis: measured}
 		switch {
 		case clicked[0] && clicked[1]:
-			d.Bit, d.Double = coin, true
+			d.Bit, d.Double = double, true
 		case clicked[1]:
 			d.Bit = 1
 		}
-		report(d)
+		report(Event{d, sent}, knows)
 	}
+}
+
+// poisson draws a small Poisson number.
+func poisson(rng *rand.Rand, mean float64) int {
+	n, product, limit := 0, rng.Float64(), math.Exp(-mean)
+	for product > limit {
+		n++
+		product *= rng.Float64()
+	}
+	return n
 }

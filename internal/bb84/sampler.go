@@ -17,17 +17,26 @@ type Detection struct {
 	Double bool  // both detectors clicked
 }
 
-// Sampler draws the detections of one block in order of their gates. The gaps
-// between clicks are geometric: floor(E / -ln(1-p)) with E exponential and p the
-// chance of a click in a live gate; so a gate without a click is never looked at.
-// A Sampler is for one goroutine.
+// Event is a counted click and what the transmitter did in its gate.
+type Event struct {
+	Detection
+	Sent Sent
+}
+
+// Sampler draws the events of one block in order of their gates. The gaps between
+// clicks are geometric: floor(E / -ln(1-p)) with E exponential and p the chance of a
+// click in a live gate; so a gate without a click is never looked at. Given a click,
+// the intensity of its pulse is drawn, by Alice's generator, with the chances that it
+// then has; bases and bits are as they were. A Sampler is for one goroutine.
 type Sampler struct {
 	rng        *rand.Rand
 	alice, bob *Choices
 	gates      int64 // of the block
 	next       int64 // first gate not yet decided
 	rate       float64
-	same, mix  thresholds // when the bases are equal, and when they are not
+	clicked    spread                        // intensities of gates with a click of their own
+	dark       spread                        // and of gates without
+	light      [MaxIntensities][2]thresholds // by intensity; when the bases are equal, and when they are not
 	dead       int64
 	afterpulse uint64 // threshold on 53 bits
 	pending    bool   // an afterpulse may come in the gate next
@@ -55,19 +64,27 @@ func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.
 	if gates < 1 || gates > MaxGates {
 		return nil, fmt.Errorf("a block of %d gates: want 1 to 2^50", gates)
 	}
-	same, mix := p.outcomes(e.flip(p.Misalignment)), p.outcomes(.5)
-	return &Sampler{
+	s := &Sampler{
 		rng:   rand.New(physics),
 		alice: alice, bob: bob, gates: gates,
-		rate: -math.Log1p(-same.click()),
-		same: same.thresholds(), mix: mix.thresholds(),
 		dead: p.DeadGates, afterpulse: uint64(p.Afterpulse * unit),
-	}, nil
+	}
+	var click float64
+	with, without := make([]float64, len(p.Intensities)), make([]float64, len(p.Intensities))
+	for k, in := range p.Intensities {
+		same, mix := p.outcomes(e, in.Mu)
+		s.light[k] = [2]thresholds{same.thresholds(), mix.thresholds()}
+		with[k], without[k] = in.P*same.click(), in.P*(1-same.click())
+		click += with[k]
+	}
+	s.rate = -math.Log1p(-click)
+	s.clicked, s.dark = newSpread(with), newSpread(without)
+	return s, nil
 }
 
 func (o outcomes) thresholds() thresholds {
 	click := o.click()
-	if click == 0 {
+	if click <= 0 {
 		return thresholds{}
 	}
 	return thresholds{
@@ -76,8 +93,8 @@ func (o outcomes) thresholds() thresholds {
 	}
 }
 
-// Next gives the next detection, or false at the end of the block.
-func (s *Sampler) Next() (Detection, bool) {
+// Next gives the next event, or false at the end of the block.
+func (s *Sampler) Next() (Event, bool) {
 	left := float64(s.gates - s.next)
 	gap := s.rng.ExpFloat64() / s.rate // its whole part is the number of gates without a click
 	var mask byte                      // bit 0: the detector of 0 clicked, bit 1: that of 1
@@ -90,34 +107,34 @@ func (s *Sampler) Next() (Detection, bool) {
 	}
 	if !(gap < left) { // true for NaN: nothing ever clicks
 		s.next = s.gates
-		return Detection{}, false
+		return Event{}, false
 	}
 	gate := s.next + int64(gap)
 	s.next, s.pending = gate+1+s.dead, s.afterpulse > 0
 
-	basis, coin := s.bob.At(gate)
+	basis, coin := s.bob.choose(s.bob.draw())
+	var sent Sent
 	if own {
-		mask |= s.click(gate, basis)
+		sent = s.alice.sent(&s.clicked)
+		mask |= s.click(sent, basis)
+	} else {
+		sent = s.alice.sent(&s.dark)
 	}
 	if mask == 3 {
-		return Detection{Gate: gate, Basis: basis, Bit: coin, Double: true}, true
+		return Event{Detection{Gate: gate, Basis: basis, Bit: coin, Double: true}, sent}, true
 	}
-	return Detection{Gate: gate, Basis: basis, Bit: mask >> 1}, true
+	return Event{Detection{Gate: gate, Basis: basis, Bit: mask >> 1}, sent}, true
 }
 
 // click draws which detectors a gate's own click is in.
-func (s *Sampler) click(gate int64, bob Basis) byte {
-	basis, bit := s.alice.At(gate)
-	t := &s.same
-	if basis != bob {
-		t = &s.mix
-	}
+func (s *Sampler) click(sent Sent, bob Basis) byte {
+	t := &s.light[sent.Intensity][sent.Basis^bob]
 	u := s.rng.Uint64() >> 11
 	switch {
 	case u < t.right:
-		return 1 << bit
+		return 1 << sent.Bit
 	case u < t.single:
-		return 1 << (1 - bit)
+		return 1 << (1 - sent.Bit)
 	default:
 		return 3
 	}
