@@ -32,7 +32,7 @@ func main() {
 // commands is the command line.
 type commands struct {
 	Serve serve `cmd:"" default:"withargs" help:"Carry light between the two ends until SIGTERM (the default command)."`
-	Tell  tell  `cmd:"" help:"Send a command to a running channel: eve FRACTION, cut, mend or status."`
+	Tell  tell  `cmd:"" help:"Send a command to a running channel: eve, drift, burst, stall, cut, mend or status."`
 }
 
 // serve is the channel itself.
@@ -49,16 +49,18 @@ type serve struct {
 	Dark         float64 `default:"${dark}" help:"Chance of a dark count, per gate and detector."`
 	Misalignment float64 `default:"${misalignment}" help:"Chance that a photon goes to the wrong detector."`
 	PX           float64 `name:"px" default:"${px}" help:"Chance of the key basis, at either end."`
-	DeadGates    int64   `default:"0" help:"Gates for which both detectors are off after a click."`
-	Afterpulse   float64 `default:"0" help:"Chance of an afterpulse in the first live gate."`
+	DeadGates    int64   `default:"${dead}" help:"Gates for which both detectors are off after a click."`
+	Afterpulse   float64 `default:"${afterpulse}" help:"Chance of an afterpulse in the first live gate."`
 	ClockHz      float64 `default:"${clock}" help:"Gates per second of the link that is simulated."`
-	Eve          float64 `default:"0" help:"Fraction of the photons that Eve intercepts from the start."`
+	Eve          float64 `default:"0" help:"Fraction of the pulses that Eve intercepts from the start."`
+
+	Intensity []string `name:"intensity" default:"${intensities}" placeholder:"MU:P" help:"Mean photon number of a kind of pulse, and the chance that a pulse is of it; brightest first, two (one decoy) or three (two decoys) of them."`
 }
 
 // tell speaks to the control socket.
 type tell struct {
 	Control string   `required:"" placeholder:"PATH" help:"Control socket of the channel."`
-	Command []string `arg:"" help:"eve FRACTION, cut, mend or status."`
+	Command []string `arg:"" help:"eve FRACTION, eve split, eve blind, drift STEP, burst FACTOR, stall TIME, cut, mend or status."`
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
@@ -86,28 +88,58 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		}
 		return err
 	}
-	return qlink.Serve(ctx, c.Serve.config(slog.New(slog.NewTextHandler(stderr, nil))))
+	config, err := c.Serve.config(slog.New(slog.NewTextHandler(stderr, nil)))
+	if err != nil {
+		return err
+	}
+	return qlink.Serve(ctx, config)
 }
 
-// defaults are those of the textbook link.
+// defaults are those of the lab's link.
 func defaults() kong.Vars {
-	p := bb84.Textbook()
+	p := bb84.Standard()
 	number := func(v float64) string { return strconv.FormatFloat(v, 'g', -1, 64) }
+	var intensities []string
+	for _, i := range p.Intensities {
+		intensities = append(intensities, number(i.Mu)+":"+number(i.P))
+	}
 	return kong.Vars{
 		"km": number(p.Km), "loss": number(p.LossDBPerKm), "eta": number(p.EtaBob), "dark": number(p.DarkPerGate),
 		"misalignment": number(p.Misalignment), "px": number(p.PX), "clock": number(p.ClockHz),
+		"dead": strconv.FormatInt(p.DeadGates, 10), "afterpulse": number(p.Afterpulse), "intensities": strings.Join(intensities, ","),
 	}
 }
 
-func (s *serve) config(log *slog.Logger) qlink.Config {
+func (s *serve) config(log *slog.Logger) (qlink.Config, error) {
+	intensities, err := parseIntensities(s.Intensity)
+	if err != nil {
+		return qlink.Config{}, err
+	}
 	return qlink.Config{
 		AliceSocket: s.AliceSocket, BobSocket: s.BobSocket, ControlSocket: s.Control,
 		AliceSecretFile: s.AliceSecret, BobSecretFile: s.BobSecret,
 		Params: bb84.Params{
 			Km: s.Km, LossDBPerKm: s.Loss, EtaBob: s.Eta, DarkPerGate: s.Dark, Misalignment: s.Misalignment,
-			PX: s.PX, DeadGates: s.DeadGates, Afterpulse: s.Afterpulse, ClockHz: s.ClockHz,
+			PX: s.PX, DeadGates: s.DeadGates, Afterpulse: s.Afterpulse, ClockHz: s.ClockHz, Intensities: intensities,
 		},
 		Eve: bb84.Eve{InterceptResend: s.Eve},
 		Log: log,
+	}, nil
+}
+
+// parseIntensities reads MU:P, one for each kind of pulse.
+func parseIntensities(words []string) ([]bb84.Intensity, error) {
+	var list []bb84.Intensity
+	for _, word := range words {
+		mu, p, found := strings.Cut(word, ":")
+		var i bb84.Intensity
+		var err, err2 error
+		i.Mu, err = strconv.ParseFloat(mu, 64)
+		i.P, err2 = strconv.ParseFloat(p, 64)
+		if !found || err != nil || err2 != nil {
+			return nil, fmt.Errorf("intensity %q: want MU:P, two numbers", word)
+		}
+		list = append(list, i)
 	}
+	return list, nil
 }

@@ -98,7 +98,7 @@ func exchange(path func(string) string, session int64) (clicks int, percent floa
 		return 0, 0, err
 	}
 	defer bob.Close()
-	if err := alice.Fire(ctx, session, 1, 1_000_000); err != nil {
+	if err := alice.Fire(ctx, session, 1, 10_000_000); err != nil {
 		return 0, 0, err
 	}
 	seen, err := bob.Detections(ctx, session, 1)
@@ -109,15 +109,15 @@ func exchange(path func(string) string, session int64) (clicks int, percent floa
 	for i, d := range seen {
 		gates[i] = d.Gate
 	}
-	bases, bits, err := alice.Sent(ctx, session, 1, gates)
+	sent, err := alice.Sent(ctx, session, 1, gates)
 	if err != nil {
 		return 0, 0, err
 	}
 	same, wrong := 0, 0
 	for i, d := range seen {
-		if bases[i/8]>>(i%8)&1 == byte(d.Basis) {
+		if sent[i].Basis == d.Basis {
 			same++
-			wrong += int(bits[i/8]>>(i%8)&1 ^ d.Bit)
+			wrong += int(sent[i].Bit ^ d.Bit)
 		}
 	}
 	return len(seen), 100 * float64(wrong) / float64(same), nil

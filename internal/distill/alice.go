@@ -23,11 +23,12 @@ func Alice(ctx context.Context, ch Channel, cfg AliceConfig) (Outcome, error) {
 		out:         Outcome{Session: cfg.Session, Block: cfg.Block, Gates: cfg.Gates},
 	}
 	defer a.wipe()
-	for _, stage := range []func() error{a.sift, a.reconcile, a.verify, a.close} {
+	for _, stage := range []func() error{a.begin, a.sift, a.reconcile, a.verify, a.close} {
 		if err := stage(); err != nil {
 			return a.out.failed(), blockError(cfg.Session, cfg.Block, err)
 		}
 	}
+	a.out.epsilons(cfg.Params, a.talk.said)
 	return a.out, nil
 }
 
@@ -40,8 +41,8 @@ func blockError(session, block int64, err error) error {
 }
 
 func (c AliceConfig) validate() error {
-	if c.Sent == nil || c.Terms == nil || c.Random == nil {
-		return errors.New("the fields Sent, Terms and Random must be set")
+	if c.Sent == nil || c.Terms == nil || c.Random == nil || c.NextPad == nil || c.SpendPad == nil {
+		return errors.New("the fields Sent, Terms, Random, NextPad and SpendPad must be set")
 	}
 	if c.Session < 0 || c.Block < 0 || len(c.Link) > maxLink {
 		return errors.New("negative session or block, or a link's name that is too long")
@@ -54,15 +55,17 @@ type aliceEnd struct {
 	AliceConfig
 	talk   *talk
 	out    Outcome
-	errors int   // among the test bits
-	key    frame // secret
-	view   *view // secret; nil until reconciliation
+	sifted *sifted // secret
+	views  []*view // secret; of each frame, once reconciliation has begun
 }
 
 func (a *aliceEnd) wipe() {
-	clear(a.key)
-	if a.view != nil {
-		clear(a.view.mixed)
+	a.talk.auth.disarm()
+	if a.sifted != nil {
+		clear(a.sifted.key)
+	}
+	for _, v := range a.views {
+		clear(v.mixed)
 	}
 }
 
@@ -80,13 +83,26 @@ func (a *aliceEnd) seed() (seed [32]byte, err error) {
 	return seed, nil
 }
 
-// sift ends when both ends have the key bits and know the error rate of the test bits.
-func (a *aliceEnd) sift() error {
-	a.progress(StageSift, 0)
-	begin := beginMessage{profile: a.digest(), session: a.Session, block: a.Block, link: a.Link}
-	if err := a.talk.send(kindBegin, begin.encode()); err != nil {
+// begin says which block it is, and with which pad it will be authenticated.
+func (a *aliceEnd) begin() error {
+	pad, err := a.NextPad(a.talk.ctx)
+	if err != nil {
+		return fmt.Errorf("taking a pad from the reserve: %w", err)
+	}
+	defer clear(pad.Bits[:])
+	a.out.Spent = pad.Name
+	m := beginMessage{profile: a.digest(), session: a.Session, block: a.Block, pad: pad.Name, link: a.Link}
+	body := m.encode()
+	if err := a.talk.send(kindBegin, body); err != nil {
 		return err
 	}
+	a.talk.arm(pad, alice, body)
+	return nil
+}
+
+// sift ends when both ends have the key bits and know the errors of the test bits.
+func (a *aliceEnd) sift() error {
+	a.progress(StageSift, 0)
 	_, body, err := a.talk.receive(kindDetected)
 	if err != nil {
 		return err
@@ -96,34 +112,46 @@ func (a *aliceEnd) sift() error {
 		return fmt.Errorf("reading Bob's detections: %w", err)
 	}
 	a.out.Detected = len(gates)
-	bases, values, err := a.Sent(a.talk.ctx, gates)
+	sent, err := a.Sent(a.talk.ctx, gates)
 	if err != nil {
 		return fmt.Errorf("asking what was sent: %w", err)
 	}
+	defer clear(sent)
+	if len(sent) != len(gates) {
+		return fmt.Errorf("what was sent at %d gates came for %d", len(gates), len(sent))
+	}
+	bases, values := make([]byte, len(theirBases)), make([]byte, len(theirBases))
 	defer clear(values)
-	if len(bases) != len(theirBases) || len(values) != len(theirBases) {
-		return fmt.Errorf("what was sent at %d gates came in %d and %d bytes", len(gates), len(bases), len(values))
+	for i, s := range sent {
+		if int(s.intensity()) >= a.Intensities {
+			return fmt.Errorf("intensity %d was sent, of %d", s.intensity(), a.Intensities)
+		}
+		setBit(bases, i, s.basis())
+		setBit(values, i, s.bit())
 	}
 	matches := equalBits(bases, theirBases, len(gates))
 	a.out.SiftedKey, a.out.SiftedTest = tally(matches, theirBases)
 	if err := a.out.enough(a.Params); err != nil {
 		return a.talk.abort(ReasonCounts, 0, err)
 	}
-	sifted := siftedMessage{matches: matches}
-	if sifted.seed, err = a.seed(); err != nil {
+	m := siftedMessage{matches: matches, intensities: planes(a.Params, matches, sent)}
+	if m.seed, err = a.seed(); err != nil {
 		return err
 	}
-	a.key, sifted.test = sift(a.Params, sifted.seed, matches, theirBases, values)
+	a.sifted = sift(a.Params, m.seed, matches, theirBases, values, m.intensities)
+	a.out.Key, a.out.Test = a.sifted.used.key, a.sifted.used.test
+	m.test = a.sifted.test
 	a.progress(StageSift, 1)
 	a.progress(StageEstimate, 0)
-	if err := a.talk.send(kindSifted, sifted.encode()); err != nil {
+	if err := a.talk.send(kindSifted, m.encode()); err != nil {
 		return err
 	}
-	return a.estimate(sifted.test)
+	return a.estimate()
 }
 
-// estimate compares the test bits.
-func (a *aliceEnd) estimate(test []byte) error {
+// estimate compares the test bits. What Alice finds Bob should have found: he has seen
+// the same.
+func (a *aliceEnd) estimate() error {
 	_, body, err := a.talk.receive(kindTested)
 	if err != nil {
 		return err
@@ -132,10 +160,12 @@ func (a *aliceEnd) estimate(test []byte) error {
 	if err != nil {
 		return fmt.Errorf("reading Bob's test bits: %w", err)
 	}
-	a.errors = differences(test, theirs)
-	a.out.QBER = float64(a.errors) / float64(a.TestBits)
-	if a.out.QBER > a.QTol { // Bob has seen the same bits and should have said so
-		return a.talk.abort(ReasonQBER, a.errors, nil)
+	tooMany := a.out.tested(a.Params, a.sifted.wrong(theirs))
+	if err := a.out.gains(a.Params); err != nil {
+		return a.talk.abort(ReasonGains, a.out.TestErrors.total(), err)
+	}
+	if tooMany != nil {
+		return a.talk.abort(ReasonQBER, a.out.TestErrors.total(), tooMany)
 	}
 	a.progress(StageEstimate, 1)
 	return nil
@@ -152,8 +182,11 @@ func (a *aliceEnd) reconcile() error {
 	if err := a.talk.send(kindPasses, seed[:]); err != nil {
 		return err
 	}
-	passes := newPasses(a.KeyBits, expectedRate(a.errors, a.TestBits), seed)
-	a.view = newView(passes, a.key)
+	errors := a.out.TestErrors.total()
+	passes := newPasses(a.FrameBits, expectedRate(errors, a.TestBits), seed)
+	for _, f := range a.sifted.frames(a.FrameBits) {
+		a.views = append(a.views, newView(passes, f))
+	}
 	for {
 		kind, body, err := a.talk.receive(kindQuestion, kindReconciled)
 		if err != nil {
@@ -162,17 +195,21 @@ func (a *aliceEnd) reconcile() error {
 		if kind == kindReconciled {
 			return a.reconciled(body)
 		}
-		questions, err := parseQuestions(body, passes.log)
+		round, err := parseQuestions(body, len(a.views), passes.log)
 		if err != nil {
 			return fmt.Errorf("reading Bob's question: %w", err)
 		}
-		n := count(questions)
+		n := countAll(round)
 		if a.out.Leak+n > a.LeakLimit {
-			return a.talk.abort(ReasonLeak, a.errors, leakError(a.out.Leak+n, a.LeakLimit))
+			return a.talk.abort(ReasonLeak, errors, leakError(a.out.Leak+n, a.LeakLimit))
 		}
 		a.out.Leak += n
 		a.out.Rounds++
-		if err := a.talk.send(kindAnswer, a.view.answer(questions)); err != nil {
+		answers, next := make([]byte, packedBytes(n)), 0
+		for _, f := range round {
+			next = a.views[f.frame].answer(f.questions, answers, next)
+		}
+		if err := a.talk.send(kindAnswer, answers); err != nil {
 			return err
 		}
 		a.progress(StageReconcile, reconcileProgress(a.out.Leak, a.KeyBits, passes.rate))
@@ -188,7 +225,9 @@ func (a *aliceEnd) reconciled(body []byte) error {
 	if m.leak != a.out.Leak {
 		return fmt.Errorf("Bob counts %d revealed bits where Alice revealed %d", m.leak, a.out.Leak)
 	}
-	a.out.corrected(m.corrected, a.KeyBits)
+	if err := a.out.corrected(a.Params, m.corrected); err != nil {
+		return a.talk.abort(ReasonErrors, a.out.TestErrors.total(), err)
+	}
 	a.progress(StageReconcile, 1)
 	return nil
 }
@@ -200,13 +239,13 @@ func (a *aliceEnd) verify() error {
 	if _, err := io.ReadFull(a.Random, m.point[:]); err != nil {
 		return fmt.Errorf("drawing the point of the verification hash: %w", err)
 	}
-	m.tag = tag(a.key, m.point)
+	m.tag = tag(a.sifted.key, m.point)
 	return a.talk.send(kindTag, m.encode())
 }
 
 // close hears that the keys are equal, states the terms, draws the seed of
-// amplification now that nothing about the key is said any more, and compares what
-// was said. From the confirmation on she has the block; should Bob not get hers, he
+// amplification now that nothing about the key is said any more, and checks Bob's tag
+// before she gives hers. From then on she has the block; should Bob not get her tag, he
 // has not, which the handover of blocks between the ends finds out.
 func (a *aliceEnd) close() error {
 	_, body, err := a.talk.receive(kindVerified)
@@ -220,7 +259,7 @@ func (a *aliceEnd) close() error {
 	a.progress(StageVerify, 1)
 	a.progress(StageAmplify, 0)
 	m := closingMessage{
-		terms: a.Terms(a.SecretBits/key.AtomBits, verified.stored),
+		terms: a.Terms(a.KeyedBits()/key.AtomBits, verified.stored),
 		seed:  make([]byte, packedBytes(a.KeyBits-1)),
 	}
 	if len(m.terms.Owners) > MaxOwners {
@@ -233,11 +272,14 @@ func (a *aliceEnd) close() error {
 	if err := a.talk.send(kindClosing, m.encode()); err != nil {
 		return err
 	}
-	a.out.amplified(a.Params, a.key, m, a.talk.sum())
-	if err := a.talk.confirmed(a.out.Transcript); err != nil {
+	a.out.amplified(a.Params, a.sifted.key, m, a.talk.sum())
+	if err := a.talk.confirmed(); err != nil {
 		return err
 	}
-	if err := a.talk.confirm(a.out.Transcript); err != nil {
+	if err := a.SpendPad(a.talk.ctx, a.out.Spent); err != nil {
+		return fmt.Errorf("spending pad %s: %w", a.out.Spent, err)
+	}
+	if err := a.talk.confirm(); err != nil {
 		return err
 	}
 	a.progress(StageAmplify, 1)

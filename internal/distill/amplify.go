@@ -1,90 +1,143 @@
 package distill
 
-import (
-	"crypto/subtle"
-	"encoding/binary"
-)
+import "math/bits"
 
-// chunkBytes is how much of the key is multiplied at a time: long enough for vector
-// instructions, short enough for the table of multiples to stay in a core's cache.
-const chunkBytes = 512
-
-// amplify hashes a key to length bits with the modified Toeplitz matrix (I|T): the
-// first length bits of the key, plus T times the rest, over GF(2). The family is
-// universal_2 with seeds of one bit less than the key (Hayashi and Tsurumaru, IEEE
-// Trans. Inf. Theory 62, 2016). T has seed bit i-j+r-1 in row i and column j, where
-// r is how many bits the rest has, so that T times the rest is the middle of the
-// carry-less product of seed and rest.
-//
-// The seed is public and the key is not: memory is touched where the seed says.
-func amplify(key []byte, keyBits int, seed []byte, length int) []byte {
-	out := make([]byte, packedBytes(length))
-	copyBits(out, key, 0, length)
-	r := keyBits - length
-	if r == 0 {
-		return out
+// amplify hashes a key of keyBits bits to length bits with the modified Toeplitz matrix
+// (I|T): the first length bits of the key, plus T times the rest, over GF(2). The family
+// is universal_2 with seeds of one bit less than the key (Hayashi and Tsurumaru, IEEE
+// Trans. Inf. Theory 62, 2016). T has seed bit i-j+r-1 in row i and column j, where r is
+// how many bits the rest has. Key and seed are packed; so is the answer, which belongs
+// to the caller, like the secrets in it.
+func amplify(key frame, keyBits int, seed []byte, length int) []byte {
+	out := make(frame, (length+63)/64)
+	window(out, key, 0)
+	if rest := keyBits - length; rest > 0 {
+		x := make(frame, (rest+63)/64)
+		window(x, key, length)
+		toeplitzTimes(out, x, frameFrom(seed), length, rest)
+		clear(x)
 	}
-	rest := make([]byte, packedBytes(r))
-	copyBits(rest, key, length, r)
-	product := middle(rest, seed, (r-1)/8, (keyBits-2)/8+1) // coefficients r-1 to keyBits-2
-	hashed := make([]byte, len(out))
-	copyBits(hashed, product, (r-1)%8, length)
-	subtle.XORBytes(out, out, hashed)
-	clear(rest)
+	if tail := length % 64; tail != 0 {
+		out[len(out)-1] &= 1<<tail - 1
+	}
+	b := out.bytes()
+	clear(out)
+	return b[:packedBytes(length)]
+}
+
+// toeplitzTimes adds T times x, of rest bits, to out, of length bits; what it adds
+// behind the last is of no meaning. Matrix and vectors are cut into squares of
+// one size, whose products are middle products of the seed.
+func toeplitzTimes(out, x, seed frame, length, rest int) {
+	size := squareSize(length, rest)
+	words := size / 64
+	w := newWorkspace(words)
+	defer w.wipe()
+	part, product, stretch := make(frame, words), make(frame, words), make(frame, 2*words)
+	for row := 0; row*size < length; row++ {
+		for column := 0; column*size < rest; column++ {
+			clear(part)
+			copy(part, x[min(column*words, len(x)):])
+			window(stretch, seed, (row-column)*size+rest-1-size)
+			w.middle(product, stretch, part)
+			to := out[row*words:]
+			for i := range min(len(to), words) {
+				to[i] ^= product[i]
+			}
+		}
+	}
+	clear(part)
 	clear(product)
-	clear(hashed)
-	return out
 }
 
-// middle returns bytes from to to-1 of the carry-less product of x and s. It takes
-// x in chunks, makes the 256 multiples of a chunk by polynomials of 8 coefficients,
-// and adds for each byte of s the multiple it names at the place where it stands
-// (the "four Russians" way, with long rows instead of long tables).
-func middle(x, s []byte, from, to int) []byte {
-	const row = chunkBytes + 8 // a multiple outgrows its chunk by 7 bits; rows are whole words
-	product := make([]byte, len(x)+len(s)+row)
-	table := make([]byte, 256*row)
-	multiple := func(v int) []byte { return table[v*row : (v+1)*row] }
-	for at := 0; at < len(x); at += chunkBytes {
-		clear(multiple(1))
-		copy(multiple(1), x[at:min(at+chunkBytes, len(x))])
-		for v := 2; v < 256; v += 2 {
-			double(multiple(v), multiple(v/2))
-			subtle.XORBytes(multiple(v+1), multiple(v), multiple(1))
+// squareSize is the size in bits of the squares for which the work is least: a square
+// twice as large takes three times as long.
+func squareSize(length, rest int) int {
+	const smallest = 64 * kernelWords
+	best, least := smallest, 0
+	for size, work := smallest, 1; size <= 1<<22; size, work = 2*size, 3*work {
+		squares := ((length + size - 1) / size) * ((rest + size - 1) / size)
+		if total := squares * work; least == 0 || total < least {
+			best, least = size, total
 		}
-		for i := max(0, from-at-row+1); i < min(len(s), to-at); i++ {
-			sum := product[at+i : at+i+row]
-			subtle.XORBytes(sum, sum, multiple(int(s[i])))
+		if size >= length && size >= rest {
+			break
 		}
 	}
-	clear(table)
-	return product[from:to]
+	return best
 }
 
-// double sets dst to src times the polynomial z: shifted by a bit. Both are as long,
-// a multiple of 8 bytes.
-func double(dst, src []byte) {
-	var carry uint64
-	for i := 0; i+8 <= len(src); i += 8 {
-		w := binary.LittleEndian.Uint64(src[i:])
-		binary.LittleEndian.PutUint64(dst[i:], w<<1|carry)
-		carry = w >> 63
+// window sets dst to the bits of src from bit first on, which may lie before its
+// beginning or run over its end: there is nothing but zeros.
+func window(dst, src frame, first int) {
+	word, shift := first>>6, uint(first&63)
+	at := func(i int) uint64 {
+		if uint(i) < uint(len(src)) {
+			return src[i]
+		}
+		return 0
 	}
-}
-
-// copyBits sets dst to the n bits of src from bit first on, and the bits behind them
-// in dst's last byte to 0. dst has packedBytes(n) bytes.
-func copyBits(dst, src []byte, first, n int) {
-	shift := first % 8
-	src = src[first/8:]
+	low := at(word)
 	for i := range dst {
-		v := src[i] >> shift
-		if shift > 0 && i+1 < len(src) {
-			v |= src[i+1] << (8 - shift)
-		}
-		dst[i] = v
+		high := at(word + i + 1)
+		dst[i] = low>>shift | high<<1<<(63-shift)
+		low = high
 	}
-	if n%8 != 0 {
-		dst[len(dst)-1] &= 1<<(n%8) - 1
+}
+
+// workspace holds what the levels of a middle product need.
+type workspace struct{ levels []level }
+
+type level struct{ s, x, p, q frame }
+
+// newWorkspace makes room for products of that many words, a power of two.
+func newWorkspace(words int) *workspace {
+	w := &workspace{levels: make([]level, bits.Len(uint(words)))}
+	for half := words / 2; half >= kernelWords; half /= 2 {
+		w.levels[bits.Len(uint(half))] = level{s: make(frame, 2*half), x: make(frame, half), p: make(frame, half), q: make(frame, half)}
+	}
+	return w
+}
+
+func (w *workspace) wipe() {
+	for _, l := range w.levels {
+		clear(l.x)
+		clear(l.p)
+		clear(l.q)
+	}
+}
+
+// middle sets out, of n words, to words n to 2n-1 of the carry-less product of s, of 2n
+// words, and x, of n. Karatsuba's trick transposed makes it of three products of half the
+// size (Hanrot, Quercia and Zimmermann, AAECC 14, 2004). The middle product is, for
+// halves x0 and x1 and stretches A, B and C of s, each beginning half as far behind the
+// one before,
+//
+//	A x1 + B x0 = (A+B) x1 + B (x0+x1)
+//	B x1 + C x0 = (B+C) x0 + B (x0+x1)
+func (w *workspace) middle(out, s, x frame) {
+	n := len(x)
+	if n == kernelWords {
+		kernel((*[kernelWords]uint64)(out), (*[2 * kernelWords]uint64)(s), (*[kernelWords]uint64)(x))
+		return
+	}
+	h := n / 2
+	l := &w.levels[bits.Len(uint(h))]
+	x0, x1 := x[:h], x[h:]
+	xor(l.x, x0, x1)
+	w.middle(l.p, s[h:3*h], l.x)
+	xor(l.s, s[:2*h], s[h:3*h])
+	w.middle(l.q, l.s, x1)
+	xor(out[:h], l.p, l.q)
+	xor(l.s, s[h:3*h], s[2*h:])
+	w.middle(l.q, l.s, x0)
+	xor(out[h:], l.p, l.q)
+}
+
+// xor sets dst to the sum of a and b, of the same length.
+func xor(dst, a, b frame) {
+	a, b = a[:len(dst)], b[:len(dst)]
+	for i := range dst {
+		dst[i] = a[i] ^ b[i]
 	}
 }

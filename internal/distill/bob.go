@@ -5,6 +5,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/qutemail/kme/internal/key"
 )
@@ -23,6 +24,9 @@ func Bob(ctx context.Context, ch Channel, cfg BobConfig) (Outcome, error) {
 	}
 	defer b.wipe()
 	if err := b.begin(); err != nil {
+		if abort, ok := errors.AsType[*Abort](err); ok {
+			return b.out.failed(), abort
+		}
 		return Outcome{}, fmt.Errorf("beginning a block of session %d: %w", cfg.Session, err)
 	}
 	for _, stage := range []func() error{b.sift, b.reconcile, b.verify, b.close} {
@@ -30,12 +34,13 @@ func Bob(ctx context.Context, ch Channel, cfg BobConfig) (Outcome, error) {
 			return b.out.failed(), blockError(cfg.Session, b.out.Block, err)
 		}
 	}
+	b.out.epsilons(cfg.Params, b.talk.said)
 	return b.out, nil
 }
 
 func (c BobConfig) validate() error {
-	if c.Detections == nil || c.Stored == nil || c.Accept == nil {
-		return errors.New("the fields Detections, Stored and Accept must be set")
+	if c.Detections == nil || c.Stored == nil || c.Accept == nil || c.Pad == nil || c.SpendPad == nil {
+		return errors.New("the fields Detections, Stored, Accept, Pad and SpendPad must be set")
 	}
 	if c.Session < 0 || len(c.Link) > maxLink {
 		return errors.New("negative session, or a link's name that is too long")
@@ -46,19 +51,21 @@ func (c BobConfig) validate() error {
 // bobEnd is Bob's machine.
 type bobEnd struct {
 	BobConfig
-	talk   *talk
-	out    Outcome
-	errors int    // among the test bits
-	values []byte // secret: the bits of the detected gates, packed
-	key    frame  // secret
-	view   *view  // secret; nil until reconciliation
+	talk     *talk
+	out      Outcome
+	values   []byte    // secret: the bits of the detected gates, packed
+	sifted   *sifted   // secret
+	searches []*search // secret; of each frame, once reconciliation has begun
 }
 
 func (b *bobEnd) wipe() {
+	b.talk.auth.disarm()
 	clear(b.values)
-	clear(b.key)
-	if b.view != nil {
-		clear(b.view.mixed)
+	if b.sifted != nil {
+		clear(b.sifted.key)
+	}
+	for _, s := range b.searches {
+		clear(s.mixed)
 	}
 }
 
@@ -85,7 +92,16 @@ func (b *bobEnd) begin() error {
 	case m.profile != b.digest():
 		return errors.New("Alice has another profile for this link")
 	}
-	b.out.Block = m.block
+	b.out.Block, b.out.Spent = m.block, m.pad
+	pad, err := b.Pad(b.talk.ctx, m.pad)
+	switch {
+	case errors.Is(err, ErrNoPad):
+		return b.talk.abort(ReasonPad, 0, err)
+	case err != nil:
+		return fmt.Errorf("looking for pad %s: %w", m.pad, err)
+	}
+	b.talk.arm(pad, alice, body)
+	clear(pad.Bits[:])
 	return nil
 }
 
@@ -106,6 +122,9 @@ func (b *bobEnd) sift() error {
 	for i, d := range detections {
 		setBit(bases, i, d.Basis)
 		setBit(b.values, i, d.Bit)
+		if d.Double {
+			b.out.Doubles++
+		}
 	}
 	if err := b.talk.send(kindDetected, encodeDetected(detections)); err != nil {
 		return err
@@ -114,7 +133,7 @@ func (b *bobEnd) sift() error {
 	if err != nil {
 		return err
 	}
-	m, err := parseSifted(body, len(detections), b.TestBits)
+	m, err := parseSifted(body, len(detections), b.Params)
 	if err != nil {
 		return fmt.Errorf("reading Alice's choice: %w", err)
 	}
@@ -122,10 +141,10 @@ func (b *bobEnd) sift() error {
 	if err := b.out.enough(b.Params); err != nil {
 		return fmt.Errorf("Alice chose from too few: %w", err)
 	}
-	var test []byte
-	b.key, test = sift(b.Params, m.seed, m.matches, bases, b.values)
+	b.sifted = sift(b.Params, m.seed, m.matches, bases, b.values, m.intensities)
+	b.out.Key, b.out.Test = b.sifted.used.key, b.sifted.used.test
 	b.progress(StageSift, 1)
-	return b.estimate(test, m.test)
+	return b.estimate(m.test)
 }
 
 // inOrder checks what the receiver says.
@@ -141,14 +160,19 @@ func inOrder(detections []Detection, gates int64) error {
 }
 
 // estimate compares the test bits, and shows Alice his.
-func (b *bobEnd) estimate(mine, theirs []byte) error {
+func (b *bobEnd) estimate(theirs []byte) error {
 	b.progress(StageEstimate, 0)
-	b.errors = differences(mine, theirs)
-	b.out.QBER = float64(b.errors) / float64(b.TestBits)
-	if b.out.QBER > b.QTol {
-		return b.talk.abort(ReasonQBER, b.errors, nil)
+	tooMany := b.out.tested(b.Params, b.sifted.wrong(theirs))
+	if !b.Doubles.hold(b.out.Doubles) {
+		return b.talk.abort(ReasonDoubles, b.out.TestErrors.total(), fmt.Errorf("%d double clicks, where %d to %d pass", b.out.Doubles, b.Doubles.Min, b.Doubles.Max))
 	}
-	if err := b.talk.send(kindTested, mine); err != nil {
+	if err := b.out.gains(b.Params); err != nil {
+		return b.talk.abort(ReasonGains, b.out.TestErrors.total(), err)
+	}
+	if tooMany != nil {
+		return b.talk.abort(ReasonQBER, b.out.TestErrors.total(), tooMany)
+	}
+	if err := b.talk.send(kindTested, b.sifted.test); err != nil {
 		return err
 	}
 	b.progress(StageEstimate, 1)
@@ -165,28 +189,32 @@ func (b *bobEnd) reconcile() error {
 	if len(body) != 32 {
 		return fmt.Errorf("a seed of %d bytes", len(body))
 	}
-	passes := newPasses(b.KeyBits, expectedRate(b.errors, b.TestBits), [32]byte(body))
-	b.view = newView(passes, b.key)
-	s := &search{view: b.view, ask: b.ask}
-	if err := s.run(); err != nil {
+	rate := expectedRate(b.out.TestErrors.total(), b.TestBits)
+	before := slices.Clone(b.sifted.key)
+	defer clear(before)
+	ask := func(round []frameQuestions) ([]byte, error) { return b.ask(round, rate) }
+	b.searches, err = reconcile(newPasses(b.FrameBits, rate, [32]byte(body)), b.sifted.frames(b.FrameBits), ask)
+	if err != nil {
 		return err
 	}
-	m := reconciledMessage{corrected: s.corrected, leak: b.out.Leak}
+	m := reconciledMessage{corrected: b.sifted.corrected(before), leak: b.out.Leak}
+	if err := b.out.corrected(b.Params, m.corrected); err != nil {
+		return b.talk.abort(ReasonErrors, b.out.TestErrors.total(), err)
+	}
 	if err := b.talk.send(kindReconciled, m.encode()); err != nil {
 		return err
 	}
-	b.out.corrected(s.corrected, b.KeyBits)
 	b.progress(StageReconcile, 1)
 	return nil
 }
 
 // ask puts questions to Alice, as far as the profile allows her to answer.
-func (b *bobEnd) ask(questions []question) ([]byte, error) {
-	n := count(questions)
+func (b *bobEnd) ask(round []frameQuestions, rate float64) ([]byte, error) {
+	n := countAll(round)
 	if b.out.Leak+n > b.LeakLimit {
-		return nil, b.talk.abort(ReasonLeak, b.errors, leakError(b.out.Leak+n, b.LeakLimit))
+		return nil, b.talk.abort(ReasonLeak, b.out.TestErrors.total(), leakError(b.out.Leak+n, b.LeakLimit))
 	}
-	if err := b.talk.send(kindQuestion, encodeQuestions(questions)); err != nil {
+	if err := b.talk.send(kindQuestion, encodeQuestions(round)); err != nil {
 		return nil, err
 	}
 	_, body, err := b.talk.receive(kindAnswer)
@@ -199,7 +227,7 @@ func (b *bobEnd) ask(questions []question) ([]byte, error) {
 	}
 	b.out.Leak += n
 	b.out.Rounds++
-	b.progress(StageReconcile, reconcileProgress(b.out.Leak, b.KeyBits, b.view.rate))
+	b.progress(StageReconcile, reconcileProgress(b.out.Leak, b.KeyBits, rate))
 	return answers, nil
 }
 
@@ -214,9 +242,9 @@ func (b *bobEnd) verify() error {
 	if err != nil {
 		return fmt.Errorf("reading Alice's tag: %w", err)
 	}
-	mine := tag(b.key, m.point)
+	mine := tag(b.sifted.key, m.point)
 	if subtle.ConstantTimeCompare(mine[:], m.tag[:]) != 1 {
-		return b.talk.abort(ReasonVerify, b.errors, nil)
+		return b.talk.abort(ReasonVerify, b.out.TestErrors.total(), nil)
 	}
 	stored := max(0, min(b.Stored(), maxCount))
 	if err := b.talk.send(kindVerified, verifiedMessage{stored}.encode()); err != nil {
@@ -226,7 +254,7 @@ func (b *bobEnd) verify() error {
 	return nil
 }
 
-// close judges the terms, amplifies, and compares what was said.
+// close judges the terms, amplifies, gives his tag, and checks Alice's.
 func (b *bobEnd) close() error {
 	b.progress(StageAmplify, 0)
 	_, body, err := b.talk.receive(kindClosing)
@@ -237,14 +265,17 @@ func (b *bobEnd) close() error {
 	if err != nil {
 		return fmt.Errorf("reading Alice's terms: %w", err)
 	}
-	if err := b.Accept(m.terms, b.SecretBits/key.AtomBits); err != nil {
-		return b.talk.abort(ReasonTerms, b.errors, err)
+	if err := b.Accept(m.terms, b.KeyedBits()/key.AtomBits); err != nil {
+		return b.talk.abort(ReasonTerms, b.out.TestErrors.total(), err)
 	}
-	b.out.amplified(b.Params, b.key, m, b.talk.sum())
-	if err := b.talk.confirm(b.out.Transcript); err != nil {
+	b.out.amplified(b.Params, b.sifted.key, m, b.talk.sum())
+	if err := b.SpendPad(b.talk.ctx, b.out.Spent); err != nil {
+		return fmt.Errorf("spending pad %s: %w", b.out.Spent, err)
+	}
+	if err := b.talk.confirm(); err != nil {
 		return err
 	}
-	if err := b.talk.confirmed(b.out.Transcript); err != nil {
+	if err := b.talk.confirmed(); err != nil {
 		return err
 	}
 	b.progress(StageAmplify, 1)

@@ -2,6 +2,8 @@ package distill
 
 import (
 	"errors"
+	"fmt"
+	"iter"
 	"math/bits"
 	"slices"
 )
@@ -12,18 +14,23 @@ type question struct {
 	nodes []uint32 // at least one, ascending strictly
 }
 
+// frameQuestions are those about one frame.
+type frameQuestions struct {
+	frame     int
+	questions []question
+}
+
 // answer is what Alice's machine has to do in reconciliation: it remembers nothing
-// from one question to the next. The bits come in the order of the nodes, packed.
-func (v *view) answer(questions []question) []byte {
-	answers := make([]byte, packedBytes(count(questions)))
-	i := 0
+// from one question to the next. The bits go to answers, packed, from bit first on, in the
+// order of the nodes.
+func (v *view) answer(questions []question, answers []byte, first int) (next int) {
 	for _, q := range questions {
 		for _, node := range q.nodes {
-			setBit(answers, i, v.parity(q.pass, node))
-			i++
+			setBit(answers, first, v.parity(q.pass, node))
+			first++
 		}
 	}
-	return answers
+	return first
 }
 
 // count is how many bits answer the questions, and so leak.
@@ -48,13 +55,21 @@ type search struct {
 	*view
 	ask    func([]question) (answers []byte, err error) // as many bits as count
 	begun  int                                          // passes whose blocks are known
-	halved [allPasses]frame                             // nodes whose halves are known
-	odd    [allPasses]frame                             // open nodes that differ from Alice's
+	halved [allPasses]frame                             // nodes whose halves are known; nil: none
+	odd    [allPasses]frame                             // open nodes that differ from Alice's; nil: none
 	found  [allPasses][]uint32                          // every odd node, and some that no longer are
 
 	corrected int
 	leak      int // answers got, in bits
 	rounds    int // questions asked
+}
+
+// tree makes room for the nodes of a pass. Most of the masks never need it.
+func (s *search) tree(pass int) {
+	if s.odd[pass] == nil {
+		s.halved[pass] = newFrame(1 << s.log)
+		s.odd[pass] = newFrame(2 << s.log)
+	}
 }
 
 // run makes the key equal to Alice's, but for a pattern that every pass misses.
@@ -76,8 +91,6 @@ func (s *search) run() error {
 func (s *search) begin(last int) error {
 	var questions []question
 	for pass := s.begun; pass < last; pass++ {
-		s.halved[pass] = newFrame(1 << s.log)
-		s.odd[pass] = newFrame(2 << s.log)
 		first := uint32(1) << (s.log - s.top[pass])
 		q := question{pass: pass}
 		for node := first; node < 2*first; node++ {
@@ -121,6 +134,7 @@ func (s *search) mark(pass int, node uint32, differs byte) {
 	if differs == 0 {
 		return
 	}
+	s.tree(pass)
 	s.odd[pass].flip(int(node))
 	if s.odd[pass].get(int(node)) == 1 {
 		s.found[pass] = append(s.found[pass], node)
@@ -143,8 +157,8 @@ func (s *search) settle() error {
 		if best < 0 {
 			return nil
 		}
-		nodes := s.found[best]
-		s.found[best] = nil
+		nodes := slices.Clone(s.found[best])
+		s.found[best] = s.found[best][:0]
 		if err := s.descend(best, nodes); err != nil {
 			return err
 		}
@@ -154,6 +168,9 @@ func (s *search) settle() error {
 // current drops from found[pass] what is no longer open and odd, and sorts the rest:
 // the largest number is that of a smallest node.
 func (s *search) current(pass int) []uint32 {
+	if len(s.found[pass]) == 0 {
+		return nil
+	}
 	nodes := slices.DeleteFunc(s.found[pass], func(node uint32) bool {
 		return s.odd[pass].get(int(node)) == 0 || s.halved[pass].get(int(node)) == 1
 	})
@@ -198,6 +215,76 @@ func (s *search) descend(pass int, nodes []uint32) error {
 	return nil
 }
 
+// reconcile makes Bob's frames equal to Alice's, all at once: each question has those of
+// every frame that has some, so that a block takes as many journeys as its slowest frame.
+// ask gets them and returns as many bits as they have nodes. The searches are returned,
+// and the first error.
+func reconcile(p *passes, frames []frame, ask func([]frameQuestions) (answers []byte, err error)) ([]*search, error) {
+	searches := make([]*search, len(frames))
+	type turn struct {
+		next func() ([]question, bool) // what a search asks, until it is done
+		stop func()
+		err  error
+	}
+	turns := make([]turn, len(frames))
+	answers := make([][]byte, len(frames))
+	for i, f := range frames {
+		s := &search{view: newView(p, f)}
+		searches[i] = s
+		turns[i].next, turns[i].stop = iter.Pull(func(yield func([]question) bool) {
+			s.ask = func(q []question) ([]byte, error) {
+				if !yield(q) {
+					return nil, errStopped
+				}
+				return answers[i], nil
+			}
+			turns[i].err = s.run()
+		})
+	}
+	defer func() {
+		for _, t := range turns {
+			t.stop()
+		}
+	}()
+	for {
+		var round []frameQuestions
+		for i := range turns {
+			q, asks := turns[i].next()
+			if asks {
+				round = append(round, frameQuestions{i, q})
+			} else if turns[i].err != nil {
+				return searches, fmt.Errorf("frame %d: %w", i, turns[i].err)
+			}
+		}
+		if len(round) == 0 {
+			return searches, nil
+		}
+		got, err := ask(round)
+		if err != nil {
+			return searches, err
+		}
+		first := 0
+		for _, f := range round {
+			n := count(f.questions)
+			answers[f.frame] = make([]byte, packedBytes(n))
+			copyBits(answers[f.frame], got, first, n)
+			first += n
+		}
+	}
+}
+
+// countAll is how many bits answer the questions of a round.
+func countAll(round []frameQuestions) int {
+	n := 0
+	for _, f := range round {
+		n += count(f.questions)
+	}
+	return n
+}
+
+// errStopped ends a search that nobody answers any more.
+var errStopped = errors.New("reconciliation was stopped")
+
 // errContradiction is what answers lead to that are not the parities of any one key.
 var errContradiction = errors.New("the answers contradict each other")
 
@@ -217,7 +304,7 @@ func (s *search) correct(i int) error {
 		}
 		size := s.top[pass]
 		node := uint32(1)<<(s.log-size) + uint32(at>>size)
-		for size > 0 && s.halved[pass].get(int(node)) == 1 {
+		for size > 0 && s.halved[pass] != nil && s.halved[pass].get(int(node)) == 1 {
 			size--
 			node = node<<1 | uint32(at>>size&1)
 		}

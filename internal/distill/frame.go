@@ -55,6 +55,18 @@ func (f frame) bytes() []byte {
 	return b
 }
 
+// frameFrom is the frame of packed bits, with zeros up to a whole word.
+func frameFrom(b []byte) frame {
+	f := make(frame, (len(b)+7)/8)
+	for i := range len(b) / 8 {
+		f[i] = binary.LittleEndian.Uint64(b[8*i:])
+	}
+	for i := len(b) &^ 7; i < len(b); i++ {
+		f[i/8] |= uint64(b[i]) << (8 * (i % 8))
+	}
+	return f
+}
+
 // packedBytes is how many bytes n packed bits take.
 func packedBytes(n int) int { return (n + 7) / 8 }
 
@@ -80,4 +92,21 @@ func equalBits(a, b []byte, n int) []byte {
 		equal[len(equal)-1] &= 1<<(n%8) - 1
 	}
 	return equal
+}
+
+// copyBits sets dst to the n bits of src from bit first on, and the bits behind them
+// in dst's last byte to 0. dst has packedBytes(n) bytes.
+func copyBits(dst, src []byte, first, n int) {
+	shift := first % 8
+	src = src[first/8:]
+	for i := range dst {
+		v := src[i] >> shift
+		if shift > 0 && i+1 < len(src) {
+			v |= src[i+1] << (8 - shift)
+		}
+		dst[i] = v
+	}
+	if n%8 != 0 {
+		dst[len(dst)-1] &= 1<<(n%8) - 1
+	}
 }

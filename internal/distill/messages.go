@@ -11,9 +11,9 @@ import (
 // one encoding: what a parser accepts encodes to the same bytes again. Numbers are
 // big-endian, bit strings packed least significant bit first.
 const (
-	kindBegin      byte = iota + 1 // Alice: which block, under which profile
+	kindBegin      byte = iota + 1 // Alice: which block, under which profile, with which pad
 	kindDetected                   // Bob: the gates that clicked, and his bases
-	kindSifted                     // Alice: which of them count, and her test bits
+	kindSifted                     // Alice: which of them count, their intensities, and her test bits
 	kindTested                     // Bob: his test bits
 	kindPasses                     // Alice: the seed of the passes
 	kindQuestion                   // Bob: nodes; many times
@@ -22,12 +22,12 @@ const (
 	kindTag                        // Alice: point and value of the verification hash
 	kindVerified                   // Bob: equal
 	kindClosing                    // Alice: terms, and the seed of amplification
-	kindConfirm                    // Bob, then Alice: hash of all of the above
+	kindConfirm                    // Bob, then Alice: tag over all of the above
 	kindAbort                      // either, in the place of any but the first
 )
 
 // version is that of the messages.
-const version = 1
+const version = 2
 
 // maxCount bounds numbers that have no better bound.
 const maxCount = 1 << 48
@@ -35,6 +35,7 @@ const maxCount = 1 << 48
 type beginMessage struct {
 	profile        [32]byte
 	session, block int64
+	pad            PadName
 	link           string
 }
 
@@ -42,6 +43,9 @@ func (m beginMessage) encode() []byte {
 	b := append([]byte{version}, m.profile[:]...)
 	b = binary.BigEndian.AppendUint64(b, uint64(m.session))
 	b = binary.BigEndian.AppendUint64(b, uint64(m.block))
+	b = binary.BigEndian.AppendUint64(b, uint64(m.pad.Session))
+	b = binary.BigEndian.AppendUint64(b, uint64(m.pad.Block))
+	b = binary.BigEndian.AppendUint16(b, uint16(m.pad.Index))
 	return append(b, m.link...)
 }
 
@@ -51,6 +55,9 @@ func parseBegin(body []byte) (m beginMessage, err error) {
 	copy(m.profile[:], r.take(32))
 	m.session = int64(r.number(8, 1<<63-1))
 	m.block = int64(r.number(8, 1<<63-1))
+	m.pad.Session = int64(r.number(8, 1<<63-1))
+	m.pad.Block = int64(r.number(8, 1<<63-1))
+	m.pad.Index = int(r.number(2, 1<<16-1))
 	m.link = string(r.take(len(r.rest)))
 	if r.err == nil && v[0] != version {
 		r.err = fmt.Errorf("version %d of the messages, want %d", v[0], version)
@@ -97,23 +104,43 @@ func parseDetected(body []byte, gates int64) (at []int64, bases []byte, err erro
 }
 
 type siftedMessage struct {
-	seed    [32]byte // of the choice among the matches
-	matches []byte   // packed: at which of Bob's gates the bases are equal
-	test    []byte   // packed: Alice's test bits
+	seed        [32]byte // of the choice among the matches
+	matches     []byte   // packed: at which of Bob's gates the bases are equal
+	intensities []byte   // packed: of each of these the lower bit, then of each the upper; see planes
+	test        []byte   // packed: Alice's test bits
 }
 
 func (m siftedMessage) encode() []byte {
 	b := append(m.seed[:], m.matches...)
+	b = append(b, m.intensities...)
 	return append(b, m.test...)
 }
 
-func parseSifted(body []byte, detected, testBits int) (m siftedMessage, err error) {
+func parseSifted(body []byte, detected int, p Params) (m siftedMessage, err error) {
 	r := reader{rest: body}
 	copy(m.seed[:], r.take(32))
 	m.matches = r.packed(detected)
-	m.test = r.packed(testBits)
+	matched := ones(m.matches)
+	planes := r.take(0)
+	for range planesOf(p.Intensities) {
+		planes = append(planes, r.packed(matched)...)
+	}
+	m.intensities = planes
+	m.test = r.packed(p.TestBits)
+	if r.err == nil && p.Intensities == 3 {
+		low, high := planes[:len(planes)/2], planes[len(planes)/2:]
+		for i := range low {
+			if low[i]&high[i] != 0 {
+				r.err = errors.New("an intensity that no source has")
+				break
+			}
+		}
+	}
 	return m, r.end()
 }
+
+// planesOf is how many bits say which of so many intensities it is.
+func planesOf(intensities int) int { return intensities - 1 }
 
 func parsePacked(body []byte, n int) ([]byte, error) {
 	r := reader{rest: body}
@@ -121,29 +148,57 @@ func parsePacked(body []byte, n int) ([]byte, error) {
 	return b, r.end()
 }
 
-// encodeQuestions writes, for each pass, its number, how many nodes, and how many
-// numbers lie between a node and the one before.
-func encodeQuestions(questions []question) []byte {
+// encodeQuestions writes, for each frame that asks, its number and how many passes; for
+// each pass its number, how many nodes, and how many numbers lie between a node and the
+// one before.
+func encodeQuestions(frames []frameQuestions) []byte {
 	var b []byte
-	for _, q := range questions {
-		b = append(b, byte(q.pass))
-		b = binary.AppendUvarint(b, uint64(len(q.nodes)))
-		next := uint32(1)
-		for _, node := range q.nodes {
-			b = binary.AppendUvarint(b, uint64(node-next))
-			next = node + 1
+	for _, f := range frames {
+		b = binary.AppendUvarint(b, uint64(f.frame))
+		b = append(b, byte(len(f.questions)))
+		for _, q := range f.questions {
+			b = append(b, byte(q.pass))
+			b = binary.AppendUvarint(b, uint64(len(q.nodes)))
+			next := uint32(1)
+			for _, node := range q.nodes {
+				b = binary.AppendUvarint(b, uint64(node-next))
+				next = node + 1
+			}
 		}
 	}
 	return b
 }
 
-// parseQuestions reads questions about a key of 1<<log bits: passes ascending
-// strictly, at least one node each.
-func parseQuestions(body []byte, log int) ([]question, error) {
+// parseQuestions reads questions about frames of 1<<log bits: frames ascending strictly,
+// in each at least one pass, ascending strictly, and in each of these at least one node.
+func parseQuestions(body []byte, frames, log int) ([]frameQuestions, error) {
 	r := reader{rest: body}
-	var questions []question
+	var list []frameQuestions
 	last := -1
 	for len(r.rest) > 0 && r.err == nil {
+		f := frameQuestions{frame: int(r.uvarint(uint64(frames - 1)))}
+		passes := int(r.number(1, allPasses))
+		if r.err == nil && (f.frame <= last || passes == 0) {
+			r.err = errors.New("frames out of order, or one without passes")
+		}
+		last = f.frame
+		f.questions = r.questions(passes, log)
+		list = append(list, f)
+	}
+	if r.err == nil && len(list) == 0 {
+		r.err = errors.New("no question")
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return list, nil
+}
+
+// questions reads those about one frame.
+func (r *reader) questions(passes, log int) []question {
+	var questions []question
+	last := -1
+	for range passes {
 		pass := int(r.number(1, allPasses-1))
 		n := r.uvarint(uint64(len(r.rest)))
 		if r.err == nil && (pass <= last || n == 0) {
@@ -158,7 +213,7 @@ func parseQuestions(body []byte, log int) ([]question, error) {
 		for range n {
 			node := next + r.uvarint(2<<log-1)
 			if r.err == nil && node >= 2<<log {
-				r.err = fmt.Errorf("node %d of a key of 2^%d bits", node, log)
+				r.err = fmt.Errorf("node %d of a frame of 2^%d bits", node, log)
 			}
 			if r.err != nil {
 				break
@@ -168,25 +223,28 @@ func parseQuestions(body []byte, log int) ([]question, error) {
 		}
 		questions = append(questions, q)
 	}
-	if r.err == nil && len(questions) == 0 {
-		r.err = errors.New("no question")
-	}
-	if r.err != nil {
-		return nil, r.err
-	}
-	return questions, nil
+	return questions
 }
 
-type reconciledMessage struct{ corrected, leak int }
+// reconciledMessage has what was revealed, and the errors put right, by intensity.
+type reconciledMessage struct {
+	corrected ByIntensity
+	leak      int
+}
 
 func (m reconciledMessage) encode() []byte {
-	b := binary.BigEndian.AppendUint32(nil, uint32(m.corrected))
+	var b []byte
+	for _, n := range m.corrected {
+		b = binary.BigEndian.AppendUint32(b, uint32(n))
+	}
 	return binary.BigEndian.AppendUint32(b, uint32(m.leak))
 }
 
 func parseReconciled(body []byte, keyBits int) (m reconciledMessage, err error) {
 	r := reader{rest: body}
-	m.corrected = int(r.number(4, uint64(keyBits)))
+	for k := range m.corrected {
+		m.corrected[k] = int(r.number(4, uint64(keyBits)))
+	}
 	m.leak = int(r.number(4, uint64(keyBits)))
 	return m, r.end()
 }
@@ -236,14 +294,16 @@ func parseClosing(body []byte, keyBits int) (m closingMessage, err error) {
 	return m, r.end()
 }
 
-func parseConfirm(body []byte) (hash [32]byte, err error) {
+func parseConfirm(body []byte) (tag [16]byte, err error) {
 	r := reader{rest: body}
-	copy(hash[:], r.take(32))
-	return hash, r.end()
+	copy(tag[:], r.take(16))
+	return tag, r.end()
 }
 
 // abortReasons numbers the reasons on the wire; 0 is none.
-var abortReasons = [...]string{"", ReasonCounts, ReasonQBER, ReasonLeak, ReasonVerify, ReasonTerms}
+var abortReasons = [...]string{
+	"", ReasonPad, ReasonDoubles, ReasonCounts, ReasonGains, ReasonQBER, ReasonLeak, ReasonErrors, ReasonVerify, ReasonTerms,
+}
 
 type abortMessage struct {
 	reason int // an index of abortReasons

@@ -20,12 +20,12 @@ var parsers = map[string]func(body []byte) ([]byte, error){
 		return encodeDetected(asDetections(gates, bases)), err
 	},
 	"sifted": func(body []byte) ([]byte, error) {
-		m, err := parseSifted(body, 21, 13)
+		m, err := parseSifted(body, 21, Params{TestBits: 13, Intensities: 3})
 		return m.encode(), err
 	},
 	"packed": func(body []byte) ([]byte, error) { return parsePacked(body, 13) },
 	"questions": func(body []byte) ([]byte, error) {
-		questions, err := parseQuestions(body, 10)
+		questions, err := parseQuestions(body, 5, 10)
 		return encodeQuestions(questions), err
 	},
 	"reconciled": func(body []byte) ([]byte, error) {
@@ -45,8 +45,8 @@ var parsers = map[string]func(body []byte) ([]byte, error){
 		return m.encode(), err
 	},
 	"confirm": func(body []byte) ([]byte, error) {
-		hash, err := parseConfirm(body)
-		return hash[:], err
+		tag, err := parseConfirm(body)
+		return tag[:], err
 	},
 	"abort": func(body []byte) ([]byte, error) {
 		m, err := parseAbort(body, 1<<16)
@@ -77,7 +77,7 @@ func roundTrip(f *testing.F, name string, seeds ...[]byte) {
 }
 
 func FuzzBegin(f *testing.F) {
-	roundTrip(f, "begin", beginMessage{session: 1, block: 2, link: "a-b"}.encode())
+	roundTrip(f, "begin", beginMessage{session: 1, block: 2, pad: PadName{3, 4, 5}, link: "a-b"}.encode())
 }
 
 func FuzzDetected(f *testing.F) {
@@ -85,17 +85,18 @@ func FuzzDetected(f *testing.F) {
 }
 
 func FuzzSifted(f *testing.F) {
-	roundTrip(f, "sifted", siftedMessage{matches: make([]byte, 3), test: make([]byte, 2)}.encode())
+	roundTrip(f, "sifted", siftedMessage{matches: []byte{7, 0, 1}, intensities: []byte{9, 2}, test: make([]byte, 2)}.encode(),
+		siftedMessage{matches: []byte{7, 0, 1}, intensities: []byte{1, 1}, test: make([]byte, 2)}.encode())
 }
 
 func FuzzPacked(f *testing.F) { roundTrip(f, "packed", []byte{1, 0x1f}, []byte{1, 0x20}) }
 
 func FuzzQuestions(f *testing.F) {
-	roundTrip(f, "questions", encodeQuestions([]question{{0, []uint32{1, 2, 9}}, {25, []uint32{2047}}}))
+	roundTrip(f, "questions", encodeQuestions([]frameQuestions{{0, []question{{0, []uint32{1, 2, 9}}, {25, []uint32{2047}}}}, {4, []question{{1, []uint32{7}}}}}))
 }
 
 func FuzzReconciled(f *testing.F) {
-	roundTrip(f, "reconciled", reconciledMessage{1, 2}.encode())
+	roundTrip(f, "reconciled", reconciledMessage{ByIntensity{1, 2, 3}, 4}.encode())
 }
 
 func FuzzTag(f *testing.F) { roundTrip(f, "tag", tagMessage{}.encode()) }
@@ -106,7 +107,7 @@ func FuzzClosing(f *testing.F) {
 	roundTrip(f, "closing", closingMessage{Terms{-1, "ab"}, make([]byte, 8)}.encode())
 }
 
-func FuzzConfirm(f *testing.F) { roundTrip(f, "confirm", make([]byte, 32)) }
+func FuzzConfirm(f *testing.F) { roundTrip(f, "confirm", make([]byte, 16)) }
 
 func FuzzAbort(f *testing.F) { roundTrip(f, "abort", abortMessage{2, 99}.encode()) }
 
@@ -148,14 +149,20 @@ func TestDetectedRoundTrip(t *testing.T) {
 
 func TestQuestionsRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		var want []question
-		for pass := range allPasses {
-			nodes := rapid.SliceOfNDistinct(rapid.Uint32Range(1, 2047), 0, 20, rapid.ID).Draw(t, "nodes")
-			if len(nodes) > 0 {
-				want = append(want, question{pass, sorted(nodes)})
+		var want []frameQuestions
+		for frame := range 5 {
+			f := frameQuestions{frame: frame}
+			for pass := range allPasses {
+				nodes := rapid.SliceOfNDistinct(rapid.Uint32Range(1, 2047), 0, 20, rapid.ID).Draw(t, "nodes")
+				if len(nodes) > 0 {
+					f.questions = append(f.questions, question{pass, sorted(nodes)})
+				}
+			}
+			if len(f.questions) > 0 && rapid.Bool().Draw(t, "asks") {
+				want = append(want, f)
 			}
 		}
-		got, err := parseQuestions(encodeQuestions(want), 10)
+		got, err := parseQuestions(encodeQuestions(want), 5, 10)
 		if len(want) == 0 {
 			if err == nil {
 				t.Fatal("no question was accepted")
@@ -165,28 +172,37 @@ func TestQuestionsRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(want, got, cmp.AllowUnexported(question{})); diff != "" {
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(question{}, frameQuestions{})); diff != "" {
 			t.Fatal(diff)
 		}
-		if _, err := parseQuestions(encodeQuestions(want), 9); err == nil && want[len(want)-1].nodes[0] > 1023 {
-			t.Fatal("a node beyond the key was accepted")
+		last := want[len(want)-1]
+		if _, err := parseQuestions(encodeQuestions(want), last.frame, 10); err == nil && last.frame > 0 {
+			t.Fatal("a frame beyond the key was accepted")
+		}
+		if _, err := parseQuestions(encodeQuestions(want), 5, 9); err == nil && last.questions[len(last.questions)-1].nodes[0] > 1023 {
+			t.Fatal("a node beyond the frame was accepted")
 		}
 	})
 }
 
 func TestQuestionsRefused(t *testing.T) {
 	for name, body := range map[string][]byte{
-		"empty":               {},
-		"no nodes":            {0, 0},
-		"pass repeated":       {0, 1, 0, 0, 1, 0},
-		"pass out of order":   {1, 1, 0, 0, 1, 0},
-		"unknown pass":        {allPasses, 1, 0},
-		"fewer than said":     {0, 2, 0},
-		"long number":         {0, 1, 0x80, 0},
-		"node beyond the key": {0, 1, 0xff, 0x0f},
-		"huge number":         append([]byte{0, 1}, bytes.Repeat([]byte{0xff}, 9)...),
+		"empty":                 {},
+		"no passes":             {0, 0},
+		"no nodes":              {0, 1, 0, 0},
+		"pass repeated":         {0, 2, 0, 1, 0, 0, 1, 0},
+		"pass out of order":     {0, 2, 1, 1, 0, 0, 1, 0},
+		"frame repeated":        {1, 1, 0, 1, 0, 1, 1, 0, 1, 0},
+		"unknown frame":         {5, 1, 0, 1, 0},
+		"unknown pass":          {0, 1, allPasses, 1, 0},
+		"more passes than are":  {0, allPasses + 1, 0, 1, 0},
+		"fewer than said":       {0, 1, 0, 2, 0},
+		"fewer passes":          {0, 2, 0, 1, 0},
+		"long number":           {0, 1, 0, 1, 0x80, 0},
+		"node beyond the frame": {0, 1, 0, 1, 0xff, 0x0f},
+		"huge number":           append([]byte{0, 1, 0, 1}, bytes.Repeat([]byte{0xff}, 9)...),
 	} {
-		if got, err := parseQuestions(body, 10); err == nil {
+		if got, err := parseQuestions(body, 5, 10); err == nil {
 			t.Errorf("%s: accepted as %v", name, got)
 		}
 	}

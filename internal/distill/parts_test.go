@@ -48,7 +48,7 @@ func TestAmplifyIsToeplitz(t *testing.T) {
 		n := 2 + random.IntN(9000)
 		length := 1 + random.IntN(n)
 		key, seed := randomBits(random, n), randomBits(random, n-1)
-		if !bytes.Equal(amplify(key, n, seed, length), toeplitz(key, n, seed, length)) {
+		if !bytes.Equal(amplify(frameFrom(key), n, seed, length), toeplitz(key, n, seed, length)) {
 			t.Fatalf("%d bits to %d: not the product by the matrix", n, length)
 		}
 	}
@@ -63,7 +63,7 @@ func TestAmplifyIsLinear(t *testing.T) {
 	for i := range sum {
 		sum[i] = x[i] ^ y[i]
 	}
-	hx, hy, hs := amplify(x, n, seed, length), amplify(y, n, seed, length), amplify(sum, n, seed, length)
+	hx, hy, hs := amplify(frameFrom(x), n, seed, length), amplify(frameFrom(y), n, seed, length), amplify(frameFrom(sum), n, seed, length)
 	for i := range hs {
 		if hs[i] != hx[i]^hy[i] {
 			t.Fatalf("byte %d: not linear", i)
@@ -238,14 +238,14 @@ func TestSiftIsUniform(t *testing.T) {
 	for i := range n {
 		setBit(matches, i, 1)
 	}
-	p := Params{KeyBits: need, TestBits: 0}
+	p := Params{KeyBits: need, TestBits: 0, Intensities: 2}
 	var kept [n]int
 	for bit := range n {
 		values := make([]byte, packedBytes(n))
 		setBit(values, bit, 1)
 		for run := range runs {
-			key, _ := sift(p, seedOf(run*n+bit), matches, make([]byte, len(matches)), values)
-			if key[0] != 0 {
+			got := sift(p, seedOf(run*n+bit), matches, make([]byte, len(matches)), values, make([]byte, len(matches)))
+			if got.key[0] != 0 {
 				kept[bit]++
 			}
 		}
@@ -266,29 +266,88 @@ func TestSiftIsUniform(t *testing.T) {
 func TestSiftKeepsTheEndsInStep(t *testing.T) {
 	random := rand.New(rand.NewPCG(15, 15))
 	const n = 3000
-	p := Params{KeyBits: 256, TestBits: 101}
+	p := Params{KeyBits: 256, TestBits: 101, Intensities: 3}
 	matches, bases := randomBits(random, n), randomBits(random, n)
 	a, b := randomBits(random, n), randomBits(random, n)
+	sent := make([]Sent, n)
 	for i := range n {
+		sent[i] = Sent(bitAt(a, i) | bitAt(bases, i)<<1 | byte(random.IntN(3))<<2)
 		if bitAt(matches, i) == 1 && bitAt(a, i) != bitAt(b, i) {
 			b[i>>3] ^= 1 << (i & 7)
 		}
 	}
-	keyA, testA := sift(p, seedOf(1), matches, bases, a)
-	keyB, testB := sift(p, seedOf(1), matches, bases, b)
-	if !slices.Equal(keyA, keyB) || !bytes.Equal(testA, testB) {
+	from := planes(p, matches, sent)
+	atA, atB := sift(p, seedOf(1), matches, bases, a, from), sift(p, seedOf(1), matches, bases, b, from)
+	if !slices.Equal(atA.key, atB.key) || !bytes.Equal(atA.test, atB.test) || atA.used != atB.used {
 		t.Error("the ends sifted different bits")
 	}
-	if other, _ := sift(p, seedOf(2), matches, bases, a); slices.Equal(keyA, other) {
+	if atA.used.key.total() != p.KeyBits || atA.used.test.total() != p.TestBits {
+		t.Errorf("used: %v", atA.used)
+	}
+	if other := sift(p, seedOf(2), matches, bases, a, from); slices.Equal(atA.key, other.key) {
 		t.Error("the seed does not matter")
+	}
+	// Every bit has the intensity that it was sent with: flip those of one and look.
+	for k := range byte(3) {
+		flipped := bytes.Clone(a)
+		for i := range n {
+			if sent[i].intensity() == k {
+				flipped[i>>3] ^= 1 << (i & 7)
+			}
+		}
+		other := sift(p, seedOf(1), matches, bases, flipped, from)
+		if n := atA.wrong(other.test); n[k] != atA.used.test[k] || n.total() != n[k] {
+			t.Errorf("intensity %d: test bits that differ: %v of %v", k, n, atA.used.test)
+		}
+		if n := atA.corrected(other.key); n[k] != atA.used.key[k] || n.total() != n[k] {
+			t.Errorf("intensity %d: key bits that differ: %v of %v", k, n, atA.used.key)
+		}
 	}
 }
 
+// BenchmarkAmplify halves blocks of 1 Mbit.
 func BenchmarkAmplify(b *testing.B) {
+	const n = 1 << 20
 	random := rand.New(rand.NewPCG(16, 16))
-	key, seed := randomBits(random, textbook.KeyBits), randomBits(random, textbook.KeyBits-1)
+	key, seed := frameFrom(randomBits(random, n)), randomBits(random, n-1)
+	begun := cpuTime()
 	for b.Loop() {
-		amplify(key, textbook.KeyBits, seed, textbook.SecretBits)
+		amplify(key, n, seed, n/2)
 	}
-	b.ReportMetric(float64(textbook.KeyBits)*float64(b.N)/b.Elapsed().Seconds()/1e6, "Mbit/s")
+	b.ReportMetric(n*float64(b.N)/b.Elapsed().Seconds()/1e6, "Mbit/s")
+	b.ReportMetric(n*float64(b.N)/(cpuTime()-begun).Seconds()/1e6, "Mbit/cpu-s")
+}
+
+// The assembly does what the portable functions do.
+func TestProducts(t *testing.T) {
+	random := rand.New(rand.NewPCG(17, 17))
+	var s [2 * kernelWords]uint64
+	var x, fast, slow [kernelWords]uint64
+	for i := range 2000 {
+		for k := range s {
+			s[k] = random.Uint64() >> (i % 60)
+		}
+		for k := range x {
+			x[k] = random.Uint64()
+		}
+		kernel(&fast, &s, &x)
+		kernelPortable(&slow, &s, &x)
+		if fast != slow {
+			t.Fatalf("kernel of %x and %x: %x, portable %x", s, x, fast, slow)
+		}
+		hi, lo := product(s[0], x[0])
+		if h, l := productPortable(s[0], x[0]); h != hi || l != lo {
+			t.Fatalf("product of %x and %x: %x %x, portable %x %x", s[0], x[0], hi, lo, h, l)
+		}
+		hi, lo = 0, 0
+		for k := range 64 { // bit by bit
+			if x[0]>>k&1 == 1 {
+				lo ^= s[0] << k
+				hi ^= s[0] >> 1 >> (63 - k)
+			}
+		}
+		if h, l := productPortable(s[0], x[0]); h != hi || l != lo {
+			t.Fatalf("portable product of %x and %x: %x %x, bit by bit %x %x", s[0], x[0], h, l, hi, lo)
+		}
+	}
 }

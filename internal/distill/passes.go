@@ -39,9 +39,10 @@ type passes struct {
 	// The second pass's order, see place.
 	deal, back   []uint32 // a permutation of its blocks, and the inverse
 	shift, flips []uint32 // of each run: how far it is rotated before, flipped after
+	order        []uint32 // index of every place
 }
 
-// newPasses makes the passes for a key of n bits, a power of two, in which errors are
+// newPasses makes the passes for frames of n bits, a power of two, in which errors are
 // expected at the given rate. The seed must be drawn after the last bit was measured.
 // It is public, and so is all that is made of it: every parity that goes over the
 // channel is counted, whichever bits are in it, so a poor choice leaks more or fails
@@ -55,11 +56,14 @@ func newPasses(n int, rate float64, seed [32]byte) *passes {
 	}
 	random := rand.NewChaCha8(seed)
 	p.shuffle(random)
+	words := make([]byte, n/8)
 	for i := range p.masks {
-		p.masks[i] = newFrame(n)
-		for j := range p.masks[i] {
-			p.masks[i][j] = random.Uint64()
-		}
+		_, _ = random.Read(words) // never fails
+		p.masks[i] = frameFrom(words)
+	}
+	p.order = make([]uint32, n)
+	for place := range p.order {
+		p.order[place] = uint32(p.index(place))
 	}
 	return p
 }
@@ -129,8 +133,8 @@ func newView(p *passes, key frame) *view {
 	v := &view{passes: p, key: key, mixed: newFrame(1 << p.log)}
 	for i := range v.mixed {
 		var word uint64
-		for j := range 64 {
-			word |= uint64(key.get(p.index(64*i+j))) << j
+		for j, from := range p.order[64*i : 64*i+64 : 64*i+64] {
+			word |= key[from>>6] >> (from & 63) & 1 << j
 		}
 		v.mixed[i] = word
 	}

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash"
 	"slices"
@@ -25,12 +24,14 @@ type talk struct {
 	ch         Channel
 	me         byte
 	testBits   int
-	transcript hash.Hash
+	transcript hash.Hash     // names the block
+	auth       authenticator // proves it to the other end
+	said       int64         // bytes of it, in blocks of 16
 }
 
 func newTalk(ctx context.Context, ch Channel, me byte, testBits int) *talk {
 	t := &talk{ctx: ctx, ch: ch, me: me, testBits: testBits, transcript: sha256.New()}
-	t.transcript.Write([]byte("kme/distill/transcript/1\x00"))
+	t.transcript.Write([]byte("kme/distill/transcript/2\x00"))
 	return t
 }
 
@@ -41,6 +42,8 @@ func (t *talk) record(from, kind byte, body []byte) {
 	head := binary.BigEndian.AppendUint64([]byte{from, kind}, uint64(len(body)))
 	t.transcript.Write(head)
 	t.transcript.Write(body)
+	t.auth.record(from, kind, body)
+	t.said += 16 + int64(len(body)+15)&^15
 }
 
 func (t *talk) send(kind byte, body []byte) error {
@@ -99,33 +102,33 @@ func (t *talk) aborted(m abortMessage, peer bool, cause error) *Abort {
 // sum is the transcript so far.
 func (t *talk) sum() [32]byte { return [32]byte(t.transcript.Sum(nil)) }
 
-// confirmation is what an end says to show that it has the transcript. It differs by
-// end, so that one cannot be shown its own.
-func confirmation(end byte, transcript [32]byte) []byte {
-	h := sha256.New()
-	h.Write([]byte("kme/distill/confirm/1\x00"))
-	h.Write([]byte{end})
-	h.Write(transcript[:])
-	return h.Sum(nil)
+// arm begins authentication. The message that names the pad has been recorded with
+// nothing to hash it by, and is recorded again.
+func (t *talk) arm(pad Pad, from byte, begin []byte) {
+	t.auth.disarm()
+	t.auth.arm(pad)
+	t.auth.record(from, kindBegin, begin)
 }
 
-// confirm sends this end's confirmation.
-func (t *talk) confirm(transcript [32]byte) error {
-	return t.send(kindConfirm, confirmation(t.me, transcript))
+// confirm sends this end's tag. The pad must be committed as spent.
+func (t *talk) confirm() error {
+	tag := t.auth.tag(t.me)
+	return t.send(kindConfirm, tag[:])
 }
 
-// confirmed receives the other end's and compares.
-func (t *talk) confirmed(transcript [32]byte) error {
+// confirmed receives the other end's tag and compares it with what it should be.
+func (t *talk) confirmed() error {
+	want := t.auth.tag(t.peer())
 	_, body, err := t.receive(kindConfirm)
 	if err != nil {
 		return err
 	}
 	theirs, err := parseConfirm(body)
 	if err != nil {
-		return fmt.Errorf("reading the confirmation: %w", err)
+		return fmt.Errorf("reading the tag: %w", err)
 	}
-	if subtle.ConstantTimeCompare(theirs[:], confirmation(t.peer(), transcript)) != 1 {
-		return errors.New("the ends disagree about what was said")
+	if subtle.ConstantTimeCompare(theirs[:], want[:]) != 1 {
+		return ErrTag
 	}
 	return nil
 }

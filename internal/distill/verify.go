@@ -17,20 +17,22 @@ func (e element) bytes() [16]byte {
 	return b
 }
 
+func (e element) plus(f element) element { return element{e.lo ^ f.lo, e.hi ^ f.hi} }
+
 // times is the product of two elements, in time that does not depend on them.
 func (e element) times(f element) element {
-	var p element
-	for _, w := range [2]uint64{f.hi, f.lo} {
-		for i := 63; i >= 0; i-- {
-			over := -(p.hi >> 63)
-			p.hi = p.hi<<1 | p.lo>>63
-			p.lo = p.lo<<1 ^ over&0x87
-			take := -(w >> i & 1)
-			p.lo ^= e.lo & take
-			p.hi ^= e.hi & take
-		}
+	// Words p0 to p3 of the product of polynomials; what lies beyond z^127 comes back
+	// as its multiple by z^7+z^2+z+1.
+	p1, p0 := product(e.lo, f.lo)
+	p3, p2 := product(e.hi, f.hi)
+	m1, m0 := product(e.lo^e.hi, f.lo^f.hi)
+	m0, m1 = m0^p0^p2, m1^p1^p3
+	p1, p2 = p1^m0, p2^m1
+	p2 ^= p3>>63 ^ p3>>62 ^ p3>>57
+	return element{
+		lo: p0 ^ p2 ^ p2<<1 ^ p2<<2 ^ p2<<7,
+		hi: p1 ^ p3 ^ p3<<1 ^ p2>>63 ^ p3<<2 ^ p2>>62 ^ p3<<7 ^ p2>>57,
 	}
-	return p
 }
 
 // tag is the value of the polynomial whose coefficients are the key in pieces of 128
@@ -41,9 +43,7 @@ func tag(key frame, point [16]byte) [16]byte {
 	at := elementFrom(point)
 	var sum element
 	for i := 0; i+1 < len(key); i += 2 {
-		sum.lo ^= key[i]
-		sum.hi ^= key[i+1]
-		sum = sum.times(at)
+		sum = sum.plus(element{key[i], key[i+1]}).times(at)
 	}
 	return sum.bytes()
 }

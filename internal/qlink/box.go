@@ -76,21 +76,21 @@ func (b *Box) Fire(ctx context.Context, session, block, gates int64) error {
 
 // Sent asks Alice's end for what it sent at gates of the block fired last, which
 // must ascend strictly and lie above those asked before: the transmitter's buffer
-// is read in order and once. Both answers are secret, belong to the caller, and
-// are packed, least significant bit first: that of gates[i] is bit i%8 of byte
-// i/8. A set bit among bases is basis Z.
-func (b *Box) Sent(ctx context.Context, session, block int64, gates []int64) (bases, bits []byte, err error) {
+// is read in order and once. The answer is secret and belongs to the caller.
+func (b *Box) Sent(ctx context.Context, session, block int64, gates []int64) ([]bb84.Sent, error) {
 	body, err := encodeSent(blockName{session, block}, gates)
 	if err == nil {
 		body, err = b.call(ctx, kindSent, body, kindChoices)
 	}
-	if err == nil {
-		bases, bits, err = parseChoices(body, len(gates))
-	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("asking what was sent in block %d of session %d: %w", block, session, err)
+		return nil, fmt.Errorf("asking what was sent in block %d of session %d: %w", block, session, err)
 	}
-	return bases, bits, nil
+	defer clear(body)
+	sent, err := parseChoices(body, len(gates))
+	if err != nil {
+		return nil, fmt.Errorf("reading what was sent in block %d of session %d: %w", block, session, err)
+	}
+	return sent, nil
 }
 
 // Detections asks Bob's end for what it saw in a block, once, gates ascending.

@@ -38,16 +38,18 @@ func (f *fibre) command(line string) (string, error) {
 	words := strings.Fields(line)
 	switch {
 	case len(words) == 2 && words[0] == "eve":
-		fraction, err := strconv.ParseFloat(words[1], 64)
+		eve, err := parseEve(words[1])
 		if err != nil {
-			return "", fmt.Errorf("fraction %q: want a number", words[1])
-		}
-		eve := bb84.Eve{InterceptResend: fraction}
-		if err := eve.Validate(); err != nil {
 			return "", err
 		}
 		f.eve = eve // from the next block on
-		f.log.Info("eve", "fraction", fraction)
+		f.log.Info("eve", "does", describe(eve))
+		return "ok", nil
+	case len(words) == 2 && (words[0] == "drift" || words[0] == "burst" || words[0] == "stall"):
+		if err := f.upset.set(words[0], words[1]); err != nil {
+			return "", err
+		}
+		f.log.Info("trouble", words[0], words[1])
 		return "ok", nil
 	case len(words) != 1:
 	case words[0] == "cut":
@@ -61,7 +63,34 @@ func (f *fibre) command(line string) (string, error) {
 	case words[0] == "status":
 		return "ok " + f.status(), nil
 	}
-	return "", errors.New("want: eve FRACTION, cut, mend or status")
+	return "", errors.New("want: eve FRACTION|split|blind, drift STEP, burst FACTOR, stall TIME, cut, mend or status")
+}
+
+// parseEve reads what she is to do.
+func parseEve(word string) (bb84.Eve, error) {
+	switch word {
+	case "split":
+		return bb84.Eve{SplitPhotons: true}, nil
+	case "blind":
+		return bb84.Eve{Blind: true}, nil
+	}
+	fraction, err := strconv.ParseFloat(word, 64)
+	if err != nil {
+		return bb84.Eve{}, fmt.Errorf("eve %q: want a fraction, split or blind", word)
+	}
+	eve := bb84.Eve{InterceptResend: fraction}
+	return eve, eve.Validate()
+}
+
+// describe is what parseEve reads.
+func describe(e bb84.Eve) string {
+	switch {
+	case e.SplitPhotons:
+		return "split"
+	case e.Blind:
+		return "blind"
+	}
+	return strconv.FormatFloat(e.InterceptResend, 'g', -1, 64)
 }
 
 // status is called under mu.
@@ -77,15 +106,20 @@ func (f *fibre) status() string {
 	if r := f.bob; r != nil && r.seeded {
 		bob = strconv.FormatInt(r.session, 10)
 	}
-	return fmt.Sprintf("fibre=%s km=%g eve=%g alice=%s bob=%s blocks=%d lost=%d gates=%d detections=%d doubles=%d",
-		state, f.params.Km, f.eve.InterceptResend, alice, bob,
+	return fmt.Sprintf("fibre=%s km=%g eve=%s alice=%s bob=%s blocks=%d lost=%d gates=%d detections=%d doubles=%d",
+		state, f.params.Km, describe(f.eve), alice, bob,
 		f.stats.blocks, f.stats.lost, f.stats.gates, f.stats.detections, f.stats.doubles)
 }
 
 // Command sends one line to the control socket of a Server and returns its answer
 // without the leading "ok". The commands:
 //
-//	eve FRACTION  from the next block on, Eve intercepts this fraction of the photons; 0: she leaves
+//	eve FRACTION  from the next block on, Eve intercepts this fraction of the pulses; 0: she leaves
+//	eve split     she splits photon numbers
+//	eve blind     she blinds Bob's detectors
+//	drift STEP    every block adds this to the misalignment; 0: aligned anew
+//	burst FACTOR  the next block has so many times the dark counts
+//	stall TIME    every block begins so much later ("500ms"); 0s: no more
 //	cut           cut the fibre; a block under way is gone
 //	mend          mend it
 //	status        "name=value ..." on one line: fibre (whole or cut), km, eve, alice and bob (session or

@@ -131,13 +131,12 @@ func (d *aliceDevice) answer(ctx context.Context, kind byte, body []byte) (byte,
 		if err != nil {
 			return 0, nil, err
 		}
-		bases, bits, err := d.f.sent(d.t, name, gates)
+		sent, err := d.f.sent(d.t, name, gates)
 		if err != nil {
 			return 0, nil, err
 		}
-		defer clear(bases)
-		defer clear(bits)
-		return kindChoices, encodeChoices(len(gates), bases, bits), nil
+		defer clear(sent)
+		return kindChoices, encodeChoices(sent), nil
 	}
 	return 0, nil, fmt.Errorf("%w: kind %#x at alice's end", errMalformed, kind)
 }

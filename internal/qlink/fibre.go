@@ -20,6 +20,7 @@ type fibre struct {
 
 	mu    sync.Mutex
 	eve   bb84.Eve
+	upset trouble
 	cut   bool
 	cuts  int64        // counts cuts, so that a block under way sees one that was mended
 	alice *transmitter // nil while Alice's KME is not there
@@ -44,6 +45,8 @@ type transmitter struct {
 	gates   int64 // of that block; 0 if it failed
 	next    int64 // first gate of it not yet answered for
 	choices *bb84.Choices
+	sent    gateList   // what it sent in the gates that clicked
+	reader  gateReader // of sent: the entry at or before next
 }
 
 // receiver is Bob's end for as long as one connection lives. All under fibre.mu.
@@ -54,7 +57,7 @@ type receiver struct {
 
 	full  bool // holds a block
 	block int64
-	list  detectionList
+	list  gateList
 }
 
 func (f *fibre) attachAlice(t *transmitter) {
@@ -98,7 +101,8 @@ func (t *transmitter) endBlock() {
 	if t.choices != nil {
 		t.choices.Wipe()
 	}
-	t.choices, t.gates, t.next = nil, 0, 0
+	t.sent.wipe()
+	t.choices, t.gates, t.next, t.reader = nil, 0, 0, gateReader{}
 }
 
 func (r *receiver) darken() {
@@ -135,30 +139,35 @@ func (f *fibre) seedBob(r *receiver, session int64, seed *[bb84.SeedSize]byte) e
 	return nil
 }
 
-// sent answers what was sent at gates, which ascend strictly.
-func (f *fibre) sent(t *transmitter, name blockName, gates []int64) (bases, bits []byte, err error) {
+// sent answers what was sent at gates, which ascend strictly. Of a gate in which the
+// receiver saw nothing it is decided now: nobody has had a use for it.
+func (f *fibre) sent(t *transmitter, name blockName, gates []int64) ([]bb84.Sent, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
 	case f.alice != t:
-		return nil, nil, refuse("another connection has taken this end")
+		return nil, refuse("another connection has taken this end")
 	case !t.seeded || t.session != name.session || t.last != name.block || t.gates == 0:
-		return nil, nil, refuse("block %d of session %d is not in the transmitter's buffer", name.block, name.session)
+		return nil, refuse("block %d of session %d is not in the transmitter's buffer", name.block, name.session)
 	case len(gates) == 0:
-		return nil, nil, nil
+		return nil, nil
 	case gates[0] < t.next:
-		return nil, nil, refuse("gate %d was passed before: the next is %d", gates[0], t.next)
+		return nil, refuse("gate %d was passed before: the next is %d", gates[0], t.next)
 	case gates[len(gates)-1] >= t.gates:
-		return nil, nil, refuse("gate %d of a block of %d", gates[len(gates)-1], t.gates)
+		return nil, refuse("gate %d of a block of %d", gates[len(gates)-1], t.gates)
 	}
-	bases, bits = make([]byte, (len(gates)+7)/8), make([]byte, (len(gates)+7)/8)
+	sent := make([]bb84.Sent, len(gates))
 	for i, g := range gates {
-		basis, bit := t.choices.At(g)
-		bases[i/8] |= byte(basis) << (i % 8)
-		bits[i/8] |= bit << (i % 8)
+		for t.reader.gate < g && t.reader.read() {
+		}
+		if t.reader.gate == g {
+			sent[i] = fromNibble(t.reader.low)
+		} else {
+			sent[i] = t.choices.Sent()
+		}
 	}
 	t.next = gates[len(gates)-1] + 1
-	return bases, bits, nil
+	return sent, nil
 }
 
 // detections hands over what the receiver saw in a block, once, in wire form.

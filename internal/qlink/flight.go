@@ -14,7 +14,9 @@ import (
 type shot struct {
 	blockName
 	gates    int64
+	params   bb84.Params
 	eve      bb84.Eve
+	stall    time.Duration
 	cuts     int64
 	receiver *receiver // nil: nobody looks
 	seed     [bb84.SeedSize]byte
@@ -30,21 +32,23 @@ func (f *fibre) fire(ctx context.Context, t *transmitter, name blockName, gates 
 		return err
 	}
 	defer clear(s.seed[:])
-	var seen detectionList
+	var seen, sent gateList
+	defer sent.wipe()
 	var doubles int64
 	if s.receiver != nil {
-		if seen, doubles, err = f.fly(ctx, t, s); err != nil {
+		if seen, sent, doubles, err = f.fly(ctx, t, s); err != nil {
 			f.abandon(t)
 			return err
 		}
 	}
 	count := seen.count
-	lost, err := f.land(t, s, seen, doubles)
+	lost, err := f.land(t, s, seen, sent, doubles)
 	if err != nil {
 		return err
 	}
+	sent = gateList{} // it is the transmitter's now
 	f.log.Info("block fired", "session", name.session, "block", name.block, "gates", gates,
-		"detections", count, "doubles", doubles, "eve", s.eve.InterceptResend, "lost", lost, "took", time.Since(begun))
+		"detections", count, "doubles", doubles, "eve", describe(s.eve), "lost", lost, "took", time.Since(begun))
 	return nil
 }
 
@@ -67,12 +71,13 @@ func (f *fibre) begin(t *transmitter, name blockName, gates int64) (*shot, error
 	if f.cut {
 		return nil, ErrCut
 	}
-	choices, err := bb84.AliceChoices(&t.seed, name.session, name.block, f.params.PX)
+	choices, err := bb84.AliceChoices(&t.seed, name.session, name.block, f.params)
 	if err != nil {
 		return nil, err
 	}
 	t.choices, t.gates = choices, gates
 	s := &shot{blockName: name, gates: gates, eve: f.eve, cuts: f.cuts, physics: f.physics()}
+	f.upset.strike(s, f.params)
 	if r := f.bob; r != nil {
 		r.list.wipe() // whatever was not fetched by now is stale
 		r.full = false
@@ -96,33 +101,38 @@ func (f *fibre) physics() mathrand.Source {
 }
 
 // fly plays a block out.
-func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (seen detectionList, doubles int64, err error) {
-	bob, err := bb84.BobChoices(&s.seed, s.session, s.block, f.params.PX)
+func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (seen, sent gateList, doubles int64, err error) {
+	bob, err := bb84.BobChoices(&s.seed, s.session, s.block, s.params)
 	if err != nil {
-		return detectionList{}, 0, err
+		return seen, sent, 0, err
 	}
 	defer bob.Wipe()
-	sampler, err := bb84.NewSampler(f.params, s.eve, s.gates, t.choices, bob, s.physics)
+	sampler, err := bb84.NewSampler(s.params, s.eve, s.gates, t.choices, bob, s.physics)
 	if err != nil {
-		return detectionList{}, 0, err
+		return seen, sent, 0, err
 	}
 	defer func() {
 		if err != nil {
 			seen.wipe()
+			sent.wipe()
 		}
 	}()
-	for d, ok := sampler.Next(); ok; d, ok = sampler.Next() {
+	if err := f.waitOut(ctx, s.stall); err != nil {
+		return seen, sent, 0, err
+	}
+	for e, ok := sampler.Next(); ok; e, ok = sampler.Next() {
 		if seen.count%4096 == 0 {
 			if err := f.underWay(ctx, t, s); err != nil {
-				return seen, 0, err
+				return seen, sent, 0, err
 			}
 		}
-		seen.add(d)
-		if d.Double {
+		seen.addDetection(e.Detection)
+		sent.add(e.Gate, nibble(e.Sent))
+		if e.Double {
 			doubles++
 		}
 	}
-	return seen, doubles, nil
+	return seen, sent, doubles, nil
 }
 
 // underWay says why a block must not go on, if it must not.
@@ -141,7 +151,7 @@ func (f *fibre) underWay(ctx context.Context, t *transmitter, s *shot) error {
 }
 
 // land leaves a block with the receiver that was there at its first gate.
-func (f *fibre) land(t *transmitter, s *shot, seen detectionList, doubles int64) (lost bool, err error) {
+func (f *fibre) land(t *transmitter, s *shot, seen, sent gateList, doubles int64) (lost bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.cuts != s.cuts {
@@ -150,6 +160,8 @@ func (f *fibre) land(t *transmitter, s *shot, seen detectionList, doubles int64)
 		return false, ErrCut
 	}
 	r := s.receiver
+	t.sent = sent
+	t.reader = gateReader{rest: sent.list, gate: -1}
 	if r == nil || f.bob != r || r.session != s.session || r.seed != s.seed {
 		seen.wipe()
 		f.stats.lost++

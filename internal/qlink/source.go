@@ -34,6 +34,12 @@ type SourceConfig struct {
 	// draws. It must be as good as the keys are to be.
 	Random io.Reader
 
+	// The reserve of pads that both ends share: see distill.AliceConfig and BobConfig.
+	NextPad  func(ctx context.Context) (distill.Pad, error)                       // at Alice's end only
+	Pad      func(ctx context.Context, name distill.PadName) (distill.Pad, error) // at Bob's end only
+	SpendPad func(ctx context.Context, name distill.PadName) error
+	LosePad  func(ctx context.Context, name distill.PadName) error // at Alice's end only: Bob does not have it
+
 	Terms  func(atoms, bobStored int) distill.Terms   // at Alice's end only
 	Stored func() int                                 // at Bob's end only
 	Accept func(terms distill.Terms, atoms int) error // at Bob's end only
@@ -83,10 +89,12 @@ func (c *SourceConfig) validate() error {
 		return fmt.Errorf("session %d: want 0 or more", c.Session)
 	case c.Channel == nil || c.Random == nil || c.Log == nil:
 		return errors.New("source: channel, random source and log must be set")
-	case c.End == handover.Alice && c.Terms == nil:
-		return errors.New("source of alice's end: Terms must be set")
-	case c.End == handover.Bob && (c.Stored == nil || c.Accept == nil):
-		return errors.New("source of bob's end: Stored and Accept must be set")
+	case c.SpendPad == nil:
+		return errors.New("source: SpendPad must be set")
+	case c.End == handover.Alice && (c.Terms == nil || c.NextPad == nil || c.LosePad == nil):
+		return errors.New("source of alice's end: Terms, NextPad and LosePad must be set")
+	case c.End == handover.Bob && (c.Stored == nil || c.Accept == nil || c.Pad == nil):
+		return errors.New("source of bob's end: Stored, Accept and Pad must be set")
 	}
 	return nil
 }
@@ -150,21 +158,42 @@ func (s *Source) lead(ctx context.Context) (distill.Outcome, error) {
 	if err := s.cfg.Box.Fire(ctx, s.cfg.Session, block, s.cfg.Params.Gates); err != nil {
 		return distill.Outcome{Session: s.cfg.Session, Block: block}, err
 	}
-	return distill.Alice(ctx, s.cfg.Channel, distill.AliceConfig{
+	out, err := distill.Alice(ctx, s.cfg.Channel, distill.AliceConfig{
 		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, Block: block,
-		Sent: func(ctx context.Context, gates []int64) (bases, bits []byte, err error) {
-			return s.cfg.Box.Sent(ctx, s.cfg.Session, block, gates)
-		},
+		Sent:    func(ctx context.Context, gates []int64) ([]distill.Sent, error) { return s.sent(ctx, block, gates) },
+		NextPad: s.cfg.NextPad, SpendPad: s.cfg.SpendPad,
 		Random: s.cfg.Random, Terms: s.cfg.Terms, Progress: s.cfg.Progress,
 	})
+	var abort *distill.Abort
+	if errors.As(err, &abort) && abort.Reason == distill.ReasonPad {
+		// Bob has spent it, or never had it: it is of no use here either.
+		if lost := s.cfg.LosePad(ctx, out.Spent); lost != nil {
+			return out, fmt.Errorf("giving pad %s up: %w", out.Spent, lost)
+		}
+	}
+	return out, err
+}
+
+// sent asks the transmitter.
+func (s *Source) sent(ctx context.Context, block int64, gates []int64) ([]distill.Sent, error) {
+	list, err := s.cfg.Box.Sent(ctx, s.cfg.Session, block, gates)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(list)
+	sent := make([]distill.Sent, len(list))
+	for i, v := range list {
+		sent[i] = distill.Sent(nibble(v))
+	}
+	return sent, nil
 }
 
 // follow distils the block that Alice names.
 func (s *Source) follow(ctx context.Context) (distill.Outcome, error) {
 	return distill.Bob(ctx, s.cfg.Channel, distill.BobConfig{
 		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, MinBlock: s.next,
-		Detections: s.seen,
-		Stored:     s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
+		Detections: s.seen, Pad: s.cfg.Pad, SpendPad: s.cfg.SpendPad,
+		Stored: s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
 	})
 }
 
@@ -182,7 +211,7 @@ func (s *Source) seen(ctx context.Context, session, block int64) ([]distill.Dete
 	defer clear(list)
 	detections := make([]distill.Detection, len(list))
 	for i, d := range list {
-		detections[i] = distill.Detection{Gate: d.Gate, Basis: byte(d.Basis), Bit: d.Bit}
+		detections[i] = distill.Detection{Gate: d.Gate, Basis: byte(d.Basis), Bit: d.Bit, Double: d.Double}
 	}
 	return detections, nil
 }

@@ -32,11 +32,11 @@ const (
 	kindRefused    = 0x81 // reason
 	kindCut        = 0x82
 	kindLost       = 0x83
-	kindChoices    = 0x84 // number of gates, bases, bits
+	kindChoices    = 0x84 // number of gates, what was sent
 	kindDetectedAt = 0x85 // number of detections, list
 )
 
-const wireVersion = 1
+const wireVersion = 2
 
 var errMalformed = errors.New("malformed message")
 
@@ -193,57 +193,90 @@ func takeUvarint(b []byte) (uint64, []byte, error) {
 	return v, b[n:], nil
 }
 
-// encodeChoices answers encodeSent. Both strings are packed, least significant bit
-// first; a set bit among bases is basis Z.
-func encodeChoices(count int, bases, bits []byte) []byte {
-	b := put8(make([]byte, 0, 8+len(bases)+len(bits)), int64(count))
-	return append(append(b, bases...), bits...)
+// encodeChoices answers encodeSent: half a byte a gate, the first in the lower half, with
+// the bit, the basis (set: Z) and two bits of the intensity.
+func encodeChoices(sent []bb84.Sent) []byte {
+	b := put8(make([]byte, 0, 8+(len(sent)+1)/2), int64(len(sent)))
+	list := b[8 : 8+(len(sent)+1)/2]
+	for i, s := range sent {
+		list[i/2] |= nibble(s) << (4 * (i % 2))
+	}
+	return b[:8+len(list)]
 }
 
-func parseChoices(body []byte, count int) (bases, bits []byte, err error) {
+func nibble(s bb84.Sent) byte { return s.Bit&1 | byte(s.Basis)&1<<1 | s.Intensity&3<<2 }
+
+func fromNibble(v byte) bb84.Sent {
+	return bb84.Sent{Bit: v & 1, Basis: bb84.Basis(v >> 1 & 1), Intensity: v >> 2 & 3}
+}
+
+func parseChoices(body []byte, count int) ([]bb84.Sent, error) {
 	var said int64
 	rest, err := take8(body, &said)
-	n := (count + 7) / 8
-	if err != nil || said != int64(count) || len(rest) != 2*n {
-		return nil, nil, errMalformed
+	if err != nil || said != int64(count) || len(rest) != (count+1)/2 || count%2 == 1 && rest[count/2]>>4 != 0 {
+		return nil, errMalformed
 	}
-	bases, bits = rest[:n:n], rest[n:]
-	if tail := count % 8; tail != 0 && (bases[n-1]>>tail != 0 || bits[n-1]>>tail != 0) {
-		return nil, nil, errMalformed
+	sent := make([]bb84.Sent, count)
+	for i := range sent {
+		sent[i] = fromNibble(rest[i/2] >> (4 * (i % 2)) & 15)
 	}
-	return bases, bits, nil
+	return sent, nil
 }
 
-// detectionList is a growing list of detections in wire form: for each one number,
-// the gates skipped since the one before, times 8, plus basis, bit and double click.
-type detectionList struct {
+// gateList is a growing list of gates with four bits each, in wire form: for each one
+// number, the gates skipped since the one before, times 16, plus its bits. The bits may be
+// secret.
+type gateList struct {
 	list  []byte
 	count int64
 	next  int64
 }
 
-func (l *detectionList) add(d bb84.Detection) {
-	v := uint64(d.Gate-l.next)<<3 | uint64(d.Basis)<<2 | uint64(d.Bit)<<1
-	if d.Double {
-		v |= 1
-	}
+func (l *gateList) add(gate int64, low byte) {
 	if cap(l.list)-len(l.list) < binary.MaxVarintLen64 { // append would leave a copy behind
 		grown := make([]byte, len(l.list), 2*cap(l.list)+4096)
 		copy(grown, l.list)
 		clear(l.list)
 		l.list = grown
 	}
-	l.list = binary.AppendUvarint(l.list, v)
-	l.count, l.next = l.count+1, d.Gate+1
+	l.list = binary.AppendUvarint(l.list, uint64(gate-l.next)<<4|uint64(low&15))
+	l.count, l.next = l.count+1, gate+1
 }
 
-func (l *detectionList) encode() []byte {
+// addDetection adds what the receiver saw: basis, bit and double click.
+func (l *gateList) addDetection(d bb84.Detection) {
+	low := byte(d.Basis)<<2 | d.Bit<<1
+	if d.Double {
+		low |= 1
+	}
+	l.add(d.Gate, low)
+}
+
+func (l *gateList) encode() []byte {
 	return append(put8(make([]byte, 0, 8+len(l.list)), l.count), l.list...)
 }
 
-func (l *detectionList) wipe() {
+func (l *gateList) wipe() {
 	clear(l.list)
-	*l = detectionList{}
+	*l = gateList{}
+}
+
+// gateReader reads a gateList that was made here, from its beginning.
+type gateReader struct {
+	rest []byte
+	gate int64 // of the entry that was read last
+	low  byte
+}
+
+// read goes on to the next entry, if there is one.
+func (r *gateReader) read() bool {
+	v, n := binary.Uvarint(r.rest)
+	if n <= 0 {
+		return false
+	}
+	r.rest = r.rest[n:]
+	r.gate, r.low = r.gate+1+int64(v>>4), byte(v&15)
+	return true
 }
 
 func parseDetections(body []byte) ([]bb84.Detection, error) {
@@ -256,11 +289,11 @@ func parseDetections(body []byte) ([]bb84.Detection, error) {
 	next := int64(0)
 	for i := range list {
 		var v uint64
-		if v, rest, err = takeUvarint(rest); err != nil || int64(v>>3) > bb84.MaxGates-next {
+		if v, rest, err = takeUvarint(rest); err != nil || int64(v>>4) > bb84.MaxGates-next || v&8 != 0 {
 			clear(list)
 			return nil, errMalformed
 		}
-		gate := next + int64(v>>3)
+		gate := next + int64(v>>4)
 		list[i] = bb84.Detection{Gate: gate, Basis: bb84.Basis(v >> 2 & 1), Bit: byte(v >> 1 & 1), Double: v&1 != 0}
 		next = gate + 1
 	}

@@ -71,7 +71,7 @@ func TestListsRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		scale := rapid.SampledFrom([]int64{2, 100, 1 << 40}).Draw(t, "scale")
 		var gates []int64
-		var list detectionList
+		var list gateList
 		var want []bb84.Detection
 		next := int64(0)
 		for _, gap := range rapid.SliceOfN(rapid.Int64Range(0, scale), 0, 200).Draw(t, "gaps") {
@@ -81,7 +81,7 @@ func TestListsRoundTrip(t *testing.T) {
 			}
 			next = d.Gate + 1
 			gates, want = append(gates, d.Gate), append(want, d)
-			list.add(d)
+			list.addDetection(d)
 		}
 		got, err := parseDetections(list.encode())
 		if err != nil || !slices.Equal(got, want) {
@@ -101,9 +101,9 @@ func TestListsRoundTrip(t *testing.T) {
 // A body that any parser takes is the one that its encoder makes, so nothing can be
 // hidden in it; and no body of a few bytes makes a list of millions.
 func FuzzBodies(f *testing.F) {
-	var list detectionList
+	var list gateList
 	for _, g := range []int64{0, 1, 7, 5000} {
-		list.add(bb84.Detection{Gate: g, Basis: bb84.Z, Bit: 1, Double: g == 7})
+		list.addDetection(bb84.Detection{Gate: g, Basis: bb84.Z, Bit: 1, Double: g == 7})
 	}
 	sent, err := encodeSent(blockName{1, 2}, []int64{0, 1, 300, 301})
 	if err != nil {
@@ -115,7 +115,7 @@ func FuzzBodies(f *testing.F) {
 	f.Add(byte(kindFire), encodeFire(blockName{1, 2}, 5_200_000))
 	f.Add(byte(kindSent), sent)
 	f.Add(byte(kindDetections), encodeName(blockName{1, 2}))
-	f.Add(byte(kindChoices), encodeChoices(9, []byte{1, 1}, []byte{2, 0}))
+	f.Add(byte(kindChoices), encodeChoices([]bb84.Sent{{Bit: 1, Intensity: 2}, {Basis: bb84.Z}, {}, {}, {}, {}, {}, {}, {Intensity: 1}}))
 	f.Add(byte(kindDetectedAt), list.encode())
 	f.Add(byte(kindSent), put8(nil, 1, 1, math.MaxInt64))
 	f.Add(byte(kindDetectedAt), append(put8(nil, 1), 0x80, 0))
@@ -152,13 +152,13 @@ func reencode(kind byte, body []byte) ([]byte, error) {
 		return encodeName(n), err
 	case kindChoices:
 		const count = 9
-		bases, bits, err := parseChoices(body, count)
-		return encodeChoices(count, bases, bits), err
+		sent, err := parseChoices(body, count)
+		return encodeChoices(sent), err
 	case kindDetectedAt:
 		got, err := parseDetections(body)
-		var list detectionList
+		var list gateList
 		for _, d := range got {
-			list.add(d)
+			list.addDetection(d)
 		}
 		return list.encode(), err
 	}

@@ -1,0 +1,77 @@
+//go:build !purego
+
+#include "textflag.h"
+
+// func productAsm(x, y uint64) (hi, lo uint64)
+TEXT ·productAsm(SB), NOSPLIT, $0-32
+	MOVQ      x+0(FP), X0
+	MOVQ      y+8(FP), X1
+	PCLMULQDQ $0x00, X1, X0
+	MOVQ      X0, lo+24(FP)
+	PSRLO     $8, X0
+	MOVQ      X0, hi+16(FP)
+	RET
+
+// COLUMN sets X8 to the sum of the products s[a] x[b] with a+b = w, where AT is 8(w-1).
+// X0 to X3 hold x, two words each; each pair of s is multiplied crosswise.
+#define COLUMN(AT) \
+	MOVOU     (AT)(SI), X4; \
+	MOVOU     (AT-16)(SI), X5; \
+	MOVOU     (AT-32)(SI), X6; \
+	MOVOU     (AT-48)(SI), X7; \
+	MOVOU     X4, X8; \
+	MOVOU     X5, X9; \
+	MOVOU     X6, X10; \
+	MOVOU     X7, X11; \
+	PCLMULQDQ $0x01, X0, X8; \
+	PCLMULQDQ $0x10, X0, X4; \
+	PCLMULQDQ $0x01, X1, X9; \
+	PCLMULQDQ $0x10, X1, X5; \
+	PCLMULQDQ $0x01, X2, X10; \
+	PCLMULQDQ $0x10, X2, X6; \
+	PCLMULQDQ $0x01, X3, X11; \
+	PCLMULQDQ $0x10, X3, X7; \
+	PXOR      X4, X8; \
+	PXOR      X9, X5; \
+	PXOR      X10, X6; \
+	PXOR      X11, X7; \
+	PXOR      X5, X8; \
+	PXOR      X7, X6; \
+	PXOR      X6, X8
+
+// WORD stores word K: the upper half of the column before, in X12, plus the lower half
+// of this one, which takes its place.
+#define WORD(K) \
+	PSRLO $8, X12; \
+	PXOR  X8, X12; \
+	MOVQ  X12, (8*K)(DI); \
+	MOVOU X8, X12
+
+// func kernelAsm(out *[8]uint64, s *[16]uint64, x *[8]uint64)
+TEXT ·kernelAsm(SB), NOSPLIT, $0-24
+	MOVQ  out+0(FP), DI
+	MOVQ  s+8(FP), SI
+	MOVQ  x+16(FP), DX
+	MOVOU (DX), X0
+	MOVOU 16(DX), X1
+	MOVOU 32(DX), X2
+	MOVOU 48(DX), X3
+	COLUMN(48)
+	MOVOU X8, X12
+	COLUMN(56)
+	WORD(0)
+	COLUMN(64)
+	WORD(1)
+	COLUMN(72)
+	WORD(2)
+	COLUMN(80)
+	WORD(3)
+	COLUMN(88)
+	WORD(4)
+	COLUMN(96)
+	WORD(5)
+	COLUMN(104)
+	WORD(6)
+	COLUMN(112)
+	WORD(7)
+	RET

@@ -1,0 +1,26 @@
+//go:build (amd64 || arm64) && !purego
+
+package distill
+
+// product is the carry-less product of x and y.
+func product(x, y uint64) (hi, lo uint64) {
+	if !hasProduct {
+		return productPortable(x, y)
+	}
+	return productAsm(x, y)
+}
+
+// kernel sets out to words 8 to 15 of the carry-less product of s and x.
+func kernel(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64) {
+	if !hasProduct {
+		kernelPortable(out, s, x)
+		return
+	}
+	kernelAsm(out, s, x)
+}
+
+//go:noescape
+func productAsm(x, y uint64) (hi, lo uint64)
+
+//go:noescape
+func kernelAsm(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64)

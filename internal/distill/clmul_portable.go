@@ -1,0 +1,13 @@
+//go:build (!amd64 && !arm64) || purego
+
+package distill
+
+const hasProduct = false
+
+// product is the carry-less product of x and y.
+func product(x, y uint64) (hi, lo uint64) { return productPortable(x, y) }
+
+// kernel sets out to words 8 to 15 of the carry-less product of s and x.
+func kernel(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64) {
+	kernelPortable(out, s, x)
+}
