@@ -99,6 +99,12 @@ func describe(links []admin.Link) []string {
 		lines = append(lines, heading(l))
 		lines = append(lines, fmt.Sprintf("  stored  %d keys to assign here, %d at %s", l.Stored, l.StoredPeer, l.Peer))
 		lines = append(lines, "  last    "+lastBlock(l))
+		if l.Last != nil {
+			lines = append(lines, figures(*l.Last)...)
+		}
+		if l.EpsLimit > 0 {
+			lines = append(lines, fmt.Sprintf("  reserve %d pads · risked this year %.1g of %.1g", l.Pads, l.EpsSecrecy+l.EpsCorrect, l.EpsLimit))
+		}
 		lines = append(lines, "  now     "+progress(l.Current))
 	}
 	return lines
@@ -132,6 +138,29 @@ func lastBlock(l admin.Link) string {
 		s += fmt.Sprintf(" from %d pulses", b.Gates)
 	}
 	return s + fmt.Sprintf(" in %.1f s", b.Took)
+}
+
+// figures are what the last block showed, beyond its line.
+func figures(b admin.Block) []string {
+	if b.Gates == 0 || b.Detected == 0 {
+		return nil
+	}
+	gains := make([]string, len(b.Gains))
+	for i, g := range b.Gains {
+		gains[i] = fmt.Sprintf("%.2e", g)
+	}
+	light := fmt.Sprintf("  light   %d detected", b.Detected)
+	if b.Doubles > 0 {
+		light += fmt.Sprintf(", %d double", b.Doubles)
+	}
+	if len(gains) > 0 {
+		light += ", gains " + strings.Join(gains, " ") + " (signal, decoys)"
+	}
+	sifted := fmt.Sprintf("  sifted  %d key and %d test bits", b.SiftedKey, b.SiftedTest)
+	if b.Leak > 0 {
+		sifted += fmt.Sprintf(", QBER of the key %.2f %%, leak %d bits in %d rounds", 100*b.KeyQBER, b.Leak, b.Rounds)
+	}
+	return []string{light, sifted}
 }
 
 // printable is s on one line, and without what a terminal would obey: some of it

@@ -175,6 +175,9 @@ type LinkConfig struct {
 	// Socket and SecretFile open this end of the quantum channel.
 	Socket     string `yaml:"socket"`
 	SecretFile string `yaml:"secret_file"`
+	// AuthFile holds a secret of 32 bytes or more that both ends share, and nobody else:
+	// it authenticates the first block of a link. Not needed with a filler.
+	AuthFile string `yaml:"auth_file"`
 	// Interval is the least time from the start of a block to that of the next, at
 	// Alice's end. Default 1s.
 	Interval time.Duration `yaml:"interval"`
@@ -242,7 +245,7 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 func (c *Config) paths() []*string {
 	ps := []*string{&c.Data, &c.Policies, &c.HSM.Module, &c.HSM.PINFile, &c.Certificates.Dir, &c.Certificates.TokenFile}
 	for i := range c.Links {
-		ps = append(ps, &c.Links[i].Socket, &c.Links[i].SecretFile)
+		ps = append(ps, &c.Links[i].Socket, &c.Links[i].SecretFile, &c.Links[i].AuthFile)
 	}
 	return ps
 }
@@ -369,6 +372,9 @@ func (c *Config) checkLinks(k *checker) {
 		}
 		k.has(at+"socket", l.Socket)
 		k.has(at+"secret_file", l.SecretFile)
+		if l.Filler == 0 {
+			k.has(at+"auth_file", l.AuthFile)
+		}
 		k.must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
 		k.must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
 		k.must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")

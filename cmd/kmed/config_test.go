@@ -37,7 +37,7 @@ func TestExample(t *testing.T) {
 				"sae": {"http://ca.example.net:9451/crl"}, "kme": {"http://ca.example.net:9452/crl"}, "operator": {"http://ca.example.net:9453/crl"},
 			},
 		},
-		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", Interval: time.Second}},
+		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", AuthFile: "/etc/kmed/km1-km2.secret", Interval: time.Second}},
 		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Limits: LimitsConfig{
 			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000, Handshakes: 1024, HandshakesPerNetwork: 256, Connections: 1024,

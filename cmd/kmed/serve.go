@@ -441,9 +441,9 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		if l.ID != lc.ID {
 			continue
 		}
-		_, profile := qlink.Textbook()
+		_, profile := qlink.Standard()
 		c := kme.LinkConfig{
-			ID: lc.ID, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler,
+			ID: lc.ID, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler, AuthFile: lc.AuthFile,
 		}
 		switch n.self {
 		case l.Alice:

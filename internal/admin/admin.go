@@ -91,6 +91,11 @@ type Link struct {
 	Stored     int    `json:"stored"`      // 256-bit keys in the pool that this end may assign
 	StoredPeer int    `json:"stored_peer"` // that the other end may, once both hold their block
 
+	Pads       int     `json:"pads"`        // in the reserve: each authenticates a block
+	EpsSecrecy float64 `json:"eps_secrecy"` // this year's chance that a key is not secret
+	EpsCorrect float64 `json:"eps_correct"` // that keys differ or a forgery went unseen
+	EpsLimit   float64 `json:"eps_limit"`   // of both together: then the link rests until the year ends
+
 	Current *Progress `json:"current,omitzero"` // nil between blocks
 	Last    *Block    `json:"last,omitzero"`    // nil before the first
 }
@@ -123,6 +128,14 @@ type Block struct {
 	Gates      int64     `json:"gates"`      // pulses sent
 	Detected   int       `json:"detected"`   // of them
 	Aborted    string    `json:"aborted,omitzero"`
+
+	KeyQBER    float64   `json:"key_qber"`        // error rate of the key bits; 0 if it was not found
+	Doubles    int       `json:"doubles"`         // double clicks; only Bob's end sees them
+	SiftedKey  int       `json:"sifted_key"`      // detected, and both ends in the key basis
+	SiftedTest int       `json:"sifted_test"`     // in the test basis
+	Gains      []float64 `json:"gains,omitempty"` // chance that a pulse was detected, by intensity, the brightest first
+	Leak       int       `json:"leak"`            // bits revealed by reconciliation
+	Rounds     int       `json:"rounds"`          // journeys there and back that it took
 }
 
 // Alarm is something an operator should know of, for as long as its cause stands.

@@ -23,6 +23,7 @@ import (
 // it, and the other end is answered NEVER: nothing of the block is ever used.
 func (l *link) intake(ctx context.Context, b qlink.Block) error {
 	defer clear(b.Bits)
+	defer clear(b.Pads)
 	failpoint.Hit(failpoint.IntakeDistilled)
 	k := l.k
 	if err := k.serving(); err != nil {
@@ -58,6 +59,9 @@ func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
 	}
 	kek, err := k.keks.forEpoch(ctx, block.Epoch)
 	if err != nil {
+		return block, err
+	}
+	if block.Pads, err = l.wrapPads(ctx, b, kek); err != nil {
 		return block, err
 	}
 	name := key.Name{Link: l.ID, Session: b.Session, Block: b.Block, Transcript: b.Transcript}

@@ -32,6 +32,7 @@ type LinkConfig struct {
 	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
 	Dial       func(context.Context) (*peer.Stream, error) // Alice's end only: the classical channel
 	Box        func(context.Context) (*qlink.Box, error)   // this end of the quantum channel
+	AuthFile   string                                      // secret that both sites share, to begin the reserve of pads with
 	Random     io.Reader                                   // seeds and public choices: crypto/rand XOR the HSM
 }
 
@@ -118,8 +119,9 @@ const (
 )
 
 type sessionFrame struct {
-	Link    string `json:"link"`
-	Session int64  `json:"session"`
+	Link    string        `json:"link"`
+	Session int64         `json:"session"`
+	Pads    store.PadName `json:"pads,omitzero"` // in frameOpen: at or below which this end has no pad
 }
 
 func say(s *peer.Stream, kind byte, f sessionFrame) error {
@@ -165,7 +167,7 @@ func (l *link) alice(ctx context.Context) error {
 	defer s.Close()
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
-	if err := say(s, frameOffer, sessionFrame{l.ID, mine}); err != nil {
+	if err := say(s, frameOffer, sessionFrame{Link: l.ID, Session: mine}); err != nil {
 		return err
 	}
 	theirs, err := hear(s, frameKnown)
@@ -179,7 +181,11 @@ func (l *link) alice(ctx context.Context) error {
 	if err := l.openHere(ctx, session); err != nil {
 		return err
 	}
-	if err := say(s, frameOpen, sessionFrame{l.ID, session}); err != nil {
+	floor, err := l.floor(ctx, session)
+	if err != nil {
+		return err
+	}
+	if err := say(s, frameOpen, sessionFrame{l.ID, session, floor}); err != nil {
 		return err
 	}
 	f, err := hear(s, frameOpen)
@@ -188,6 +194,9 @@ func (l *link) alice(ctx context.Context) error {
 	}
 	if f.Session != session {
 		return fmt.Errorf("opening session %d: the peer opened %d", session, f.Session)
+	}
+	if err := l.meetReserve(ctx, session, f.Pads); err != nil {
+		return err
 	}
 	return l.session(ctx, s, session)
 }
@@ -221,7 +230,7 @@ func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) erro
 	if err != nil {
 		return fmt.Errorf("reading the session: %w", err)
 	}
-	if err := say(s, frameKnown, sessionFrame{l.ID, mine}); err != nil {
+	if err := say(s, frameKnown, sessionFrame{Link: l.ID, Session: mine}); err != nil {
 		return err
 	}
 	f, err := hear(s, frameOpen)
@@ -234,7 +243,14 @@ func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) erro
 	if err := l.openHere(ctx, f.Session); err != nil {
 		return err
 	}
-	if err := say(s, frameOpen, f); err != nil {
+	floor, err := l.floor(ctx, f.Session)
+	if err != nil {
+		return err
+	}
+	if err := say(s, frameOpen, sessionFrame{l.ID, f.Session, floor}); err != nil {
+		return err
+	}
+	if err := l.meetReserve(ctx, f.Session, f.Pads); err != nil {
 		return err
 	}
 	return l.session(ctx, s, f.Session)
@@ -271,6 +287,7 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 	defer done()
 	l.update(func(st *LinkState) { st.State, st.Why, st.Session, st.OpenedAt = "open", "", session, l.k.Now() })
 	l.k.clear(ctx, "link-"+l.ID)
+	l.account(ctx)
 	for {
 		if l.End == handover.Alice {
 			if err := l.room(ctx); err != nil {
@@ -285,6 +302,9 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 			l.cut(ctx, err)
 		case errors.As(err, &abort):
 			l.aborted(ctx, block, abort, l.took(began))
+		case errors.Is(err, distill.ErrTag):
+			l.tagFailed(ctx, err)
+			return err
 		case err != nil:
 			return err
 		default:
@@ -329,7 +349,9 @@ type blockSource interface {
 
 // distillation is what a source of this end is made of.
 func (l *link) distillation(s *peer.Stream, box *qlink.Box, session int64) qlink.SourceConfig {
+	pads := &reserve{l: l, session: session}
 	return qlink.SourceConfig{
+		NextPad: pads.next, Pad: pads.find, SpendPad: pads.spend, LosePad: pads.lose,
 		End: l.End, Link: l.ID, Session: session, Channel: s, Box: box, Params: l.Profile, Random: l.Random, Log: l.k.Log,
 		Terms:  l.terms,
 		Stored: func() int { return 0 }, // Alice counts both ends' shares in her own register
@@ -384,6 +406,8 @@ func (l *link) room(ctx context.Context) error {
 			state, why = "paused", "the HSM is away"
 		case l.skewed.Load():
 			state, why = "paused", "the clocks of the ends differ too much"
+		case l.spentYear():
+			state, why = "paused", "the blocks of this year have used up what may be risked"
 		case here+there >= l.k.PoolLimit:
 			state, why = "full", fmt.Sprintf("%d keys are stored", here+there)
 		}
@@ -395,6 +419,13 @@ func (l *link) room(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// spentYear says that another block would be one too many for this year's epsilon.
+func (l *link) spentYear() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.state.EpsSecrecy+l.state.EpsCorrect >= yearlyEpsilon
 }
 
 // pace waits until the link's interval has passed since began.

@@ -13,6 +13,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // LinkState is what operators see of a link.
@@ -34,6 +35,10 @@ type LinkState struct {
 	LastAt   time.Time
 	LastTook time.Duration
 	LastWhy  string // why the last block was aborted; "" if it was not
+
+	Reserve    store.Reserve // of pads, after the last block
+	EpsSecrecy float64       // what the blocks of this year (UTC) add up to: a key is not secret
+	EpsCorrect float64       // keys differ, or a forgery went unseen
 }
 
 // update changes what operators see.
@@ -168,7 +173,7 @@ const silences = 3
 // distilled notes a block for operators.
 func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration) {
 	o := b.Outcome
-	o.Bits = nil
+	o.Bits, o.Pads = nil, nil
 	l.update(func(s *LinkState) {
 		s.Blocks++
 		s.Bits += int64(o.Length)
@@ -176,6 +181,7 @@ func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration)
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
 	})
 	l.history.block(o.QBER, o.Length)
+	l.enter(ctx, o, took, "")
 	l.mu.Lock()
 	l.dry = drain{}
 	l.mu.Unlock()
@@ -183,6 +189,45 @@ func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration)
 	l.k.clear(ctx, "link-"+l.ID)
 	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", took.Round(time.Millisecond))
 }
+
+// enter keeps the figures of a block in the database, and reads what they add up to. If
+// the database is away they are lost: nothing rests on them but pictures, and the year's
+// epsilon, of which a block that cannot be held uses nothing.
+func (l *link) enter(ctx context.Context, o distill.Outcome, took time.Duration, why string) {
+	n := l.Profile.Intensities
+	err := l.k.Store.NoteDistilled(ctx, l.ID, store.Distilled{
+		Session: o.Session, Block: o.Block, At: l.k.Now(), Took: took, Aborted: why, Gates: o.Gates, Detected: o.Detected, Doubles: o.Doubles,
+		SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest, Key: o.Key[:n], Test: o.Test[:n], TestErrors: o.TestErrors[:n], KeyErrors: o.KeyErrors[:n],
+		TestQBER: o.QBER, KeyQBER: o.KeyQBER, Leak: o.Leak, Efficiency: o.Efficiency, Rounds: o.Rounds, SecretBits: o.Length,
+		EpsSecrecy: o.EpsSec, EpsCorrect: o.EpsCor,
+	})
+	if err != nil {
+		l.k.Log.Warn("keeping the figures of a block", "link", l.ID, "block", o.Block, "err", err)
+	}
+	l.account(ctx)
+}
+
+// account reads how the reserve and the year's epsilon stand.
+func (l *link) account(ctx context.Context) {
+	r, err := l.k.Store.Reserve(ctx, l.ID)
+	if err != nil {
+		return // the database is away: its own alarm stands
+	}
+	secrecy, correct, err := l.k.Store.Epsilon(ctx, l.ID, l.k.Now())
+	if err != nil {
+		return
+	}
+	l.update(func(s *LinkState) { s.Reserve, s.EpsSecrecy, s.EpsCorrect = r, secrecy, correct })
+	if name := "epsilon-" + l.ID; secrecy+correct > yearlyEpsilon/2 {
+		l.k.raise(ctx, name, fmt.Sprintf("the blocks of link %s have used %.2g of this year's %.2g: at all of it the link rests", l.ID, secrecy+correct, yearlyEpsilon))
+	} else {
+		l.k.clear(ctx, name)
+	}
+}
+
+// yearlyEpsilon is how likely it may become in a year that any key of a link is known to
+// somebody else, or that its ends disagree: 10^8 blocks of 10^-14.
+const yearlyEpsilon = 1e-6
 
 // aborted records a block that was given up: an alarm, and the link goes on.
 func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, took time.Duration) {
@@ -194,6 +239,7 @@ func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, too
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, a.Reason, "", 0
 	})
 	l.history.block(a.QBER, 0)
+	l.enter(ctx, o, took, a.Reason)
 	ev := l.k.own(audit.LinkAbort)
 	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
 	l.k.note(ctx, ev)

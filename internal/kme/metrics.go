@@ -3,6 +3,7 @@ package kme
 import (
 	"context"
 	"runtime"
+	"strconv"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -94,6 +95,14 @@ var (
 	takenDesc   = prometheus.NewDesc("kme_chunks_taken_total", "Chunks of a link's pool that the other end gave since the node started.", []string{"link"}, nil)
 	qberDesc    = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1.", []string{"link"}, nil)
 	fDesc       = prometheus.NewDesc("kme_link_efficiency", "Reconciliation efficiency f of the last block.", []string{"link"}, nil)
+	keyQBERDesc = prometheus.NewDesc("kme_link_key_qber", "Error rate of the key basis in the last block, as reconciliation found it, 0 to 1.", []string{"link"}, nil)
+	gainDesc    = prometheus.NewDesc("kme_link_gain", "Chance that a pulse of the last block was detected, by its intensity: 0 is the signal, the rest are decoys.", []string{"link", "intensity"}, nil)
+	siftedDesc  = prometheus.NewDesc("kme_link_sifted_bits", "Sifted bits of the last block, by basis.", []string{"link", "basis"}, nil)
+	gatesDesc   = prometheus.NewDesc("kme_link_gates", "Pulses of the last block.", []string{"link"}, nil)
+	leakDesc    = prometheus.NewDesc("kme_link_leak_bits", "Bits that reconciliation of the last block revealed.", []string{"link"}, nil)
+	lengthDesc  = prometheus.NewDesc("kme_link_secret_bits", "Bits of secret of the last block; 0 if it was given up.", []string{"link"}, nil)
+	padsDesc    = prometheus.NewDesc("kme_link_pads", "Pads in the reserve of a link: each authenticates a block. At 0 the secret that both sites share does.", []string{"link"}, nil)
+	epsilonDesc = prometheus.NewDesc("kme_link_epsilon", "What the blocks of a link add up to this year: the chance that a key is not secret, or not correct.", []string{"link", "of"}, nil)
 	hsmDesc     = prometheus.NewDesc("kme_hsm_up", "1 while the HSM answers its heartbeat.", nil, nil)
 	dbDesc      = prometheus.NewDesc("kme_database_up", "1 while the database answers.", nil, nil)
 	readyDesc   = prometheus.NewDesc("kme_ready", "1 while this node can hand out keys.", nil, nil)
@@ -107,6 +116,7 @@ var (
 func (k *KME) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		buildDesc, runDesc, storedDesc, limitDesc, emptyDesc, stateDesc, blockDesc, bitsDesc, lastDesc, givenDesc, takenDesc, qberDesc, fDesc,
+		keyQBERDesc, gainDesc, siftedDesc, gatesDesc, leakDesc, lengthDesc, padsDesc, epsilonDesc,
 		hsmDesc, dbDesc, readyDesc, suspendDesc, peerDesc, clockDesc, alarmDesc,
 	} {
 		ch <- d
@@ -163,6 +173,24 @@ func (m reading) is(d *prometheus.Desc, true bool, labels ...string) {
 	m.gauge(d, v, labels...)
 }
 
+// lastBlock is what the last block of a link showed.
+func (m reading) lastBlock(l *link, s LinkState) {
+	o := s.Last
+	m.gauge(keyQBERDesc, o.KeyQBER, s.ID)
+	for k := range l.Profile.Intensities {
+		m.gauge(gainDesc, o.Gain(l.Profile, k), s.ID, strconv.Itoa(k))
+	}
+	m.gauge(siftedDesc, float64(o.SiftedKey), s.ID, "key")
+	m.gauge(siftedDesc, float64(o.SiftedTest), s.ID, "test")
+	m.gauge(gatesDesc, float64(o.Gates), s.ID)
+	m.gauge(leakDesc, float64(o.Leak), s.ID)
+	length := o.Length
+	if s.LastWhy != "" {
+		length = 0
+	}
+	m.gauge(lengthDesc, float64(length), s.ID)
+}
+
 func (k *KME) collectLink(ctx context.Context, m reading, s LinkState) {
 	l := k.links[s.ID]
 	m.gauge(stateDesc, 1, s.ID, s.State)
@@ -176,7 +204,11 @@ func (k *KME) collectLink(ctx context.Context, m reading, s LinkState) {
 		m.gauge(qberDesc, s.Last.QBER, s.ID)
 		m.gauge(fDesc, s.Last.Efficiency, s.ID)
 		m.gauge(lastDesc, float64(s.LastAt.UnixMilli())/1000, s.ID)
+		m.lastBlock(l, s)
 	}
+	m.gauge(padsDesc, float64(s.Reserve.Pads), s.ID)
+	m.gauge(epsilonDesc, s.EpsSecrecy, s.ID, "secrecy")
+	m.gauge(epsilonDesc, s.EpsCorrect, s.ID, "correctness")
 	here, there, err := k.Store.Pool(ctx, s.ID)
 	if err != nil {
 		return // kme_database_up says so

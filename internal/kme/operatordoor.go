@@ -80,6 +80,7 @@ func (d OperatorDoor) Links(ctx context.Context, _ identity.Caller, _ string) ([
 		l := admin.Link{
 			ID: s.ID, Peer: s.Peer.String(), End: s.End.String(), Provenance: string(d.k.links[s.ID].Provenance),
 			State: s.State, Why: s.Why, Session: s.Session, Blocks: s.Blocks, Aborts: s.Aborts,
+			Pads: s.Reserve.Pads, EpsSecrecy: s.EpsSecrecy, EpsCorrect: s.EpsCorrect, EpsLimit: yearlyEpsilon,
 		}
 		var err, errPeer error
 		l.Stored, err = d.k.Store.Stored(ctx, s.ID) // without blocks that are only held: they cannot be had yet
@@ -95,6 +96,10 @@ func (d OperatorDoor) Links(ctx context.Context, _ identity.Caller, _ string) ([
 			l.Last = &admin.Block{
 				Session: o.Session, Block: o.Block, At: s.LastAt, Took: s.LastTook.Seconds(), QBER: o.QBER, Efficiency: o.Efficiency,
 				Length: o.Length, Gates: o.Gates, Detected: o.Detected, Aborted: s.LastWhy,
+				KeyQBER: o.KeyQBER, Doubles: o.Doubles, SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest, Leak: o.Leak, Rounds: o.Rounds,
+			}
+			for k := range d.k.links[s.ID].Profile.Intensities {
+				l.Last.Gains = append(l.Last.Gains, o.Gain(d.k.links[s.ID].Profile, k))
 			}
 			if s.LastWhy != "" {
 				l.Last.Length = 0

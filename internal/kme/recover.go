@@ -303,6 +303,9 @@ func (l *link) mayOpen(ctx context.Context) error {
 	if err := l.k.servingPeer(l.Peer); err != nil {
 		return err
 	}
+	if err := l.trusted(ctx); err != nil {
+		return err
+	}
 	pending, err := l.k.Store.BurnedOut(ctx)
 	if err != nil {
 		return err

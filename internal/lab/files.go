@@ -97,6 +97,7 @@ links:
   - id: {{.Link}}
     socket: {{.Sockets}}/{{.End}}.sock
     secret_file: ../../qlink/{{.End}}.secret
+    auth_file: ../../qlink/auth.secret
     interval: {{.Interval}}{{if .Filler}}
     filler: {{.Filler}}{{end}}
 epoch: {{.Epoch}}

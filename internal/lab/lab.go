@@ -247,8 +247,8 @@ func (l *Lab) startFibre(ctx context.Context) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	for _, end := range []string{"alice", "bob"} {
-		if err := secretFile(filepath.Join(dir, end+".secret")); err != nil {
+	for _, name := range []string{"alice", "bob", "auth"} { // of either end, and what the KMEs share
+		if err := secretFile(filepath.Join(dir, name+".secret")); err != nil {
 			return err
 		}
 	}

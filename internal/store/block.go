@@ -98,6 +98,7 @@ type Block struct {
 	Provenance key.Provenance
 	Digest     handover.Digest
 	Atoms      []Atom // by index, without gaps
+	Pads       []Pad  // what it gives to the link's reserve
 }
 
 func (db *DB) checkBlock(b Block) error {
@@ -170,6 +171,7 @@ func (db *DB) hold(ctx context.Context, a *attempt, b Block, event audit.Event) 
 			at := &b.Atoms[i]
 			return []any{[16]byte(at.ID), chunks[i/key.ChunkAtoms], int32(i), at.KEK, at.IV[:], at.CT}, nil
 		}))
+	b.keep(a)
 	a.record(event)
 	return err
 }

@@ -117,6 +117,7 @@ func (db *DB) EndRecovery(ctx context.Context, origin int64, peers []identity.KM
 	err := db.do(ctx, solo(func(_ context.Context, a *attempt) error {
 		a.record(event)
 		a.writes.Queue("DELETE FROM parked")
+		a.writes.Queue("DELETE FROM pad") // they may have been spent
 		a.writes.Queue("UPDATE peer_run SET anew = true")
 		a.writes.Queue("INSERT INTO burned_out (peer, origin) SELECT peer, $2 FROM unnest($1::text[]) AS p (peer)", names, origin)
 		a.writes.Queue("UPDATE settings SET origin = $1, suspended = NULL", origin)

@@ -1,0 +1,250 @@
+package kme
+
+import (
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// The reserve of pads that authenticate the blocks of a link (distill.Pad). Every block
+// gives some and spends one. Alice names the lowest that she has; each end commits it as
+// spent, with all below it, before a tag made with it leaves, and so no pad is ever used
+// twice, whatever dies: at worst an end gives up pads that were never used.
+//
+// A link that has none (it is new, its database was restored, or it was down until what
+// its pads were sealed under was destroyed) begins again with the secret that both sites
+// were given beforehand. Its pads are expanded from it by HKDF-SHA-256 for each session and
+// place, which is as good as SHA-256 and no better: a session's first block or two are
+// authenticated computationally then, and kme_link_pads shows it. The reserve of the blocks
+// that follow is used as soon as both ends hold them.
+
+// maxTagFailures is how many wrong tags in a row stop a link until an officer acts.
+const maxTagFailures = 3
+
+// minAuthSecret is the least size in bytes of the secret that two sites share beforehand.
+const minAuthSecret = 32
+
+// reserve is the pads of a link as a session uses them.
+type reserve struct {
+	l       *link
+	session int64
+	lost    int // pads in a row that Bob did not have
+}
+
+// next is the pad for Alice's next block.
+func (r *reserve) next(ctx context.Context) (distill.Pad, error) {
+	for {
+		p, err := r.l.k.Store.NextPad(ctx, r.l.ID)
+		if errors.Is(err, store.ErrNoPad) {
+			return r.fresh(ctx)
+		}
+		if err != nil {
+			return distill.Pad{}, err
+		}
+		pad, err := r.open(ctx, p)
+		if err == nil || !spoilt(err) {
+			return pad, err
+		}
+		if err := r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, p.PadName); err != nil {
+			return distill.Pad{}, err
+		}
+	}
+}
+
+// find is the pad that Alice names, at Bob's end.
+func (r *reserve) find(ctx context.Context, name distill.PadName) (distill.Pad, error) {
+	if name.Session == r.session && name.Block == 0 {
+		at, err := r.l.k.Store.Reserve(ctx, r.l.ID)
+		if err == nil && name.Compare(padName(at.Spent)) <= 0 {
+			err = fmt.Errorf("%w: %s is spent", distill.ErrNoPad, name)
+		}
+		if err != nil {
+			return distill.Pad{}, err
+		}
+		return r.expand(name)
+	}
+	p, err := r.l.k.Store.Pad(ctx, r.l.ID, store.PadName(name))
+	if err == nil {
+		var pad distill.Pad
+		if pad, err = r.open(ctx, p); err == nil {
+			return pad, nil
+		}
+	}
+	if errors.Is(err, store.ErrNoPad) || spoilt(err) {
+		return distill.Pad{}, fmt.Errorf("%w: %s: %w", distill.ErrNoPad, name, err)
+	}
+	return distill.Pad{}, err
+}
+
+// spend commits that a pad is spent.
+func (r *reserve) spend(ctx context.Context, name distill.PadName) error {
+	r.lost = 0
+	return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
+}
+
+// maxLost is how many pads in a row Bob may lack, one block each, before the whole
+// reserve is given up.
+const maxLost = 3
+
+// lose gives up a pad that Bob does not have. When that happens again and again (what his
+// were sealed under is destroyed) all of them go, and the next session begins anew.
+func (r *reserve) lose(ctx context.Context, name distill.PadName) error {
+	if r.lost++; r.lost < maxLost {
+		return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
+	}
+	at, err := r.l.k.Store.Reserve(ctx, r.l.ID)
+	if err != nil {
+		return err
+	}
+	if padName(at.Highest).Compare(name) > 0 {
+		name = padName(at.Highest)
+	}
+	r.l.k.Log.Warn("the reserve of pads is given up", "link", r.l.ID, "pads", at.Pads)
+	return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
+}
+
+// fresh is the next pad of those expanded from the shared secret. A session that has
+// spent pads of its own blocks has none left: the next one has.
+func (r *reserve) fresh(ctx context.Context) (distill.Pad, error) {
+	at, err := r.l.k.Store.Reserve(ctx, r.l.ID)
+	if err != nil {
+		return distill.Pad{}, err
+	}
+	name := distill.PadName{Session: r.session, Index: 1}
+	if at.Spent.Session == r.session && at.Spent.Block == 0 {
+		name.Index = at.Spent.Index + 1
+	}
+	if name.Compare(padName(at.Spent)) <= 0 || name.Index >= 1<<16 {
+		return distill.Pad{}, fmt.Errorf("the reserve of session %d is used up: another session begins anew", r.session)
+	}
+	return r.expand(name)
+}
+
+// expand makes a pad from the secret that both sites share.
+func (r *reserve) expand(name distill.PadName) (distill.Pad, error) {
+	secret, err := os.ReadFile(r.l.AuthFile)
+	if err != nil {
+		return distill.Pad{}, fmt.Errorf("reading the secret that both sites share: %w", err)
+	}
+	defer clear(secret)
+	if len(secret) < minAuthSecret {
+		return distill.Pad{}, fmt.Errorf("the secret that both sites share, %s, has %d bytes: at least %d", r.l.AuthFile, len(secret), minAuthSecret)
+	}
+	bits, err := hkdf.Key(sha256.New, secret, nil, fmt.Sprintf("kme/pad/1 %s %s", r.l.ID, name), distill.PadBytes)
+	if err != nil {
+		return distill.Pad{}, err
+	}
+	defer clear(bits)
+	return distill.Pad{Name: name, Bits: [distill.PadBytes]byte(bits)}, nil
+}
+
+// open unwraps a pad.
+func (r *reserve) open(ctx context.Context, p store.Pad) (distill.Pad, error) {
+	k := r.l.k
+	kek, err := k.keks.byID(ctx, p.KEK)
+	if err != nil {
+		return distill.Pad{}, err
+	}
+	name := distill.PadName(p.PadName)
+	bits, err := unwrap(ctx, kek, p.IV, p.CT, PadAAD(nil, k.Self, p.KEK, r.l.ID, name))
+	if err != nil {
+		return distill.Pad{}, fmt.Errorf("unwrapping pad %s: %w", name, err)
+	}
+	defer clear(bits)
+	if len(bits) != distill.PadBytes {
+		return distill.Pad{}, fmt.Errorf("pad %s has %d bytes", name, len(bits))
+	}
+	return distill.Pad{Name: name, Bits: [distill.PadBytes]byte(bits)}, nil
+}
+
+// wrapPads seals what a block gives to the reserve, and wipes it.
+func (l *link) wrapPads(ctx context.Context, b qlink.Block, kek openKEK) ([]store.Pad, error) {
+	defer clear(b.Pads)
+	var list []store.Pad
+	for i := range b.Pads {
+		p := &b.Pads[i]
+		iv, ct, err := wrap(ctx, kek.kek, p.Bits[:], PadAAD(nil, l.k.Self, kek.id, l.ID, p.Name))
+		if err != nil {
+			return nil, fmt.Errorf("wrapping pad %s: %w", p.Name, err)
+		}
+		list = append(list, store.Pad{PadName: store.PadName(p.Name), KEK: kek.id, IV: iv, CT: ct})
+	}
+	return list, nil
+}
+
+// padFormat is that of PadAAD.
+const padFormat = "kme/pad/1"
+
+// PadAAD is the additional authenticated data of a pad.
+func PadAAD(b []byte, site identity.KME, kek int64, link string, name distill.PadName) []byte {
+	b = appendText(b, padFormat)
+	b = appendText(b, site.String())
+	b = appendNumber(b, kek)
+	b = appendText(b, link)
+	b = appendNumber(b, name.Session)
+	b = appendNumber(b, name.Block)
+	return appendNumber(b, int64(name.Index))
+}
+
+func padName(n store.PadName) distill.PadName { return distill.PadName(n) }
+
+// floor is below which this end has no pad: what it has spent, or what lies before the
+// lowest that it holds; all that was before the session, if it holds none.
+func (l *link) floor(ctx context.Context, session int64) (store.PadName, error) {
+	r, err := l.k.Store.Reserve(ctx, l.ID)
+	if err != nil {
+		return store.PadName{}, err
+	}
+	low := store.PadName{Session: session}
+	if r.Pads > 0 {
+		low = r.Lowest
+		low.Index--
+	}
+	if padName(low).Compare(padName(r.Spent)) < 0 {
+		low = r.Spent
+	}
+	return low, nil
+}
+
+// meetReserve gives up what the other end has not.
+func (l *link) meetReserve(ctx context.Context, session int64, theirs store.PadName) error {
+	r, err := l.k.Store.Reserve(ctx, l.ID)
+	if err != nil {
+		return err
+	}
+	if theirs.Session > session || theirs.Index < -1 || padName(theirs).Compare(padName(r.Spent)) <= 0 {
+		return nil
+	}
+	return l.k.Store.SpendPad(ctx, l.ID, session, theirs)
+}
+
+// tagFailed counts a wrong tag, and says so.
+func (l *link) tagFailed(ctx context.Context, err error) {
+	if err := l.k.Store.TagFailed(ctx, l.ID); err != nil {
+		l.k.Log.Warn("counting a wrong tag", "link", l.ID, "err", err)
+	}
+	l.k.incident(ctx, "tag-"+l.ID, fmt.Sprintf("link %s: %v", l.ID, err))
+}
+
+// trusted says why the link must not open a session, if it must not.
+func (l *link) trusted(ctx context.Context) error {
+	if l.Filler > 0 {
+		return nil
+	}
+	r, err := l.k.Store.Reserve(ctx, l.ID)
+	if err != nil {
+		return err
+	}
+	if r.Failures >= maxTagFailures {
+		return fmt.Errorf("%d tags of the other end were wrong in a row: the link rests until an officer lets it go on", r.Failures)
+	}
+	return nil
+}

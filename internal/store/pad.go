@@ -1,0 +1,163 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// ErrSpent says that a pad is not above the highest that is spent.
+var ErrSpent = errors.New("the pad is spent")
+
+// ErrNoPad says that the reserve does not hold the pad, or none at all.
+var ErrNoPad = errors.New("the reserve holds no such pad")
+
+// PadName names a pad of a link: the block that it came from, and its place there. Names
+// are ordered as their members are.
+type PadName struct {
+	Session, Block int64
+	Index          int
+}
+
+// Pad is a wrapped pad of the reserve.
+type Pad struct {
+	PadName
+	KEK int64
+	IV  [12]byte
+	CT  []byte
+}
+
+const padColumns = "p.session, p.block, p.index, p.kek, p.iv, p.ct"
+
+// above is what is not spent. p is the pad, a the row of link_auth, if there is one.
+const above = "(p.session, p.block, p.index) > (COALESCE(a.session, 0), COALESCE(a.block, 0), COALESCE(a.index, 0))"
+
+// NextPad is the lowest pad that is not spent, of a block that both ends hold.
+func (db *DB) NextPad(ctx context.Context, link string) (Pad, error) {
+	return db.pad(ctx, `SELECT `+padColumns+` FROM pad p JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block
+		LEFT JOIN link_auth a ON a.link = p.link WHERE p.link = $1 AND b.state = 'ready' AND `+above+`
+		ORDER BY p.session, p.block, p.index LIMIT 1`, link)
+}
+
+// Pad is the one of that name, unless it is spent, or its block lost.
+func (db *DB) Pad(ctx context.Context, link string, name PadName) (Pad, error) {
+	return db.pad(ctx, `SELECT `+padColumns+` FROM pad p JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block
+		LEFT JOIN link_auth a ON a.link = p.link
+		WHERE p.link = $1 AND p.session = $2 AND p.block = $3 AND p.index = $4 AND b.state <> 'lost' AND `+above, link, name.Session, name.Block, name.Index)
+}
+
+func (db *DB) pad(ctx context.Context, sql string, args ...any) (p Pad, err error) {
+	var iv []byte
+	err = db.pool.QueryRow(ctx, sql, args...).Scan(&p.Session, &p.Block, &p.Index, &p.KEK, &iv, &p.CT)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return p, ErrNoPad
+	case err != nil:
+		return p, away("looking for a pad", err)
+	case len(iv) != len(p.IV):
+		return p, fmt.Errorf("a pad with an IV of %d bytes", len(iv))
+	}
+	p.IV = [12]byte(iv)
+	return p, nil
+}
+
+// Reserve is how a link's reserve stands.
+type Reserve struct {
+	Pads     int     // that are not spent, of blocks that are not lost
+	Lowest   PadName // of these; zero if there is none
+	Highest  PadName // likewise
+	Spent    PadName // the highest that is spent; zero if none is
+	Failures int     // tags of the peer that were wrong since the last block
+}
+
+// Reserve tells how it stands.
+func (db *DB) Reserve(ctx context.Context, link string) (r Reserve, err error) {
+	err = db.pool.QueryRow(ctx, "SELECT session, block, index, failures FROM link_auth WHERE link = $1", link).
+		Scan(&r.Spent.Session, &r.Spent.Block, &r.Spent.Index, &r.Failures)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return r, away("reading what is spent of the reserve", err)
+	}
+	rows, _ := db.pool.Query(ctx, `SELECT p.session, p.block, p.index FROM pad p
+		JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block LEFT JOIN link_auth a ON a.link = p.link
+		WHERE p.link = $1 AND b.state <> 'lost' AND `+above+` ORDER BY 1, 2, 3`, link)
+	var name PadName
+	_, err = pgx.ForEachRow(rows, []any{&name.Session, &name.Block, &name.Index}, func() error {
+		if r.Pads == 0 {
+			r.Lowest = name
+		}
+		r.Highest = name
+		r.Pads++
+		return nil
+	})
+	if err != nil {
+		return r, away("counting the reserve", err)
+	}
+	return r, nil
+}
+
+// SpendPad commits that the pad of that name is spent, and every lower one, in the session
+// that is open: ErrSpent if it is already, ErrClosedSession if another session is open.
+// Only then may a tag made with it leave.
+func (db *DB) SpendPad(ctx context.Context, link string, session int64, name PadName) error {
+	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		var open bool
+		err := a.conn.QueryRow(ctx, "SELECT session = $2 FROM link WHERE id = $1 FOR SHARE", link, session).Scan(&open)
+		if errors.Is(err, pgx.ErrNoRows) || err == nil && !open {
+			return refuse(ErrClosedSession)
+		}
+		if err != nil {
+			return err
+		}
+		tag, err := a.conn.Exec(ctx, `INSERT INTO link_auth AS a (link, session, block, index) VALUES ($1, $2, $3, $4)
+			ON CONFLICT (link) DO UPDATE SET session = $2, block = $3, index = $4 WHERE (a.session, a.block, a.index) < ($2, $3, $4)`,
+			link, name.Session, name.Block, name.Index)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return refuse(ErrSpent)
+		}
+		a.writes.Queue("DELETE FROM pad WHERE link = $1 AND (session, block, index) <= ($2, $3, $4)", link, name.Session, name.Block, name.Index)
+		return nil
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("spending a pad of link %s: %w", link, err)
+	}
+	return nil
+}
+
+// TagFailed counts a tag of the peer that was wrong. TrustAgain forgets the count.
+func (db *DB) TagFailed(ctx context.Context, link string) error {
+	return db.countFailures(ctx, link, "failures + 1")
+}
+
+// TrustAgain forgets how many tags were wrong.
+func (db *DB) TrustAgain(ctx context.Context, link string) error {
+	return db.countFailures(ctx, link, "0")
+}
+
+func (db *DB) countFailures(ctx context.Context, link, to string) error {
+	err := db.do(ctx, solo(func(_ context.Context, a *attempt) error {
+		a.writes.Queue("INSERT INTO link_auth (link) VALUES ($1) ON CONFLICT DO NOTHING", link)
+		a.writes.Queue("UPDATE link_auth SET failures = "+to+" WHERE link = $1", link)
+		return nil
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("counting wrong tags of link %s: %w", link, err)
+	}
+	return nil
+}
+
+// maxReserve is how many pads a link keeps.
+const maxReserve = 256
+
+// keep adds a block's pads to the reserve, as long as it is not full.
+func (b Block) keep(a *attempt) {
+	for _, p := range b.Pads {
+		a.writes.Queue(`INSERT INTO pad (link, session, block, index, kek, iv, ct) SELECT $1, $2, $3, $4, $5, $6, $7
+			WHERE (SELECT count(*) FROM pad WHERE link = $1) < $8`, b.Link, b.Session, b.Block, p.Index, p.KEK, p.IV[:], p.CT, maxReserve)
+	}
+	a.writes.Queue("UPDATE link_auth SET failures = 0 WHERE link = $1 AND failures > 0", b.Link)
+}
