@@ -278,8 +278,11 @@ func TestValidate(t *testing.T) {
 		}
 	}
 	for _, e := range []Eve{
-		{InterceptResend: -.1}, {InterceptResend: 1.1}, {InterceptResend: math.NaN()},
-		{InterceptResend: .1, Blind: true}, {SplitPhotons: true, Blind: true},
+		{InterceptResend: -.1},
+		{InterceptResend: 1.1},
+		{InterceptResend: math.NaN()},
+		{InterceptResend: .1, Blind: true},
+		{SplitPhotons: true, Blind: true},
 	} {
 		if e.Validate() == nil {
 			t.Errorf("%+v: accepted", e)
