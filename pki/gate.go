@@ -219,6 +219,7 @@ func (g *Gate) shake(ctx context.Context, c *gateConn) (*tls.Conn, error) {
 		return nil, err
 	}
 	c.leaf = conn.ConnectionState().VerifiedChains[0][0]
+	c.since = g.cfg.Now()
 	return conn, g.admit(c)
 }
 
@@ -322,6 +323,7 @@ type gateConn struct {
 	g       *Gate
 	network netip.Prefix
 	leaf    *x509.Certificate // when it has shaken hands
+	since   time.Time         // likewise
 	caller  string            // role/id, for counting
 	good    bool              // the certificate named a caller at the handshake
 }

@@ -42,6 +42,7 @@ type door struct {
 	credential    *pki.Credential
 	credentialDir string
 	changed       atomic.Pointer[chan struct{}]
+	caller        atomic.Pointer[identity.Caller] // of the last request
 
 	mu       sync.Mutex
 	recorded []pki.Refusal
@@ -116,9 +117,10 @@ func (d *door) serve() {
 		d.t.Fatal(err)
 	}
 	d.url = strings.Replace("https://"+ln.Addr().String(), "127.0.0.1", "localhost", 1)
-	identify := pki.Identify("sae", d.people.Load, d.now)
-	s := &http.Server{TLSConfig: d.gate.TLS(), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, err := identify(r); err != nil {
+	s := &http.Server{TLSConfig: d.gate.TLS(), ConnContext: d.gate.ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		caller, err := d.gate.Identify(r)
+		d.caller.Store(&caller)
+		if err != nil {
 			d.mu.Lock()
 			d.denied = append(d.denied, reasonOf(err))
 			d.mu.Unlock()

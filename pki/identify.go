@@ -1,29 +1,72 @@
 package pki
 
 import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
+	"net"
 	"net/http"
 	"time"
 
 	"github.com/qutemail/kme/internal/identity"
 )
 
-// Identify returns the function with which the door of a pool asks who is calling.
-// It is the only place that looks at a request's certificate. The chain has been
-// verified by the handshake (ServerTLS); the certificate is judged again on every
-// request, against the map and at the time of that moment. On an error the Caller
-// is a stranger that still carries what is known of the certificate, and where it
-// called from.
+// Identify returns the function with which a door of a pool that has no Gate asks who
+// is calling: it knows no CRL. A Gate has its own.
 func Identify(pool string, current func() *identity.Map, now func() time.Time) func(*http.Request) (identity.Caller, error) {
 	return func(r *http.Request) (identity.Caller, error) {
-		if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
-			denial := &identity.Denial{Reason: identity.NoCertificate}
-			return identity.Stranger(nil).WithRemote(r.RemoteAddr), fmt.Errorf("identifying the caller: %w", denial)
-		}
-		caller, err := current().Judge(pool, r.TLS.VerifiedChains[0][0], now())
-		if err != nil {
-			err = fmt.Errorf("identifying the caller: %w", err)
-		}
-		return caller.WithRemote(r.RemoteAddr), err
+		return identify(r, func(leaf *x509.Certificate) (identity.Caller, error) { return current().Judge(pool, leaf, now()) })
 	}
+}
+
+// Identify says who is calling. The chain has been verified by the handshake; what a
+// CA has revoked since, what the rules, rows and switches of this moment say and how
+// the connection's keys were agreed on is judged again on every request. All of them
+// must let the caller in. On an error the Caller is a stranger that still carries what
+// is known of the certificate, and where it called from.
+func (g *Gate) Identify(r *http.Request) (identity.Caller, error) {
+	now := g.cfg.Now()
+	return identify(r, func(leaf *x509.Certificate) (identity.Caller, error) {
+		if err := g.cfg.Revocations.Check(leaf, now); err != nil {
+			return identity.Stranger(leaf), err
+		}
+		return g.cfg.Judge(leaf, now)
+	})
+}
+
+// identify is the only place that looks at a request's certificate.
+func identify(r *http.Request, judge func(*x509.Certificate) (identity.Caller, error)) (identity.Caller, error) {
+	s := identity.Session{Remote: r.RemoteAddr}
+	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
+		denial := &identity.Denial{Reason: identity.NoCertificate}
+		return identity.Stranger(nil).WithSession(s), fmt.Errorf("identifying the caller: %w", denial)
+	}
+	if r.TLS.CurveID != 0 {
+		s.Group = r.TLS.CurveID.String()
+	}
+	s.Since, _ = r.Context().Value(handshakeKey{}).(time.Time)
+	leaf := r.TLS.VerifiedChains[0][0]
+	caller, err := judge(leaf)
+	if err == nil && caller.NeedsHybrid() && !s.Hybrid() {
+		caller, err = identity.Stranger(leaf), &identity.Denial{Reason: identity.NotHybrid, Detail: s.Group}
+	}
+	if err != nil {
+		err = fmt.Errorf("identifying the caller: %w", err)
+	}
+	return caller.WithSession(s), err
+}
+
+// handshakeKey is the key of when a connection shook hands, in the context of its
+// requests.
+type handshakeKey struct{}
+
+// ConnContext is http.Server's: it tells requests when their connection shook hands.
+func (g *Gate) ConnContext(ctx context.Context, c net.Conn) context.Context {
+	if conn, ok := c.(*tls.Conn); ok {
+		if raw, ok := conn.NetConn().(*gateConn); ok {
+			return context.WithValue(ctx, handshakeKey{}, raw.since)
+		}
+	}
+	return ctx
 }

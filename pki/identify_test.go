@@ -22,10 +22,15 @@ var unknownCritical = pkix.Extension{Id: asn1.ObjectIdentifier{1, 2, 3}, Critica
 // saeMap names SAEs by their URI; only alice is known, and let in if enabled.
 func saeMap(t testing.TB, enabled bool) *identity.Map {
 	t.Helper()
+	return saeMapOf(t, identity.Principal{Enabled: enabled})
+}
+
+// saeMapOf is saeMap with that row for alice.
+func saeMapOf(t testing.TB, alice identity.Principal) *identity.Map {
 	m, err := identity.NewMap(
 		[]identity.Rule{{ID: "sae-uri", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://sae.lab.test/{id}", Principal: "{id}"}},
 		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 169 * time.Hour},
-		map[string]identity.Principal{identity.PrincipalKey(identity.RoleSAE, "alice"): {Enabled: enabled}},
+		map[string]identity.Principal{identity.PrincipalKey(identity.RoleSAE, "alice"): alice},
 	)
 	if err != nil {
 		t.Fatal(err)

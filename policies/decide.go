@@ -1,14 +1,17 @@
 package policies
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/cedar-policy/cedar-go"
+	"github.com/cedar-policy/cedar-go/types"
 	"github.com/cedar-policy/cedar-go/x/exp/ast"
 	"github.com/cedar-policy/cedar-go/x/exp/schema"
 	"github.com/cedar-policy/cedar-go/x/exp/schema/validate"
@@ -62,6 +65,27 @@ type Question struct {
 	Number     int            // of keys; 0 with Status
 	Provenance key.Provenance // of the keys
 	SameKME    bool           // both are served by this KME
+	Link       string         // that the keys come from; "" if none does
+
+	// Time is when it is asked; the zero Time stands for no time that a policy could
+	// mean. Group and Age are of the caller's connection, and the zero values stand for
+	// one that is not to this KME.
+	Time  time.Time
+	Group string        // key exchange of its TLS, such as X25519MLKEM768
+	Age   time.Duration // since its certificate was judged at the handshake
+}
+
+// rounded is q without what no policy of r asks about, and with times in whole
+// seconds, rounded down: so that the same question is asked again and again.
+func (r ruleSet) rounded(q Question) Question {
+	q.Time, q.Age = q.Time.UTC().Truncate(time.Second), q.Age.Truncate(time.Second)
+	if !r.asks["time"] {
+		q.Time = time.Time{}
+	}
+	if !r.asks["verdict_age"] {
+		q.Age = 0
+	}
+	return q
 }
 
 // Reason is how a Decision came about. It is for the audit log: from outside,
@@ -98,6 +122,7 @@ type ruleSet struct {
 	policies *cedar.PolicySet
 	entities cedar.EntityMap
 	actions  map[string]cedar.EntityUID
+	asks     map[string]bool // names that occur in the policies, as far as Decide needs to know
 }
 
 // Decide answers q. What no policy permits is refused, and one policy that forbids
@@ -110,6 +135,7 @@ func (s *Set) Decide(q Question) Decision {
 			return Decision{Reason: DisabledSAE}
 		}
 	}
+	q = s.rules.rounded(q)
 	if d, ok := s.decided.get(q); ok {
 		return d
 	}
@@ -152,17 +178,19 @@ func (s *Set) decide(q Question) Decision {
 }
 
 func (q Question) request(action cedar.EntityUID) cedar.Request {
-	return cedar.Request{
-		Principal: saeUID(q.Caller),
-		Action:    action,
-		Resource:  saeUID(q.Other),
-		Context: cedar.NewRecord(cedar.RecordMap{
-			"bits":       cedar.Long(q.Bits),
-			"number":     cedar.Long(q.Number),
-			"provenance": cedar.String(q.Provenance),
-			"same_kme":   cedar.Boolean(q.SameKME),
-		}),
+	context := cedar.RecordMap{
+		"bits":       cedar.Long(q.Bits),
+		"number":     cedar.Long(q.Number),
+		"provenance": cedar.String(q.Provenance),
+		"same_kme":   cedar.Boolean(q.SameKME),
+		"link":       cedar.String(q.Link),
+		"time":       types.NewDatetime(q.Time),
 	}
+	if q.Group != "" {
+		context["tls_group"] = cedar.String(q.Group)
+		context["verdict_age"] = types.NewDuration(q.Age)
+	}
+	return cedar.Request{Principal: saeUID(q.Caller), Action: action, Resource: saeUID(q.Other), Context: cedar.NewRecord(context)}
 }
 
 func saeUID(sae identity.SAE) cedar.EntityUID {
@@ -172,7 +200,7 @@ func saeUID(sae identity.SAE) cedar.EntityUID {
 // parseRules reads the policies and checks them, and everything that they will be
 // told, against the schema.
 func parseRules(files map[string][]byte, names []string, network Network) (ruleSet, error) {
-	r := ruleSet{policies: cedar.NewPolicySet(), entities: entitiesOf(network), actions: make(map[string]cedar.EntityUID)}
+	r := ruleSet{policies: cedar.NewPolicySet(), entities: entitiesOf(network), actions: make(map[string]cedar.EntityUID), asks: make(map[string]bool)}
 	for _, a := range actions {
 		r.actions[a] = cedar.NewEntityUID(typeAction, cedar.String(a))
 	}
@@ -216,8 +244,10 @@ func (r ruleSet) checkFacts(check *validate.Validator) error {
 		}
 	}
 	for _, action := range r.actions {
-		if err := check.Request((Question{}).request(action)); err != nil {
-			return err
+		for _, q := range []Question{{}, {Group: "X25519MLKEM768"}} {
+			if err := check.Request(q.request(action)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -241,6 +271,15 @@ func (r ruleSet) addFile(name string, text []byte, check *validate.Validator) er
 		}
 		if err := check.Policy(id, (*ast.Policy)(p.AST())); err != nil {
 			return at.errorf("%w", err)
+		}
+		text, err := p.MarshalJSON()
+		if err != nil {
+			return at.errorf("%w", err)
+		}
+		for _, name := range []string{"time", "verdict_age"} {
+			if bytes.Contains(text, []byte(`"`+name+`"`)) { // it may be a string that reads so: then only memory is wasted
+				r.asks[name] = true
+			}
 		}
 	}
 	return nil

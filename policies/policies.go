@@ -19,6 +19,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 
@@ -48,9 +49,11 @@ type Set struct {
 	Principals *identity.Map
 	Digest     string // SHA-256 over all files' names and contents, hex
 
-	rules   ruleSet
-	decided *decisions
-	off     map[identity.SAE]string // SAEs that are switched off, by a row or since, and why
+	rules       ruleSet
+	decided     *decisions
+	twoOfficers []string
+
+	off map[identity.SAE]string // SAEs that are switched off, by a row or since, and why
 }
 
 // Without is s with callers switched off besides, by identity.PrincipalKey and with
@@ -58,19 +61,22 @@ type Set struct {
 func (s *Set) Without(off map[string]string) *Set {
 	less := *s
 	less.Principals = s.Principals.Without(off)
-	less.off = switchedOff(s.SAEs, less.Principals, off)
+	less.off = maps.Clone(s.off)
+	for sae := range s.SAEs { // one may have no row: a gateway acts for it
+		reason, switched := off[identity.PrincipalKey(identity.RoleSAE, sae.String())]
+		if _, already := less.off[sae]; switched && !already {
+			less.off[sae] = reason
+		}
+	}
 	return &less
 }
 
-func switchedOff(saes map[identity.SAE]SAEEntry, m *identity.Map, besides map[string]string) map[identity.SAE]string {
-	off := make(map[identity.SAE]string)
-	rows := m.Principals()
+// disabledIn are the SAEs that a row of m switches off.
+func disabledIn(m *identity.Map, saes map[identity.SAE]SAEEntry) map[identity.SAE]string {
+	off, rows := make(map[identity.SAE]string), m.Principals()
 	for sae := range saes {
-		key := identity.PrincipalKey(identity.RoleSAE, sae.String())
-		if row, ok := rows[key]; ok && !row.Enabled {
+		if row, ok := rows[identity.PrincipalKey(identity.RoleSAE, sae.String())]; ok && !row.Enabled {
 			off[sae] = row.Reason
-		} else if reason, ok := besides[key]; ok { // it may have no row: a gateway acts for it
-			off[sae] = reason
 		}
 	}
 	return off
@@ -110,13 +116,13 @@ func load(dir fs.FS) (*Set, error) {
 	if s.Network, err = parseNetwork(NetworkFile, files[NetworkFile]); err != nil {
 		return nil, err
 	}
-	if s.Principals, err = parsePrincipals(PrincipalsFile, files[PrincipalsFile], s.Network); err != nil {
+	if s.Principals, s.twoOfficers, err = parsePrincipals(PrincipalsFile, files[PrincipalsFile], s.Network); err != nil {
 		return nil, err
 	}
 	if s.rules, err = parseRules(files, names, s.Network); err != nil {
 		return nil, err
 	}
-	s.off = switchedOff(s.SAEs, s.Principals, nil)
+	s.off = disabledIn(s.Principals, s.SAEs)
 	return s, nil
 }
 

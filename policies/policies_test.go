@@ -292,6 +292,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"unknown KME", PrincipalsFile, "id: km2", "id: km3", `principals.yaml:28:21: KME "km3" is not in network.yaml`},
 		{"unknown role", PrincipalsFile, "role: operator, id", "role: admin, id", `principals.yaml:30:`},
 		{"operator in capitals", PrincipalsFile, "id: root", "id: Root", `principals.yaml:30:26: operator "Root"`},
+		{"an act that is none", PrincipalsFile, "two_officers: []", "two_officers: [cleanup, clean]", `principals.yaml:36:25: two_officers: "clean" is none of`},
 		{"duty of an SAE", PrincipalsFile, "id: carol, enabled: true", "id: carol, enabled: true, duties: [viewer]", "principals.yaml:22:21: duties are for the role operator"},
 		{"unknown duty", PrincipalsFile, "[security-officer]", "[officer]", `principals.yaml:31:26: duty "officer" is none of`},
 		{"duty twice", PrincipalsFile, "[security-officer]", "[auditor, auditor]", "principals.yaml:31:26: duty auditor is there twice"},

@@ -15,6 +15,29 @@ type principalsDoc struct {
 	Require    requireDoc     `yaml:"require"`
 	Rules      []ruleDoc      `yaml:"rules"`
 	Principals []principalDoc `yaml:"principals"`
+
+	TwoOfficers []word `yaml:"two_officers"`
+}
+
+// Acts of operators for which a site may want two officers.
+const (
+	ActCleanup   = "cleanup"         // end what is overdue
+	ActEnableSAE = "enable-sae"      // let an SAE in again that was switched off
+	ActReload    = "reload-policies" // over the operator door
+)
+
+// TwoOfficers says whether the site wants two officers for the act of that name.
+func (s *Set) TwoOfficers(act string) bool { return slices.Contains(s.twoOfficers, act) }
+
+func (doc principalsDoc) actsOfTwo(where document) ([]string, error) {
+	var acts []string
+	for i, w := range doc.TwoOfficers {
+		if w.text != ActCleanup && w.text != ActEnableSAE && w.text != ActReload {
+			return nil, where.entry("two_officers", i).errorf("two_officers: %q is none of %s, %s and %s", w.text, ActCleanup, ActEnableSAE, ActReload)
+		}
+		acts = append(acts, w.text)
+	}
+	return acts, nil
 }
 
 type requireDoc struct {
@@ -43,15 +66,19 @@ type principalDoc struct {
 	Duties        []word `yaml:"duties"`         // with role operator
 }
 
-// parsePrincipals reads principals.yaml against the network that it belongs to.
-func parsePrincipals(file string, text []byte, network Network) (*identity.Map, error) {
+// parsePrincipals reads principals.yaml against the network that it belongs to. Besides
+// the map it returns the acts that take two officers.
+func parsePrincipals(file string, text []byte, network Network) (_ *identity.Map, twoOfficers []string, err error) {
 	var doc principalsDoc
 	where, err := decode(file, text, &doc)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	if twoOfficers, err = doc.actsOfTwo(where); err != nil {
+		return nil, nil, err
 	}
 	if doc.Version != 1 {
-		return nil, place{file, 1, 1}.errorf("no version: 1")
+		return nil, nil, place{file, 1, 1}.errorf("no version: 1")
 	}
 	req := identity.Requirements{MaxLifetime: time.Duration(doc.Require.MaxLifetime)}
 	for _, k := range doc.Require.Keys {
@@ -60,13 +87,13 @@ func parsePrincipals(file string, text []byte, network Network) (*identity.Map, 
 	principals := make(map[string]identity.Principal)
 	for i, p := range doc.Principals {
 		if err := addPrincipal(p, network, principals); err != nil {
-			return nil, where.entry("principals", i).or(p.ID).errorf("%w", err)
+			return nil, nil, where.entry("principals", i).or(p.ID).errorf("%w", err)
 		}
 	}
 	rules := make([]identity.Rule, len(doc.Rules))
 	for i, r := range doc.Rules {
 		if err := checkHost(r, network.TrustDomain); err != nil {
-			return nil, where.entry("rules", i).or(r.URI).errorf("%w", err)
+			return nil, nil, where.entry("rules", i).or(r.URI).errorf("%w", err)
 		}
 		rules[i] = identity.Rule{
 			ID: r.ID.text, Pool: r.Pool.text, Role: identity.Role(r.Role.text),
@@ -75,12 +102,12 @@ func parsePrincipals(file string, text []byte, network Network) (*identity.Map, 
 	}
 	m, err := identity.NewMap(rules, req, principals)
 	if bad, ok := errors.AsType[*identity.RuleError](err); ok {
-		return nil, where.entry("rules", bad.Index).or(doc.Rules[bad.Index].ID).errorf("%w", bad.Err)
+		return nil, nil, where.entry("rules", bad.Index).or(doc.Rules[bad.Index].ID).errorf("%w", bad.Err)
 	}
 	if err != nil {
-		return nil, place{file, 1, 1}.errorf("%w", err)
+		return nil, nil, place{file, 1, 1}.errorf("%w", err)
 	}
-	return m, nil
+	return m, twoOfficers, nil
 }
 
 // checkHost refuses a URI rule whose host is not that of its role in our trust

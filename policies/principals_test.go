@@ -8,6 +8,8 @@ import (
 	"crypto/x509/pkix"
 	"math/big"
 	"net/url"
+	"os"
+	"strings"
 	"testing"
 	"time"
 )
@@ -60,5 +62,40 @@ func TestShippedPrincipals(t *testing.T) {
 		if (err == nil) != tt.ok || c.ID() != tt.id {
 			t.Errorf("Judge(%s, %s): got %q, %v, want %q", tt.pool, tt.leaf.URIs[0], c.ID(), err, tt.id)
 		}
+	}
+}
+
+// TestCases runs the cases that an operator has: kmectl principal test.
+func TestCases(t *testing.T) {
+	s, err := Load(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("principals_test.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cases, err := ParseCases("principals_test.yaml", text)
+	if err != nil || len(cases) < 40 {
+		t.Fatalf("%d cases, %v", len(cases), err)
+	}
+	now := time.Now()
+	for _, c := range cases {
+		if err := c.Check(s, now); err != nil {
+			t.Error(err)
+		}
+	}
+	wrong := cases[0]
+	wrong.Principal = "bob"
+	if err := wrong.Check(s, now); err == nil || !strings.Contains(err.Error(), "principals_test.yaml:6:") {
+		t.Errorf("a case that is not so: got %v", err)
+	}
+	for _, bad := range []string{"version: 1\n", "version: 1\ncases:\n  - {name: x, pool: sae}\n", "version: 1\ncases:\n  - {name: x, pool: sae, principal: a, refused: b}\n"} {
+		if _, err := ParseCases("x.yaml", []byte(bad)); err == nil {
+			t.Errorf("accepted %q", bad)
+		}
+	}
+	if _, _, err := s.Verdict(Recipe{Pool: "sae", EKU: []string{"codeSigning"}}, now); err == nil {
+		t.Error("an unknown EKU was taken")
 	}
 }

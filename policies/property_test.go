@@ -7,12 +7,15 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"pgregory.net/rapid"
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 )
+
+var noon = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 
 // The property below draws networks and policies from these names.
 var (
@@ -49,6 +52,10 @@ type policy struct {
 	notFrom   key.Provenance
 	otherKME  bool // only when not served by the same KME
 	together  bool // only when they share a group
+	link      string
+	until     time.Time     // only before
+	hybrid    bool          // only over a connection that is known to be so
+	fresh     time.Duration // only over a connection that is known to be younger
 }
 
 func (p policy) cedar(id int) string {
@@ -72,6 +79,18 @@ func (p policy) cedar(id int) string {
 	if p.together {
 		text += " when { principal.groups.containsAny(resource.groups) }"
 	}
+	if p.link != "" {
+		text += fmt.Sprintf(" when { context.link == %q }", p.link)
+	}
+	if !p.until.IsZero() {
+		text += fmt.Sprintf(" when { context.time < datetime(%q) }", p.until.Format(time.RFC3339))
+	}
+	if p.hybrid {
+		text += ` when { context has tls_group && context.tls_group like "*MLKEM*" }`
+	}
+	if p.fresh > 0 {
+		text += fmt.Sprintf(" when { context has verdict_age && context.verdict_age < duration(%q) }", fmt.Sprintf("%ds", int(p.fresh.Seconds())))
+	}
 	return text + ";\n"
 }
 
@@ -83,7 +102,11 @@ func (p policy) applies(q Question, groups map[string][]string) bool {
 		(p.maxBits == 0 || q.Bits*q.Number <= p.maxBits) &&
 		(p.notFrom == "" || p.notFrom != q.Provenance) &&
 		(!p.otherKME || !q.SameKME) &&
-		(!p.together || share)
+		(!p.together || share) &&
+		(p.link == "" || p.link == q.Link) &&
+		(p.until.IsZero() || q.Time.Truncate(time.Second).Before(p.until)) &&
+		(!p.hybrid || q.Group == "X25519MLKEM768") &&
+		(p.fresh == 0 || q.Group != "" && q.Age.Truncate(time.Second) < p.fresh)
 }
 
 func drawScope(t *rapid.T, label string) scope {
@@ -106,6 +129,10 @@ func drawPolicy(t *rapid.T) policy {
 		notFrom:   rapid.SampledFrom([]key.Provenance{"", "", key.Simulated, key.LocalRNG}).Draw(t, "not from"),
 		otherKME:  rapid.Bool().Draw(t, "other KME"),
 		together:  rapid.Bool().Draw(t, "together"),
+		link:      rapid.SampledFrom([]string{"", "", "fibre"}).Draw(t, "link"),
+		until:     rapid.SampledFrom([]time.Time{{}, {}, noon}).Draw(t, "until"),
+		hybrid:    rapid.IntRange(0, 3).Draw(t, "hybrid") == 0,
+		fresh:     rapid.SampledFrom([]time.Duration{0, 0, time.Minute}).Draw(t, "fresh"),
 	}
 }
 
@@ -166,6 +193,10 @@ func TestDecideAgrees(t *testing.T) {
 				Number:     rapid.IntRange(0, 4).Draw(t, "number"),
 				Provenance: rapid.SampledFrom([]key.Provenance{key.QKD, key.Simulated, key.LocalRNG}).Draw(t, "provenance"),
 				SameKME:    rapid.Bool().Draw(t, "same KME"),
+				Link:       rapid.SampledFrom([]string{"", "fibre"}).Draw(t, "link"),
+				Time:       noon.Add(time.Duration(rapid.IntRange(-1500, 1500).Draw(t, "time, ms")) * time.Millisecond),
+				Group:      rapid.SampledFrom([]string{"", "X25519", "X25519MLKEM768"}).Draw(t, "group"),
+				Age:        time.Minute + time.Duration(rapid.IntRange(-1500, 1500).Draw(t, "age, ms"))*time.Millisecond,
 			}
 			got, want := s.Decide(q), expected(drawn, q, groups)
 			if got.Allow != want.Allow || got.Reason != want.Reason || !slices.Equal(got.Policies, want.Policies) {

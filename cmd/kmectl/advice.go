@@ -71,6 +71,8 @@ func explainStatus(err error, status int, after, denied string) error {
 	switch status {
 	case 401:
 		return advise(err, "%s", denied)
+	case 403:
+		return advise(err, "principals.yaml says what an operator may do: its duties")
 	case 404:
 		return advise(err, "this door has no such call: is --kme the right door?")
 	case 503:

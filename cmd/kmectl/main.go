@@ -48,6 +48,12 @@ type commands struct {
 	Audit   trailCommand   `cmd:"" help:"Read and verify the audit log (auditors)."`
 	Cleanup cleanupCommand `cmd:"" help:"Have keys ended whose lifetime is over, now (operators)."`
 	Doctor  doctorCommand  `cmd:"" help:"Look at everything that a KME node depends on, and say what to do about what is not well (operators)."`
+	SAE     saeCommand     `cmd:"" name:"sae" help:"See who is let in, shut an SAE out, let it in again (operators)."`
+	Approve approveCommand `cmd:"" help:"Give your word for an act that takes two officers."`
+	Policy  policyCommand  `cmd:"" help:"Look at policies offline, and have a node read them again."`
+
+	Principal principalCommand `cmd:"" help:"Look at principals.yaml offline: whom a certificate names, and why."`
+
 	Version versionCommand `cmd:"" help:"Print the version."`
 }
 

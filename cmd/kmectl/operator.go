@@ -85,25 +85,6 @@ func health(h admin.Health) string {
 	return s
 }
 
-type cleanupCommand struct{}
-
-// Run has overdue keys ended.
-func (cleanupCommand) Run(ctx context.Context, s *session) error {
-	p, client, err := s.operator()
-	if err != nil {
-		return err
-	}
-	n, err := client.Cleanup(ctx)
-	if err != nil {
-		return p.explain(err, p.unlisted())
-	}
-	if s.JSON {
-		return s.printJSON(map[string]int{"removed_count": n})
-	}
-	_, err = fmt.Fprintf(s.stdout, "%d expired keys removed\n", n)
-	return err
-}
-
 type alarmsCommand struct{}
 
 // Run prints the alarms that stand.

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -26,6 +27,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
@@ -83,6 +85,9 @@ func setUp(env *testscript.Env) error {
 	})
 	env.Setenv("SAE", s.doors[0].Addr)
 	env.Setenv("OPERATOR", s.doors[1].Addr)
+	if err := os.CopyFS(filepath.Join(env.WorkDir, "policies"), policies.Shipped); err != nil {
+		return err
+	}
 	return s.people()
 }
 
@@ -131,10 +136,10 @@ func (s *stage) open() error {
 	if err != nil {
 		return err
 	}
-	s.set = set
+	s.set, s.live = set, policies.NewCurrent(set)
 	log, kme := slog.New(slog.DiscardHandler), set.Links[0].Alice
 	identify := func(pool string) func(*http.Request) (identity.Caller, error) {
-		return pki.Identify(pool, func() *identity.Map { return set.Principals }, time.Now)
+		return pki.Identify(pool, func() *identity.Map { return s.live.Set().Principals }, time.Now)
 	}
 	door014, err := etsi014.New(etsi014.Config{KME: kme, Backend: s.table, Identify: identify("sae"), Log: log})
 	if err != nil {
@@ -252,7 +257,8 @@ func store(dir, name string, mode os.FileMode, text []byte) error {
 // table is all that these tests need of a KME: it makes keys of its own and hands
 // each out twice.
 type table struct {
-	set *policies.Set
+	set  *policies.Set
+	live *policies.Current
 
 	mu   sync.Mutex
 	keys map[key.ID]shared
@@ -367,7 +373,9 @@ func (b operatorTable) Alarms(context.Context, identity.Caller, string) ([]admin
 	return []admin.Alarm{{Name: "peer-km2", Text: "connection refused", Since: since}}, nil
 }
 
-func (b operatorTable) Cleanup(context.Context, identity.Caller, string) (int, error) { return 3, nil }
+func (b operatorTable) Cleanup(_ context.Context, _ identity.Caller, _ string, given []approval.Approval) (int, error) {
+	return 3 + len(given), nil
+}
 
 func (b operatorTable) Epochs(context.Context, identity.Caller, string) (admin.Epochs, error) {
 	starts := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -385,6 +393,35 @@ func (b operatorTable) History(context.Context, identity.Caller, string, string,
 
 func (b operatorTable) Doctor(context.Context, identity.Caller, string) ([]admin.Finding, error) {
 	return []admin.Finding{admin.Good("hsm", "the token answered in 2ms"), admin.Bad("peer km2", "call its operators", "it does not answer: refused")}, nil
+}
+
+func (b operatorTable) SAEs(context.Context, identity.Caller, string) ([]admin.SAE, error) {
+	var list []admin.SAE
+	set := b.live.Set()
+	for sae, entry := range set.SAEs {
+		why, off := set.Disabled(sae)
+		s := admin.SAE{ID: sae.String(), Homes: []string{entry.Homes[0].String()}, Enabled: !off, Reason: why}
+		if off {
+			s.By, s.Since = "root", since
+		}
+		list = append(list, s)
+	}
+	slices.SortFunc(list, func(x, y admin.SAE) int { return strings.Compare(x.ID, y.ID) })
+	return list, nil
+}
+
+func (b operatorTable) DisableSAE(_ context.Context, _ identity.Caller, _ string, sae identity.SAE, reason string) error {
+	b.live.SwitchOff(map[string]string{identity.PrincipalKey(identity.RoleSAE, sae.String()): reason})
+	return nil
+}
+
+func (b operatorTable) EnableSAE(context.Context, identity.Caller, string, []approval.Approval, identity.SAE) error {
+	b.live.SwitchOff(nil)
+	return nil
+}
+
+func (b operatorTable) ReloadPolicies(context.Context, identity.Caller, string, []approval.Approval) (admin.Policies, error) {
+	return admin.Policies{}, problem.New(problem.Invalid, "the policies stay what they were: default.cedar:7:9: no")
 }
 
 func (b operatorTable) Healthy(context.Context) error { return nil }

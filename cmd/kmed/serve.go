@@ -53,7 +53,8 @@ type node struct {
 	env        Environment
 	log        *slog.Logger
 	self       identity.KME
-	set        *policies.Set
+	set        *policies.Set // that the node began with: what is in force may have changed, but not its links and addresses
+	live       *policies.Current
 	entry      policies.NodeEntry
 	credential *pki.Credential
 	issuers    map[string]*pki.Issuers
@@ -168,7 +169,7 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 	open.Go(func() error { return n.refusals.Run(ctx) })
 	n.renewal.Record = core.RecordRenewal
 	open.Go(func() error { return n.renewal.Run(ctx) })
-	open.Go(func() error { return n.reloadAtHUP(ctx) })
+	open.Go(func() error { return n.reloadAtHUP(ctx, core) })
 	open.Go(func() error {
 		select {
 		case err := <-coreDone:
@@ -250,6 +251,7 @@ func (n *node) openPolicies() (err error) {
 	if n.set, err = policies.Load(n.cfg.Policies); err != nil {
 		return err
 	}
+	n.live = policies.NewCurrent(n.set)
 	site, ok := n.set.KMEs[n.self]
 	if !ok {
 		return fmt.Errorf("KME %s is not among the kmes of %s", n.self, n.network())
@@ -314,9 +316,10 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 	return nil
 }
 
-// reloadAtHUP reads the certificates again at each SIGHUP until ctx ends: this node's,
-// those of the issuing CAs, and, for half a minute every second, the CRLs.
-func (n *node) reloadAtHUP(ctx context.Context) error {
+// reloadAtHUP reads the policies again at each SIGHUP until ctx ends, and the
+// certificates: this node's, those of the issuing CAs, and, for half a minute every
+// second, the CRLs.
+func (n *node) reloadAtHUP(ctx context.Context, core *kme.KME) error {
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	defer signal.Stop(hangups)
@@ -326,7 +329,8 @@ func (n *node) reloadAtHUP(ctx context.Context) error {
 			return nil
 		case <-hangups:
 		}
-		n.log.Info("SIGHUP: reading the certificates and the CRLs again")
+		n.log.Info("SIGHUP: reading the policies, the certificates and the CRLs again")
+		_ = core.Reload(ctx) // what is wrong is in the alarm
 		if err := n.reloadCertificates(); err != nil {
 			n.log.Error("what was not read again stays as it was", "err", err)
 		}
@@ -350,7 +354,7 @@ func (n *node) reloadCertificates() error {
 func (n *node) core() (*kme.KME, error) {
 	cfg := kme.Config{
 		Self: n.self, Node: n.cfg.Node, Store: n.db, Token: n.token, Log: n.log, Now: failpoint.Now,
-		Policies:    func() *policies.Set { return n.set },
+		Live: n.live, LoadPolicies: n.reload, Officer: n.officer,
 		Peers:       make(map[identity.KME]*peer.Client),
 		DataDir:     n.cfg.Data,
 		Examine:     n.examine,
@@ -464,6 +468,52 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 	return kme.LinkConfig{}, fmt.Errorf("link %s is not among the links of %s", lc.ID, n.network())
 }
 
+// reload reads the policies anew. What a node builds on when it starts can only be
+// changed by a restart.
+func (n *node) reload() (*policies.Set, error) {
+	set, err := policies.Load(n.cfg.Policies)
+	if err != nil {
+		return nil, err
+	}
+	entry, ok := set.KMEs[n.self].Node(n.cfg.Node)
+	switch {
+	case !ok || entry != n.entry:
+		return nil, fmt.Errorf("%s: node %s of KME %s is not what it was: that takes a restart", n.network(), n.cfg.Node, n.self)
+	case set.TrustDomain != n.set.TrustDomain:
+		return nil, fmt.Errorf("%s: another trust_domain takes a restart", n.network())
+	}
+	for _, l := range n.set.Links {
+		if (l.Alice == n.self || l.Bob == n.self) && !slices.Contains(set.Links, l) {
+			return nil, fmt.Errorf("%s: link %s is not what it was: that takes a restart", n.network(), l.ID)
+		}
+	}
+	for _, lc := range n.cfg.Links {
+		for _, l := range n.set.Links {
+			peer := l.Alice
+			if peer == n.self {
+				peer = l.Bob
+			}
+			if l.ID == lc.ID && !slices.Equal(set.KMEs[peer].Nodes, n.set.KMEs[peer].Nodes) {
+				return nil, fmt.Errorf("%s: other nodes of KME %s take a restart", n.network(), peer)
+			}
+		}
+	}
+	return set, nil
+}
+
+// officer says whose certificate it is: one that could call at the operator door now.
+func (n *node) officer(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
+	if _, err := leaf.Verify(x509.VerifyOptions{
+		Roots: n.issuers["operator"].Pool(), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}); err != nil {
+		return identity.Caller{}, err
+	}
+	if err := n.revoked["operator"].Check(leaf, now); err != nil {
+		return identity.Caller{}, err
+	}
+	return n.live.Set().Principals.Judge("operator", leaf, now)
+}
+
 // mixed is the source of seeds and public choices: the machine's generator XOR the
 // HSM's, so that neither alone decides. It fails when the HSM does.
 type mixed struct{ token *hsm.Token }
@@ -527,10 +577,13 @@ type door struct {
 // the node is to stop.
 func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	now := failpoint.Now
-	principals := func() *identity.Map { return n.set.Principals }
-	saes := timed(core.Identity(), pki.Identify("sae", principals, now))
-	peers := pki.Identify("kme", principals, now)
-	operators := pki.Identify("operator", principals, now)
+	saeTLS := uint16(tls.VersionTLS13)
+	if n.cfg.TLS12 {
+		saeTLS = tls.VersionTLS12
+	}
+	gateSAE, gateOperator := n.gate("sae", "sae", saeTLS), n.gate("operator", "operator", tls.VersionTLS13)
+	gateAssign, gateClassical := n.gate("assign", "kme", tls.VersionTLS13), n.gate("classical", "kme", tls.VersionTLS13)
+	saes := timed(core.Identity(), gateSAE.Identify)
 
 	door014, err := etsi014.New(etsi014.Config{KME: n.self, Backend: core, Identify: saes, Log: n.log})
 	if err != nil {
@@ -542,13 +595,6 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	}
 
 	e := n.entry
-	saeTLS := uint16(tls.VersionTLS13)
-	if n.cfg.TLS12 {
-		saeTLS = tls.VersionTLS12
-	}
-	gateSAE, gateOperator := n.gate("sae", "sae", saeTLS), n.gate("operator", "operator", tls.VersionTLS13)
-	gateAssign, gateClassical := n.gate("assign", "kme", tls.VersionTLS13), n.gate("classical", "kme", tls.VersionTLS13)
-
 	metrics := prometheus.NewRegistry()
 	certificates := pki.Metrics{
 		Gates: []*pki.Gate{gateSAE, gateAssign, gateOperator, gateClassical}, Refusals: n.refusals, Renewal: n.renewal,
@@ -560,7 +606,7 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 		}
 	}
 	operatorDoor := admin.Config{
-		KME: n.self, Node: n.cfg.Node, Backend: core.OperatorDoor(), Identify: operators, Log: n.log, Stopping: ctx.Done(),
+		KME: n.self, Node: n.cfg.Node, Backend: core.OperatorDoor(), Identify: gateOperator.Identify, Log: n.log, Stopping: ctx.Done(),
 		Metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
 	}
 	if n.reader != nil {
@@ -573,14 +619,13 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 
 	return []door{
 		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: door014.Handler(doorOld.Mount), log: n.log},
-		{name: "assign", address: e.Assign, gate: gateAssign, handler: peer.Handler(core.PeerDoor(), peers, n.log), log: n.log},
+		{name: "assign", address: e.Assign, gate: gateAssign, handler: peer.Handler(core.PeerDoor(), gateAssign.Identify, n.log), log: n.log},
 		{name: "operator", address: e.Operator, gate: gateOperator, handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
 			return peer.ServeClassical(ctx, ln, peer.ClassicalConfig{
 				TLS: gateClassical.TLS(), Failed: gateClassical.Failed, Changed: n.revoked["kme"].Changed,
 				Identify: func(s tls.ConnectionState) (identity.Caller, error) {
-					caller, err := peers(&http.Request{TLS: &s})
-					return caller, cmp.Or(err, n.revoked["kme"].Check(s.VerifiedChains[0][0], now()))
+					return gateClassical.Identify(&http.Request{TLS: &s})
 				},
 				Handle: core.Classical, Refused: core.PeerDoor().Refused, Log: n.log,
 			})
@@ -593,8 +638,9 @@ func (n *node) gate(door, role string, minTLS uint16) *pki.Gate {
 	return pki.NewGate(pki.GateConfig{
 		Door: door, Credential: n.credential, Issuers: n.issuers[role], Revocations: n.revoked[role], MinVersion: minTLS,
 		Judge: func(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
-			return n.set.Principals.Judge(role, leaf, now)
+			return n.live.Set().Principals.Judge(role, leaf, now)
 		},
+		Changed:  n.live.Changed,
 		Refusals: n.refusals, Now: failpoint.Now, Log: n.log,
 		Limits: pki.Limits{
 			Handshakes: n.cfg.Limits.Handshakes, HandshakesPerNetwork: n.cfg.Limits.HandshakesPerNetwork, Connections: n.cfg.Limits.Connections,
@@ -624,7 +670,7 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 		_ = watch.Wait() // it has no errors
 	}()
 	s := &http.Server{
-		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
+		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ConnContext: d.gate.ConnContext, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
 	}

@@ -1,12 +1,13 @@
 // Package admin is the operator API of a KME node: what it says on the wire, the
 // door that serves it and the client that calls it. It shows how the node, its
-// links and its alarms stand, and changes nothing but what time would have: keys that
-// are overdue end when an operator says so.
+// links, its alarms and its callers stand; whoever has the duty may shut callers out,
+// let them in again, have policies read anew and overdue keys ended.
 //
 // The door promises that a Backend sees only requests of an operator whom a
-// certificate names, and that whatever the door refuses itself is told to
-// Backend.Refused once. /healthz and /readyz alone ask for no name: any
-// certificate of the operators' CA may ask whether the node lives and serves.
+// certificate names, and acts only of one who has the duty that they take, and that
+// whatever the door refuses itself is told to Backend.Refused once. /healthz and
+// /readyz alone ask for no name: any certificate of the operators' CA may ask whether
+// the node lives and serves.
 //
 // It must never show key material, wrapped or plain, or who shares keys with whom.
 package admin
@@ -15,6 +16,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/identity"
 )
 
@@ -214,12 +216,13 @@ type Backend interface {
 	Alarms(ctx context.Context, c identity.Caller, rid string) ([]Alarm, error)
 	Epochs(ctx context.Context, c identity.Caller, rid string) (Epochs, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
-	Cleanup(ctx context.Context, c identity.Caller, rid string) (removed int, err error)
+	Cleanup(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (removed int, err error)
 	// History is how a link did from a time on, in spans of that length, oldest first.
 	// Spans of which nothing is known are left out.
 	History(ctx context.Context, c identity.Caller, rid, link string, from time.Time, each time.Duration) ([]Span, error)
 	// Doctor looks at everything that the node depends on.
 	Doctor(ctx context.Context, c identity.Caller, rid string) ([]Finding, error)
+	Callers
 	// Healthy is nil if the process does its work, whatever may be away that it needs:
 	// if not, it is to be started again. Nobody's name is known here.
 	Healthy(ctx context.Context) error

@@ -228,3 +228,63 @@ func TestProgressBlock(t *testing.T) {
 		}
 	}
 }
+
+// TestActs: who acts must have the duty; the Backend hears of nobody else, and of no
+// act that is not well said.
+func TestActs(t *testing.T) {
+	s, ctx := newStage(t), context.Background()
+	s.saes = []admin.SAE{{ID: "alice", Homes: []string{"km1"}, Enabled: true}, {ID: "bob", Homes: []string{"km2"}, Reason: "ticket 41", By: "root", Since: when}}
+	root, vera := s.client("root"), s.client("vera")
+	for _, c := range []*admin.Client{root, vera} {
+		saes, err := c.SAEs(ctx)
+		if diff := cmp.Diff(s.saes, saes); diff != "" || err != nil {
+			t.Errorf("SAEs: %v (-want +got):\n%s", err, diff)
+		}
+	}
+	if p, err := root.ReloadPolicies(ctx); err != nil || p.Digest != "abc" {
+		t.Errorf("ReloadPolicies: got %+v, %v", p, err)
+	}
+	for _, tt := range []struct {
+		act  string
+		err  error
+		want int // status
+	}{
+		{"disable", root.DisableSAE(ctx, "alice", "ticket 41"), 200},
+		{"enable", root.EnableSAE(ctx, "alice"), 200},
+		{"disable without a reason", root.DisableSAE(ctx, "alice", ""), 400},
+		{"disable for a long reason", root.DisableSAE(ctx, "alice", strings.Repeat("x", 201)), 400},
+		{"disable nobody", root.DisableSAE(ctx, "", "x"), 400},
+		{"enable nobody", root.EnableSAE(ctx, "a\x00"), 400},
+		{"a viewer's disable", vera.DisableSAE(ctx, "alice", "x"), 403},
+		{"a viewer's enable", vera.EnableSAE(ctx, "alice"), 403},
+		{"a viewer's reload", second(vera.ReloadPolicies(ctx)), 403},
+		{"a viewer's cleanup", second(vera.Cleanup(ctx)), 403},
+		{"a stranger's disable", s.client("mallory").DisableSAE(ctx, "alice", "x"), 401},
+	} {
+		got := 200
+		if e, ok := errors.AsType[*admin.APIError](tt.err); ok {
+			got = e.Status
+		}
+		if got != tt.want {
+			t.Errorf("%s: got %d (%v), want %d", tt.act, got, tt.err, tt.want)
+		}
+	}
+	if want := []string{"reload", "disable alice ticket 41", "enable alice"}; !slices.Equal(s.acts, want) {
+		t.Errorf("the Backend was told %q, want %q", s.acts, want)
+	}
+	if len(s.refusals) != 9 {
+		t.Errorf("%d refusals were told: %q", len(s.refusals), s.refusals)
+	}
+	for _, body := range []string{`[]`, `{"id":"alice","reason":"x","more":1}`, `{"id":1}`, `{"id":"alice","id":"bob","reason":"x"}`} {
+		resp, err := s.http("root").Post(s.server.URL+"/api/v1/saes/disable", "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != 400 || len(s.acts) != 3 {
+			t.Errorf("%s: got %d, acts %q", body, resp.StatusCode, s.acts)
+		}
+	}
+}
+
+func second[A any](_ A, err error) error { return err }

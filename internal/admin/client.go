@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -8,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/qutemail/kme/internal/approval"
 )
 
 // maxAnswer is the most that a Client reads of an answer, in bytes.
@@ -76,12 +79,10 @@ func (c *Client) Epochs(ctx context.Context) (Epochs, error) {
 
 // Cleanup ends what is overdue at the node's site, now, and says how many keys that
 // were.
-func (c *Client) Cleanup(ctx context.Context) (int, error) {
+func (c *Client) Cleanup(ctx context.Context, given ...approval.Approval) (int, error) {
 	var o cleanupObject
-	if err := c.call(ctx, http.MethodPost, pathCleanup, &o); err != nil {
-		return 0, fmt.Errorf("cleaning up: %w", err)
-	}
-	return o.Removed, nil
+	err := c.post(ctx, pathCleanup, approved{given}, &o)
+	return o.Removed, err
 }
 
 // Healthy is nil if the node's process does its work.
@@ -98,14 +99,25 @@ func (c *Client) probe(ctx context.Context, path string) error {
 }
 
 func (c *Client) get(ctx context.Context, path string, into any) error {
-	if err := c.call(ctx, http.MethodGet, path, into); err != nil {
+	if err := c.call(ctx, http.MethodGet, path, nil, into); err != nil {
 		return fmt.Errorf("getting %s: %w", path, err)
 	}
 	return nil
 }
 
-func (c *Client) call(ctx context.Context, method, path string, into any) error {
-	req, err := http.NewRequestWithContext(ctx, method, c.base+path, nil)
+func (c *Client) post(ctx context.Context, path string, object, into any) error {
+	body, err := json.Marshal(object)
+	if err == nil {
+		err = c.call(ctx, http.MethodPost, path, body, into)
+	}
+	if err != nil {
+		return fmt.Errorf("calling %s: %w", path, err)
+	}
+	return nil
+}
+
+func (c *Client) call(ctx context.Context, method, path string, body []byte, into any) error {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -114,14 +126,14 @@ func (c *Client) call(ctx context.Context, method, path string, into any) error 
 		return err
 	}
 	defer func() { _ = resp.Body.Close() }() // read to its end, or the connection is of no use
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return apiError(resp, body)
+		return apiError(resp, answer)
 	}
-	if err := json.Unmarshal(body, into); err != nil {
+	if err := json.Unmarshal(answer, into); err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	return nil

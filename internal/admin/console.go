@@ -81,6 +81,9 @@ func (c Config) page(show func(*exchange) (content, error)) http.HandlerFunc {
 			return
 		}
 		p, err := show(x)
+		if unknown, ok := errors.AsType[refusal](err); ok {
+			err = x.told(unknown.error)
+		}
 		if err != nil {
 			p = x.sorry(err)
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
 )
 
@@ -11,6 +12,7 @@ import (
 // a page that says what will be, and done by the form on it.
 type consoleAct struct {
 	Path, Name, Says string
+	duty             identity.Duty
 	run              func(*exchange) (done string, err error)
 }
 
@@ -19,8 +21,9 @@ func (c Config) acts() []consoleAct {
 	return []consoleAct{
 		{
 			"/console/acts/cleanup", "End overdue keys", "Keys whose lifetime is over are ended now, rather than within the next seconds. Nothing else is touched.",
+			identity.Operating,
 			func(x *exchange) (string, error) {
-				n, err := c.Backend.Cleanup(x.r.Context(), x.caller, x.rid)
+				n, err := c.Backend.Cleanup(x.r.Context(), x.caller, x.rid, nil)
 				return fmt.Sprintf("%d overdue keys were ended.", n), err
 			},
 		},
@@ -50,6 +53,9 @@ func (a consoleAct) ask(*exchange) (content, error) {
 func (a consoleAct) do(x *exchange) (content, error) {
 	if err := ownPage(x.r); err != nil {
 		return content{}, err
+	}
+	if err := x.may(a.duty); err != nil {
+		return content{}, refusal{err}
 	}
 	done, err := a.run(x)
 	if err != nil {

@@ -1,9 +1,11 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"strconv"
@@ -44,7 +46,11 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/api/v1/alarms", serve(c, c.alarms))
 	r.Get("/api/v1/epochs", serve(c, c.Backend.Epochs))
 	r.Get("/api/v1/doctor", serve(c, c.doctor))
-	r.Post(pathCleanup, serve(c, c.cleanup))
+	r.Get("/api/v1/saes", serve(c, c.saes))
+	r.Post(pathCleanup, act(c, identity.Operating, c.cleanup))
+	r.Post(pathDisable, act(c, identity.Operating, c.disableSAE))
+	r.Post(pathEnable, act(c, identity.SecurityOfficer, c.enableSAE))
+	r.Post(pathReload, act(c, identity.Operating, c.reloadPolicies))
 	if c.Trail != nil {
 		r.Get(pathTrail, serveTrail(c, c.trail))
 		r.Get(pathSearch, serveTrail(c, c.search))
@@ -70,25 +76,69 @@ func (c Config) alarms(ctx context.Context, caller identity.Caller, rid string) 
 	return alarmsObject{alarms}, err
 }
 
-// pathCleanup is the one route that changes something: the QuteMail API's, whose
-// clients were allowed it.
+// pathCleanup is the QuteMail API's, whose clients were allowed it.
 const pathCleanup = "/api/v1/keys/cleanup"
 
-func (c Config) cleanup(ctx context.Context, caller identity.Caller, rid string) (cleanupObject, error) {
-	n, err := c.Backend.Cleanup(ctx, caller, rid)
+func (c Config) cleanup(ctx context.Context, caller identity.Caller, rid string, q approved) (cleanupObject, error) {
+	n, err := c.Backend.Cleanup(ctx, caller, rid, q.Approvals)
 	return cleanupObject{"success", n, fmt.Sprintf("Cleaned up %d expired keys", n)}, err
 }
 
-// serve is the one way in for all JSON calls: identify, act, marshal, and only then
-// write.
-func serve[A any](c Config, act func(context.Context, identity.Caller, string) (A, error)) http.HandlerFunc {
+// serve is the way in for what shows, and any operator may see: identify, ask,
+// marshal, and only then write.
+func serve[A any](c Config, show func(context.Context, identity.Caller, string) (A, error)) http.HandlerFunc {
+	return answer(c, identity.Viewer, func(ctx context.Context, x *exchange) (A, error) { return show(ctx, x.caller, x.rid) })
+}
+
+// act is the way in for what changes something, and takes a duty: identify, read the
+// body, which may be empty, act, marshal, and only then write.
+func act[Q, A any](c Config, d identity.Duty, do func(context.Context, identity.Caller, string, Q) (A, error)) http.HandlerFunc {
+	return answer(c, d, func(ctx context.Context, x *exchange) (a A, err error) {
+		var q Q
+		if err := x.read(&q); err != nil {
+			return a, refusal{err}
+		}
+		return do(ctx, x.caller, x.rid, q)
+	})
+}
+
+// refusal is an error that came before any call of the Backend, which does not know
+// of it yet.
+type refusal struct{ error }
+
+// Unwrap returns the problem.
+func (r refusal) Unwrap() error { return r.error }
+
+// maxBody is the most that is read of a request's body, in bytes.
+const maxBody = 64 << 10
+
+// read reads a JSON object, or nothing.
+func (x *exchange) read(into any) error {
+	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.r.Body, maxBody))
+	if _, large := errors.AsType[*http.MaxBytesError](err); large {
+		return problem.Because(problem.TooLarge, err)
+	}
+	if err == nil && len(body) > 0 {
+		err = json.Unmarshal(body, into, json.RejectUnknownMembers(true))
+	}
+	if err != nil {
+		return &problem.Error{Kind: problem.Invalid, Detail: "the body is not the JSON object that is wanted", Err: err}
+	}
+	return nil
+}
+
+func answer[A any](c Config, d identity.Duty, do func(context.Context, *exchange) (A, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		x := c.begin(w, r)
-		if err := x.identify(); err != nil {
+		if err := cmp.Or(x.identify(), x.may(d)); err != nil {
 			x.refuse(err)
 			return
 		}
-		a, err := act(r.Context(), x.caller, x.rid)
+		a, err := do(r.Context(), x)
+		if unknown, ok := errors.AsType[refusal](err); ok {
+			x.refuse(unknown.error)
+			return
+		}
 		if err != nil {
 			x.fail(err)
 			return
@@ -141,14 +191,6 @@ func (c Config) elsewhere(status int, why string) http.HandlerFunc {
 	}
 }
 
-// methodOf is the one method that a path has.
-func methodOf(path string) string {
-	if path == pathCleanup {
-		return http.MethodPost
-	}
-	return http.MethodGet
-}
-
 // exchange is one request on its way to its answer.
 type exchange struct {
 	c      Config
@@ -182,9 +224,22 @@ func (x *exchange) identify() error {
 	return nil
 }
 
+// may is nil if the caller has the duty.
+func (x *exchange) may(d identity.Duty) error {
+	if x.caller.Role() == identity.RoleOperator && !x.caller.Has(d) {
+		return &problem.Error{
+			Kind: problem.Forbidden, Detail: fmt.Sprintf("this takes the duty %s", d), Err: fmt.Errorf("operator %s does not have it", x.caller.ID()),
+		}
+	}
+	return nil
+}
+
 // refuse has err recorded, since no Backend call will, and answers it.
-func (x *exchange) refuse(err error) {
-	x.fail(x.c.Backend.Refused(context.WithoutCancel(x.r.Context()), x.caller, x.rid, x.route, err))
+func (x *exchange) refuse(err error) { x.fail(x.told(err)) }
+
+// told has err recorded, and returns what to answer.
+func (x *exchange) told(err error) error {
+	return x.c.Backend.Refused(context.WithoutCancel(x.r.Context()), x.caller, x.rid, x.route, err)
 }
 
 // answers is the table from a problem's kind to its status here.

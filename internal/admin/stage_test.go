@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/pki"
 )
@@ -40,6 +41,8 @@ type script struct {
 	alarms []admin.Alarm
 	err    error // of every call
 	epochs admin.Epochs
+	saes   []admin.SAE
+	acts   []string
 	past   map[string][]admin.Span
 
 	findings []admin.Finding
@@ -71,7 +74,7 @@ func (s *script) Links(_ context.Context, c identity.Caller, rid string) ([]admi
 	return s.links, errors.Join(s.linksErr, s.saw(c, rid))
 }
 
-func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string) (int, error) {
+func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string, _ []approval.Approval) (int, error) {
 	return 7, s.saw(c, rid)
 }
 
@@ -102,6 +105,25 @@ func (s *script) Doctor(_ context.Context, c identity.Caller, rid string) ([]adm
 	return s.findings, s.saw(c, rid)
 }
 
+func (s *script) SAEs(_ context.Context, c identity.Caller, rid string) ([]admin.SAE, error) {
+	return s.saes, s.saw(c, rid)
+}
+
+func (s *script) DisableSAE(_ context.Context, c identity.Caller, rid string, sae identity.SAE, reason string) error {
+	s.acts = append(s.acts, "disable "+sae.String()+" "+reason)
+	return s.saw(c, rid)
+}
+
+func (s *script) EnableSAE(_ context.Context, c identity.Caller, rid string, _ []approval.Approval, sae identity.SAE) error {
+	s.acts = append(s.acts, "enable "+sae.String())
+	return s.saw(c, rid)
+}
+
+func (s *script) ReloadPolicies(_ context.Context, c identity.Caller, rid string, _ []approval.Approval) (admin.Policies, error) {
+	s.acts = append(s.acts, "reload")
+	return admin.Policies{Digest: "abc"}, s.saw(c, rid)
+}
+
 func (s *script) Healthy(context.Context) error { return s.healthy }
 func (s *script) Ready(context.Context) error   { return s.ready }
 
@@ -123,7 +145,9 @@ func newStage(t *testing.T) *stage {
 			{ID: "sae", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://operator.lab.test/{id}", Principal: "{id}"},
 		},
 		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 2 * time.Hour},
-		map[string]identity.Principal{"operator/root": {Enabled: true}, "sae/alice": {Enabled: true}})
+		map[string]identity.Principal{
+			"operator/root": {Enabled: true, Duties: []identity.Duty{identity.Operating, identity.SecurityOfficer}}, "operator/vera": {Enabled: true}, "sae/alice": {Enabled: true},
+		})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -80,6 +80,7 @@ func (e *Event) AppendText(b []byte) []byte {
 		w.b = append(w.b, '}')
 	}
 	w.list("policy", e.Policy)
+	w.list("approvals", e.Approvals)
 	w.text("link", e.Link)
 	w.text("peer", e.Peer)
 	w.text("master", e.Master)

@@ -27,6 +27,9 @@ const (
 	DecKeys   Action = "dec_keys"  // Get key with key IDs (014, 5.4); outcome done = CONSUMED, unless Reread
 	Consume   Action = "consume"   // erased at the word of its taker
 	Cleanup   Action = "cleanup"   // an operator had overdue keys ended, now; Count says how many
+	Disable   Action = "disable"   // an operator shut the SAE in Peer out, for the Reason
+	Enable    Action = "enable"    // or let it in again
+	Policies  Action = "policies"  // the files of policies were read anew; Reason has their digest, or what is wrong with them
 	Malformed Action = "malformed" // a request that did not get as far as an action
 	Lost      Action = "answer-lost"
 
@@ -132,6 +135,8 @@ type Event struct {
 	Route   string   `json:"route"`   // method and route pattern of the request
 	Actor   Actor    `json:"actor"`   //
 	Policy  []string `json:"policy"`  // IDs of the policies that decided
+
+	Approvals []string `json:"approvals"` // of an act that takes two officers: their approvals as they came (package approval)
 
 	Link       string         `json:"link"`
 	Peer       string         `json:"peer"`   // the other KME, or the SAE that a request named

@@ -251,7 +251,7 @@ func (l *link) admit(r handover.Request) string {
 		if !set.Homed(slave, l.k.Self) {
 			return fmt.Sprintf("slave %s is not homed at %s", slave, l.k.Self)
 		}
-		d := set.Decide(policies.Question{Action: string(audit.EncKeys), Caller: r.Master, Other: slave, Number: len(r.Keys), Bits: r.Bits, Provenance: l.Provenance})
+		d := set.Decide(policies.Question{Action: string(audit.EncKeys), Caller: r.Master, Other: slave, Number: len(r.Keys), Bits: r.Bits, Provenance: l.Provenance, Link: l.ID, Time: l.k.Now()})
 		if !d.Allow {
 			return fmt.Sprintf("policy here does not let %s share keys with %s", r.Master, slave)
 		}

@@ -22,6 +22,7 @@ const requestTime = 5 * time.Second
 type call struct {
 	k       *KME
 	sae     identity.SAE
+	session identity.Session
 	ev      audit.Event
 	pending bool // its outcome event is part of a commit under way: see late
 }
@@ -30,7 +31,7 @@ type call struct {
 func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identity.SAE) *call {
 	sae, _ := c.SAE()
 	cert := c.Certificate()
-	return &call{k: k, sae: sae, ev: audit.Event{
+	return &call{k: k, sae: sae, session: c.Session(), ev: audit.Event{
 		Action: a, Request: rid, Peer: other.String(),
 		Actor: audit.Actor{
 			Role: string(c.Role()), ID: c.ID(), Gateway: c.Gateway(), Rule: c.Rule(), Remote: c.Remote(),
@@ -67,16 +68,29 @@ func (c *call) judge(others []identity.SAE, number, bits int) (way, error) {
 		if none != nil { // then each is judged as if it were alone
 			w, _ = c.k.route(other)
 		}
-		d := set.Decide(policies.Question{
+		q := policies.Question{
 			Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits,
 			Provenance: w.provenance(), SameKME: slices.Contains(w.here, other),
-		})
+		}
+		if w.link != nil && !q.SameKME {
+			q.Link = w.link.ID
+		}
+		d := set.Decide(c.asked(q))
 		c.ev.Policy = union(c.ev.Policy, d.Policies)
 		if !d.Allow {
 			return way{}, problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
 		}
 	}
 	return w, none
+}
+
+// asked is q as this call asks it: now, over its connection.
+func (c *call) asked(q policies.Question) policies.Question {
+	q.Time, q.Group = c.k.Now(), c.session.Group
+	if !c.session.Since.IsZero() {
+		q.Age = max(0, q.Time.Sub(c.session.Since))
+	}
+	return q
 }
 
 // union is the policies of two decisions, sorted, each once.

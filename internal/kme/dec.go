@@ -156,11 +156,14 @@ func (k *KME) entitled(c *call, master identity.SAE, ids []key.ID, rows map[key.
 			Action: string(audit.DecKeys), Caller: c.sae, Other: d.Master, Number: len(ids), Bits: d.Bits, Provenance: d.Provenance,
 			SameKME: d.Peer == (identity.KME{}),
 		}
+		if l := k.linkTo(d.Peer); l != nil {
+			q.Link = l.ID
+		}
 		if q == asked {
 			continue // the question was just answered
 		}
 		asked = q
-		decision := set.Decide(q)
+		decision := set.Decide(c.asked(q))
 		c.ev.Policy = decision.Policies
 		if !decision.Allow {
 			return nil, problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s take keys of %s", decision.Reason, c.sae, d.Master))

@@ -12,6 +12,7 @@ package kme
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,7 +38,8 @@ type Config struct {
 	Node     string // unique within the site
 	Store    *store.DB
 	Token    *hsm.Token
-	Policies func() *policies.Set // the current set; swapped as a whole on reload
+	Live     *policies.Current
+	Policies func() *policies.Set // that of Live, set by New
 	Peers    map[identity.KME]*peer.Client
 	Links    []LinkConfig
 	Log      *slog.Logger
@@ -55,6 +57,12 @@ type Config struct {
 	ReadOnce    bool          // keys asked for through the legacy API are read once, as those of 014
 	Quota       Quota         // of each SAE
 	Trail       Trail         // how the audit log is kept
+
+	LoadPolicies func() (*policies.Set, error) // reads the files anew, and refuses what needs a restart
+
+	// Officer says whose certificate it is that came with an approval: it must be an
+	// operator's that could call now.
+	Officer func(leaf *x509.Certificate, now time.Time) (identity.Caller, error)
 
 	// Watched are parts outside the core whose trouble is an alarm here.
 	Watched []Watched
@@ -86,6 +94,9 @@ type KME struct {
 	beaten  atomic.Int64 // when the node last looked after itself, in nanoseconds of the machine's own clock: see Alive
 	buckets buckets
 
+	switches  sync.Mutex // held while the database is asked who is switched off, and until that is in force
+	reloading sync.Mutex // held while policies are loaded
+
 	turnstiles sync.Map // peer/node -> *turnstile
 
 	past past
@@ -104,7 +115,7 @@ type KME struct {
 // New checks the configuration and prepares a node. It touches neither the
 // database nor the HSM; Run does.
 func New(c Config) (*KME, error) {
-	if c.Store == nil || c.Token == nil || c.Policies == nil || c.Log == nil || c.Now == nil || c.DataDir == "" || c.Node == "" {
+	if c.Store == nil || c.Token == nil || c.Live == nil || c.LoadPolicies == nil || c.Officer == nil || c.Log == nil || c.Now == nil || c.DataDir == "" || c.Node == "" {
 		return nil, errors.New("configuring the KME: a part is missing")
 	}
 	if c.EpochLength <= 0 || c.DefaultTTL <= 0 || c.MaxTTL < c.DefaultTTL || c.PoolTTL <= 0 || c.PoolLimit <= 0 {
@@ -122,6 +133,7 @@ func New(c Config) (*KME, error) {
 	if c.MaxWraps == 0 {
 		c.MaxWraps = maxWraps
 	}
+	c.Policies = c.Live.Set
 	k := &KME{
 		Config:    c,
 		started:   c.Now(),
@@ -171,9 +183,19 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 			return err
 		}
 	}
+	if err := k.lookAtSwitches(ctx); err != nil { // nobody is let in who may be shut out
+		return err
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return k.watchFence(ctx) })
 	g.Go(func() error { return k.watchPIN(ctx) })
+	g.Go(func() error {
+		return k.every(ctx, switchEvery, nil, func(ctx context.Context) {
+			if err := k.lookAtSwitches(ctx); err != nil {
+				k.Log.Debug("looking at who is switched off", "err", err) // the database has an alarm of its own
+			}
+		})
+	})
 	g.Go(func() error { return k.watchNodes(ctx) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.share) })
 	g.Go(func() error { return k.takeOver(ctx) })

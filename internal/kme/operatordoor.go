@@ -11,10 +11,12 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
 )
 
 // OperatorDoor is the Backend of the operator door. What only shows is logged by the
@@ -148,10 +150,13 @@ func (d OperatorDoor) Epochs(ctx context.Context, _ identity.Caller, _ string) (
 }
 
 // Cleanup ends what is overdue, now, and says how many keys that were.
-func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string) (int, error) {
+func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (int, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
 	call := d.k.begin(c, rid, audit.Cleanup, identity.SAE{})
+	if err := call.asSiteWants(ctx, c, given, policies.ActCleanup); err != nil {
+		return 0, call.refuse(ctx, err)
+	}
 	n, err := d.k.expireDue(ctx)
 	call.ev.Count = n
 	if err == nil {

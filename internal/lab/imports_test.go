@@ -18,6 +18,7 @@ var rings = map[string]int{
 	"internal/key":       0,
 	"internal/identity":  0,
 	"internal/problem":   0,
+	"internal/approval":  0,
 	"internal/failpoint": 0,
 	"internal/pgdev":     0,
 

@@ -158,11 +158,14 @@ func (c ClassicalConfig) serve(ctx context.Context, raw net.Conn, cfg *tls.Confi
 	defer done()
 	watch.Go(func() {
 		defer func() { _ = s.Close() }()
+		tick := time.NewTicker(time.Second) // a certificate ends by itself, and who is let in changes beside the CRLs
+		defer tick.Stop()
 		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-changed:
+			case <-tick.C:
 			}
 			changed = c.Changed()
 			if _, err := c.Identify(state); err != nil {

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/qutemail/kme/internal/approval"
+)
+
+// approveCommand is for the second officer. It asks no KME.
+type approveCommand struct {
+	Act  string        `arg:"" help:"What is approved, in the words of the KME: 'cleanup', for example."`
+	Node string        `required:"" placeholder:"KME/NODE" help:"The node at which it may be done, such as km1/km1-a."`
+	For  time.Duration `default:"10m" help:"For how long, at most an hour (${default})."`
+}
+
+// Run prints an approval, signed with the key of the officer's certificate.
+func (c approveCommand) Run(s *session) error {
+	words := strings.Fields(c.Act)
+	if len(words) == 0 {
+		return errors.New("an act has a name")
+	}
+	act, err := approval.NewAct(words[0], words[1:]...)
+	if err != nil {
+		return err
+	}
+	if c.For <= 0 || c.For > approval.MaxLife {
+		return fmt.Errorf("an approval is good for %v at the most", approval.MaxLife)
+	}
+	a, err := s.sign(act, c.Node, time.Now().Add(c.For))
+	if err != nil {
+		return err
+	}
+	text, err := json.MarshalIndent(a, "", "  ")
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(s.stdout, "%s\n", text)
+	return err
+}
+
+// sign approves with the certificate of the operator who calls.
+func (s *session) sign(act approval.Act, node string, until time.Time) (approval.Approval, error) {
+	p, err := s.party(operatorProfiles)
+	if err != nil {
+		return approval.Approval{}, err
+	}
+	config, err := p.tls(time.Now())
+	if err != nil {
+		return approval.Approval{}, err
+	}
+	cert := config.Certificates[0]
+	key, ok := cert.PrivateKey.(crypto.Signer)
+	if !ok {
+		return approval.Approval{}, fmt.Errorf("the key of %s signs nothing", p.cert)
+	}
+	return approval.Sign(act, node, until, cert.Leaf, key)
+}
+
+// approving is what a command has that may take two officers.
+type approving struct {
+	Approval string `type:"existingfile" placeholder:"FILE" help:"The other officer's word for it: kmectl approve."`
+}
+
+// approvals are the other officer's, if there is one, and then the caller's own for the
+// same act.
+func (a approving) approvals(s *session) ([]approval.Approval, error) {
+	if a.Approval == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(a.Approval)
+	if err != nil {
+		return nil, err
+	}
+	var other approval.Approval
+	if err := json.Unmarshal(text, &other); err != nil {
+		return nil, fmt.Errorf("reading %s: %w", a.Approval, err)
+	}
+	own, err := s.sign(other.Act, other.Node, other.Expires)
+	if err != nil {
+		return nil, err
+	}
+	return []approval.Approval{other, own}, nil
+}
+
+// cleanupCommand may take two officers.
+type cleanupCommand struct {
+	approving `embed:""`
+}
+
+// Run has overdue keys ended.
+func (c cleanupCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	given, err := c.approvals(s)
+	if err != nil {
+		return err
+	}
+	n, err := client.Cleanup(ctx, given...)
+	if err != nil {
+		return p.explain(err, p.unlisted())
+	}
+	if s.JSON {
+		return s.printJSON(map[string]int{"removed_count": n})
+	}
+	_, err = fmt.Fprintf(s.stdout, "%d expired keys removed\n", n)
+	return err
+}

@@ -1,0 +1,136 @@
+// Package approval is the word of an officer for an act that takes two of them: what
+// kmectl makes with the private key of the officer's certificate, and how a KME sees
+// that it holds. Whoever reads the audit later can check it again, with nothing but
+// the certificate.
+//
+// An approval is for one act, at one node, until it ends, once: the node remembers
+// its nonce. Who counts as an officer is not decided here.
+package approval
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/sha512"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// MaxLife is the longest that an Approval may be good for.
+const MaxLife = time.Hour
+
+// nonceBytes is the length of a nonce.
+const nonceBytes = 16
+
+// Act is what is approved, in words that an officer reads before signing: its name and
+// what it is done to, "compromise-key 01a2..." for example.
+type Act string
+
+// NewAct returns the Act of that name; on says, in the order that the act defines, what
+// it is done to. Neither holds a blank or a control character.
+func NewAct(name string, on ...string) (Act, error) {
+	words := append([]string{name}, on...)
+	for _, w := range words {
+		if w == "" || strings.ContainsFunc(w, func(r rune) bool { return r <= ' ' || r == 0x7f || r == 0xfffd }) {
+			return "", fmt.Errorf("an act cannot be said with the word %q", w)
+		}
+	}
+	return Act(strings.Join(words, " ")), nil
+}
+
+// Approval is an officer's word.
+type Approval struct {
+	Act         Act       `json:"act"`
+	Node        string    `json:"node"` // KME/node at which the act may be done
+	Expires     time.Time `json:"expires"`
+	Nonce       []byte    `json:"nonce"`       // base64
+	Certificate []byte    `json:"certificate"` // the officer's, DER
+	Signature   []byte    `json:"signature"`   // over the digest of the act, node, expiry and nonce
+}
+
+// message is what is signed. Its parts are prefixed by their lengths, so that no two
+// approvals have the same.
+func (a Approval) message() []byte {
+	digest := sha256.Sum256([]byte(a.Act))
+	m := []byte("kme/approval/1\x00")
+	for _, part := range [][]byte{digest[:], []byte(a.Node), binary.BigEndian.AppendUint64(nil, uint64(a.Expires.UnixMilli())), a.Nonce} {
+		m = binary.BigEndian.AppendUint32(m, uint32(len(part)))
+		m = append(m, part...)
+	}
+	return m
+}
+
+// Sign approves an act at a node until expires, with the key of the officer's
+// certificate: ECDSA over P-256 or P-384, or Ed25519.
+func Sign(act Act, node string, expires time.Time, leaf *x509.Certificate, key crypto.Signer) (Approval, error) {
+	a := Approval{Act: act, Node: node, Expires: expires.UTC().Truncate(time.Millisecond), Nonce: make([]byte, nonceBytes), Certificate: leaf.Raw}
+	_, _ = rand.Read(a.Nonce) // never fails: it ends the process instead
+	input, hash, err := input(leaf.PublicKey, a.message())
+	if err != nil {
+		return a, fmt.Errorf("approving: %w", err)
+	}
+	if a.Signature, err = key.Sign(rand.Reader, input, hash); err != nil {
+		return a, fmt.Errorf("approving: %w", err)
+	}
+	return a, nil
+}
+
+// input is what a key of that kind signs of a message.
+func input(public any, message []byte) ([]byte, crypto.Hash, error) {
+	switch k := public.(type) {
+	case *ecdsa.PublicKey:
+		if k.Curve.Params().BitSize > 256 {
+			sum := sha512.Sum384(message)
+			return sum[:], crypto.SHA384, nil
+		}
+		sum := sha256.Sum256(message)
+		return sum[:], crypto.SHA256, nil
+	case ed25519.PublicKey:
+		return message, 0, nil
+	}
+	return nil, 0, fmt.Errorf("a key of type %T signs no approvals", public)
+}
+
+// Verify returns the certificate of the officer who has approved act at node, if the
+// signature holds and now is before its end, which is no further away than MaxLife.
+// Whether the certificate is an officer's, and whether the nonce was seen before, is
+// for the caller to find out.
+func (a Approval) Verify(act Act, node string, now time.Time) (*x509.Certificate, error) {
+	switch {
+	case a.Act != act:
+		return nil, fmt.Errorf("it approves %.100q, not %q", a.Act, act)
+	case a.Node != node:
+		return nil, fmt.Errorf("it is for the node %.100q, not %s", a.Node, node)
+	case !now.Before(a.Expires):
+		return nil, fmt.Errorf("it ended at %s", a.Expires.UTC().Format(time.RFC3339))
+	case a.Expires.Sub(now) > MaxLife:
+		return nil, fmt.Errorf("it is good for longer than %v", MaxLife)
+	case len(a.Nonce) != nonceBytes:
+		return nil, fmt.Errorf("its nonce is not %d bytes long", nonceBytes)
+	}
+	leaf, err := x509.ParseCertificate(a.Certificate)
+	if err != nil {
+		return nil, fmt.Errorf("reading its certificate: %w", err)
+	}
+	input, _, err := input(leaf.PublicKey, a.message())
+	if err != nil {
+		return nil, err
+	}
+	good := false
+	switch k := leaf.PublicKey.(type) {
+	case *ecdsa.PublicKey:
+		good = ecdsa.VerifyASN1(k, input, a.Signature)
+	case ed25519.PublicKey:
+		good = ed25519.Verify(k, input, a.Signature)
+	}
+	if !good {
+		return nil, errors.New("its signature does not hold")
+	}
+	return leaf, nil
+}

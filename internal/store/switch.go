@@ -1,0 +1,53 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
+)
+
+// Switch is a caller that is switched off besides what the policies' files say.
+type Switch struct {
+	Principal string // role/id
+	Reason    string
+	By        string // the operator
+	Since     time.Time
+}
+
+// SwitchOff shuts a caller out at every node of the site. One that is off already
+// stays off for its first reason.
+func (db *DB) SwitchOff(ctx context.Context, s Switch, late func(committed bool), events ...audit.Event) error {
+	return db.turn(ctx, late, events, `INSERT INTO switched_off (principal, reason, by_whom, since) VALUES ($1, $2, $3, $4)
+		ON CONFLICT (principal) DO NOTHING`, s.Principal, s.Reason, s.By, s.Since)
+}
+
+// SwitchOn takes back what SwitchOff did, if it did: it does not overrule the files.
+func (db *DB) SwitchOn(ctx context.Context, principal string, late func(committed bool), events ...audit.Event) error {
+	return db.turn(ctx, late, events, "DELETE FROM switched_off WHERE principal = $1", principal)
+}
+
+func (db *DB) turn(ctx context.Context, late func(committed bool), events []audit.Event, sql string, args ...any) error {
+	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		a.record(events...)
+		_, err := a.conn.Exec(ctx, sql, args...)
+		return err
+	}), late)
+	if err != nil {
+		return fmt.Errorf("switching a caller: %w", err)
+	}
+	return nil
+}
+
+// SwitchedOff lists the callers that are switched off.
+func (db *DB) SwitchedOff(ctx context.Context) ([]Switch, error) {
+	rows, _ := db.pool.Query(ctx, "SELECT principal, reason, by_whom, since FROM switched_off ORDER BY principal")
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Switch])
+	if err != nil {
+		return nil, away("reading who is switched off", err)
+	}
+	return list, nil
+}

@@ -1,0 +1,161 @@
+package pki_test
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/pki"
+	"github.com/qutemail/kme/policies"
+)
+
+// TestIdentifyAtGate: what is judged again on every request of a connection that is
+// open: the CRLs, the row's wish for a hybrid key exchange; and what is known of the
+// connection goes with the caller.
+func TestIdentifyAtGate(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, pki.Limits{})
+	alice := d.alice()
+	c := d.client(alice, "h2")
+	d.want(c, http.StatusOK)
+	s := d.caller.Load().Session()
+	if !s.Hybrid() || s.Group != tls.X25519MLKEM768.String() || s.Remote == "" || s.Since.IsZero() || time.Since(s.Since) > time.Minute {
+		t.Errorf("the session of alice is %+v", s)
+	}
+	first := s.Since
+	d.want(c, http.StatusOK)
+	if again := d.caller.Load().Session().Since; !again.Equal(first) {
+		t.Errorf("the handshake of one connection was at %v and at %v", first, again)
+	}
+
+	old := d.client(alice)
+	old.Transport.(*http.Transport).TLSClientConfig.CurvePreferences = []tls.CurveID{tls.X25519}
+	d.want(old, http.StatusOK)
+	d.people.Store(saeMapOf(t, identity.Principal{Enabled: true, RequireHybrid: true}))
+	d.want(old, http.StatusUnauthorized)
+	d.want(c, http.StatusOK)
+	if got := d.reasons(); !strings.Contains(got, identity.NotHybrid) {
+		t.Errorf("refused for %q, want %s", got, identity.NotHybrid)
+	}
+	if got := d.caller.Load(); got.ID() != "alice" || got.Session().Group != "X25519MLKEM768" {
+		t.Errorf("alice: %+v", got)
+	}
+}
+
+// want makes a request and wants that status.
+func (d *door) want(c *http.Client, status int) {
+	d.t.Helper()
+	if got, err := d.ask(c); err != nil || got != status {
+		d.t.Errorf("got %d, %v, want %d", got, err, status)
+	}
+}
+
+// cpu is the CPU time that this process has used.
+func cpu() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		panic(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// BenchmarkJudge is what it takes to say who calls and whether that caller may, on
+// every request; of-request is its part of a keep-alive request over mutual TLS whose
+// handler does nothing, by CPU time. Half of what client and server take together is
+// taken for the server's part. To be at most 0.10.
+func BenchmarkJudge(b *testing.B) {
+	d := newDoor(b, pki.Limits{})
+	set, err := policies.Load("../policies")
+	if err != nil {
+		b.Fatal(err)
+	}
+	sae := func(name string) identity.SAE {
+		id, err := identity.ParseSAE(name)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return id
+	}
+	q := policies.Question{
+		Action: policies.EncKeys, Caller: sae("alice"), Other: sae("bob"), Bits: 256, Number: 1, Provenance: key.QKD, Link: "km1-km2", Group: "X25519MLKEM768",
+	}
+	alice := d.alice()
+	leaf := load(b, alice).Leaf()
+	r := (&http.Request{RemoteAddr: "127.0.0.1:1", TLS: &tls.ConnectionState{CurveID: tls.X25519MLKEM768}}).WithContext(context.Background())
+	r.TLS.VerifiedChains = append(r.TLS.VerifiedChains, nil)
+	r.TLS.VerifiedChains[0] = append(r.TLS.VerifiedChains[0], leaf)
+
+	request := keepAlive(b, d, alice)
+	b.ResetTimer()
+	began := cpu()
+	for b.Loop() {
+		caller, err := d.gate.Identify(r)
+		if err != nil {
+			b.Fatal(err)
+		}
+		q.Caller, _ = caller.SAE()
+		q.Time = time.Now()
+		if !set.Decide(q).Allow {
+			b.Fatal("not allowed")
+		}
+	}
+	each := float64(cpu()-began) / float64(b.N)
+	b.ReportMetric(each, "cpu-ns/op")
+	b.ReportMetric(request, "request-ns")
+	b.ReportMetric(each/request, "of-request")
+}
+
+// keepAlive is the CPU time of the server's part of a request over an open connection,
+// in nanoseconds.
+func keepAlive(b *testing.B, d *door, dir string) float64 {
+	b.Helper()
+	cfg := pki.ClientTLS(load(b, dir), pool(b, filepath.Join(d.ca, "root.pem")), nil)
+	cfg.NextProtos = []string{"http/1.1"}
+	const connections, requests = 4, 5000
+	var all sync.WaitGroup
+	var conns []*tls.Conn
+	for range connections {
+		conn, err := tls.Dial("tcp", strings.TrimPrefix(d.url, "https://"), cfg)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	text := []byte(fmt.Sprintf("GET / HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n", "Accept: */*"))
+	began := cpu()
+	for _, conn := range conns {
+		all.Go(func() {
+			in := bufio.NewReader(conn)
+			for range requests {
+				if _, err := conn.Write(text); err != nil {
+					b.Error(err)
+					return
+				}
+				for { // to the blank line; there is no body
+					line, err := in.ReadSlice('\n')
+					if err != nil && err != io.EOF {
+						b.Error(err)
+						return
+					}
+					if len(line) <= 2 {
+						break
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	return float64(cpu()-began) / (connections * requests) / 2
+}
