@@ -16,6 +16,7 @@ import (
 
 	"github.com/go-chi/chi/v5"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/problem"
 )
 
@@ -32,6 +33,11 @@ var consolePages = template.Must(template.New("console").Funcs(template.FuncMap{
 	"span":    func(seconds float64) string { return roughly(time.Duration(seconds * float64(time.Second))) },
 	"hundred": func(v float64) float64 { return 100 * v },
 	"percent": percent,
+	"stamp":   func(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05") },
+	"date":    func(t time.Time) string { return t.UTC().Format("2006-01-02") },
+	"outcomes": func() []audit.Outcome {
+		return []audit.Outcome{audit.Done, audit.Refused, audit.Failed}
+	},
 }).ParseFS(consoleFiles, "console/pages.html"))
 
 // consolePolicy lets a page load what this door serves, and nothing else; nobody may
@@ -41,9 +47,13 @@ const consolePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; 
 // consoleView is a page in the list of views.
 type consoleView struct{ Path, Name string }
 
-var consoleViews = []consoleView{
-	{"/console/", "Overview"},
-	{"/console/acts", "Acts"},
+// consoleViews are those that an operator of this node may be shown.
+func (c Config) consoleViews() []consoleView {
+	views := []consoleView{{"/console/", "Overview"}, {"/console/keks", "Epochs"}}
+	if c.Trail != nil {
+		views = append(views, consoleView{"/console/audit", "Audit"})
+	}
+	return append(views, consoleView{"/console/acts", "Acts"})
 }
 
 // mountConsole adds the pages to r.
@@ -51,6 +61,11 @@ func (c Config) mountConsole(r chi.Router) {
 	r.Get("/", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/console/", http.StatusSeeOther) })
 	r.Get("/console", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/console/", http.StatusSeeOther) })
 	r.Get("/console/", c.page(c.overview))
+	r.Get("/console/keks", c.page(c.keks))
+	if c.Trail != nil {
+		r.Get("/console/audit", c.page(c.auditPage))
+		r.Get("/console/proof", c.proofFile)
+	}
 	r.Get("/console/acts", c.page(c.listActs))
 	for _, a := range c.acts() {
 		r.Get(a.Path, c.page(a.ask))
@@ -119,7 +134,7 @@ func (x *exchange) render(p content) error {
 	}
 	var b bytes.Buffer
 	err = consolePages.ExecuteTemplate(&b, "page", map[string]any{
-		"KME": x.c.KME.String(), "Node": x.c.Node, "Title": p.title, "Path": x.r.URL.Path, "Views": consoleViews,
+		"KME": x.c.KME.String(), "Node": x.c.Node, "Title": p.title, "Path": x.r.URL.Path, "Views": x.c.consoleViews(),
 		"Operator": x.caller.ID(), "Events": p.events, "Now": time.Now(), "Body": template.HTML(body), // of our own template
 	})
 	if err != nil {
@@ -225,6 +240,12 @@ func (c Config) overview(x *exchange) (content, error) {
 	return content{title: "Overview", events: "/console/events?range=" + at.Query, name: "overview", data: map[string]any{
 		"Node": node, "Alarms": alarms, "Links": links, "Ranges": ranges,
 	}}, nil
+}
+
+// keks shows the epochs and their keys in the HSM.
+func (c Config) keks(x *exchange) (content, error) {
+	epochs, err := c.Backend.Epochs(x.r.Context(), x.caller, x.rid)
+	return content{title: "Epochs", name: "keks", data: epochs}, err
 }
 
 // charted are the links with their charts.

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/qutemail/kme/internal/admin"
 )
 
@@ -31,6 +33,9 @@ func furnished(t *testing.T) *stage {
 		Last: &admin.Block{Session: 7, Block: 2, At: time.Now(), QBER: 0.0123, Efficiency: 1.04, Length: 147_000, Aborted: "<b>Eve</b>"},
 	}}
 	s.alarms = []admin.Alarm{{Name: "qber-km1-km2", Text: `</script><script>alert(1)</script>`, Since: time.Now().Add(-3 * time.Minute)}}
+	s.epochs = admin.Epochs{Length: 3600, WorstCase: 90095, Epochs: []admin.Epoch{
+		{Epoch: 492204, State: "open", KEKs: []admin.KEK{{ID: 3, Label: "kek-a", State: "open", Wraps: 12, Copies: []string{"km1-a", "km1-b"}}}},
+	}}
 	s.past = map[string][]admin.Span{"km1-km2": month(time.Now())}
 	return s
 }
@@ -68,9 +73,14 @@ func TestConsole(t *testing.T) {
 	t.Parallel()
 	s := furnished(t)
 	for path, wants := range map[string][]string{
-		"/":                      {"<h1>Overview</h1>", `aria-current="page"`, "qber-km1-km2</strong>", "SoftHSM", "km1-b", "1.23", "block under way: reconcile, 50 %"},
-		"/console/?range=day":    {"<strong>Last day</strong>", "<svg ", "Keys in the pool"},
-		"/console/?range=month":  {"<strong>Last 30 days</strong>", "polyline"},
+		"/":                     {"<h1>Overview</h1>", `aria-current="page"`, "qber-km1-km2</strong>", "SoftHSM", "km1-b", "1.23", "block under way: reconcile, 50 %"},
+		"/console/?range=day":   {"<strong>Last day</strong>", "<svg ", "Keys in the pool"},
+		"/console/?range=month": {"<strong>Last 30 days</strong>", "polyline"},
+		"/console/keks":         {"<h1>Epochs</h1>", "after 25 h 1 min at the latest", "kek-a", "km1-b"},
+		"/console/audit":        {"km1/1", "8 events, since 2026-11-23", `<option>enc_keys</option>`},
+		"/console/audit?sae=alice&key=&action=enc_keys&from=2026-11-01T00:00": {
+			`value="alice"`, "<option selected>enc_keys</option>", "alice through qutemail", "2026-11-23 12:00:00", "&lt;b&gt;because", `href="/console/proof?leaf=7"`, "not an event",
+		},
 		"/console/acts":          {"/console/acts/cleanup"},
 		"/console/acts/cleanup":  {`<form method="post" action="/console/acts/cleanup">`, "End overdue keys?"},
 		"/console/style.css":     {"prefers-color-scheme: dark"},
@@ -129,6 +139,42 @@ func TestConsoleStrangers(t *testing.T) {
 		}
 		if len(s.refusals) != len(paths) || len(s.callers) != 0 {
 			t.Errorf("%s: refusals %q, callers %q", who, s.refusals, s.callers)
+		}
+	}
+}
+
+// TestConsoleAudit: what is typed is what is looked for, page by page; a proof is a file;
+// and none of it is for operators who are no auditors.
+func TestConsoleAudit(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	s.many = 100
+	resp, body := s.page("root", "/console/audit?sae=alice&outcome=&from=2026-11-01T10:00&to=2026-12-01T10:00")
+	if resp.StatusCode != http.StatusOK || len(s.queries) != 1 {
+		t.Fatalf("%d, %v, %s", resp.StatusCode, s.queries, body)
+	}
+	want := admin.Query{SAE: "alice", Limit: 50, From: time.Date(2026, 11, 1, 10, 0, 0, 0, time.UTC), To: time.Date(2026, 12, 1, 10, 0, 0, 0, time.UTC)}
+	if diff := cmp.Diff(want, s.queries[0]); diff != "" {
+		t.Errorf("asked (-want +got):\n%s", diff)
+	}
+	next := regexp.MustCompile(`<a href="(/console/audit\?[^"]*)">What follows`).FindStringSubmatch(body)
+	if next == nil {
+		t.Fatalf("no next page in %s", body)
+	}
+	s.page("root", strings.ReplaceAll(next[1], "&amp;", "&"))
+	if want.First = 57; len(s.queries) != 2 || cmp.Diff(want, s.queries[1]) != "" {
+		t.Errorf("the next page: %+v", s.queries)
+	}
+	if resp, body := s.page("root", "/console/audit?nothing=1"); resp.StatusCode != http.StatusBadRequest || !strings.Contains(body, "nothing is looked for by") {
+		t.Errorf("a field that there is not: %d %s", resp.StatusCode, body)
+	}
+	resp, body = s.page("root", "/console/proof?leaf=7")
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Disposition") != `attachment; filename="proof-7.json"` || !strings.HasPrefix(body, "{") {
+		t.Errorf("a proof: %d %v %s", resp.StatusCode, resp.Header, body)
+	}
+	for _, path := range []string{"/console/audit", "/console/audit?sae=alice", "/console/proof?leaf=7"} {
+		if resp, body := s.page("vera", path); resp.StatusCode != http.StatusForbidden || strings.Contains(body, "km1/1") {
+			t.Errorf("%s, for one who is no auditor: %d %s", path, resp.StatusCode, body)
 		}
 	}
 }

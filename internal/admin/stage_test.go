@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"io"
 	"log/slog"
 	"math/big"
 	"net/http"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/approval"
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/pki"
 )
@@ -46,6 +48,8 @@ type script struct {
 	past   map[string][]admin.Span
 
 	findings []admin.Finding
+	queries  []admin.Query
+	many     int // events found beside
 	linksErr error
 	stopping chan struct{}
 	healthy  error
@@ -146,7 +150,7 @@ func newStage(t *testing.T) *stage {
 		},
 		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 2 * time.Hour},
 		map[string]identity.Principal{
-			"operator/root": {Enabled: true, Duties: []identity.Duty{identity.Operating, identity.SecurityOfficer}}, "operator/vera": {Enabled: true}, "sae/alice": {Enabled: true},
+			"operator/root": {Enabled: true, Duties: []identity.Duty{identity.Operating, identity.SecurityOfficer, identity.Auditor}}, "operator/vera": {Enabled: true}, "sae/alice": {Enabled: true},
 		})
 	if err != nil {
 		t.Fatal(err)
@@ -158,7 +162,7 @@ func newStage(t *testing.T) *stage {
 		t.Fatal(err)
 	}
 	door, err := admin.Handler(admin.Config{
-		KME: kme, Node: "km1-a", Stopping: s.stopping, Backend: s.script, Log: slog.New(slog.DiscardHandler),
+		KME: kme, Trail: trail{s.script}, Node: "km1-a", Stopping: s.stopping, Backend: s.script, Log: slog.New(slog.DiscardHandler),
 		Identify: func(r *http.Request) (identity.Caller, error) {
 			if c, err := saes(r); err == nil { // a mix-up of pools, which the door must notice
 				return c, nil
@@ -223,3 +227,31 @@ func (s *stage) http(id string) *http.Client {
 }
 
 func (s *stage) client(id string) *admin.Client { return admin.NewClient(s.server.URL, s.http(id)) }
+
+// trail is the audit log: one event, which is in the tree as leaf 7, and one that is not yet.
+type trail struct{ *script }
+
+func (s trail) Trail(_ context.Context, c identity.Caller, rid string) (admin.Trail, error) {
+	return admin.Trail{Logs: []admin.TrailLog{{Origin: 1, Name: "km1/1", Size: 8, Begun: when}}, Waiting: 1}, s.saw(c, rid)
+}
+
+func (s trail) Search(_ context.Context, c identity.Caller, rid string, q admin.Query) ([]admin.Found, error) {
+	err := s.saw(c, rid)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.queries = append(s.queries, q)
+	const text = `{"at":"2026-11-23T12:00:00Z","action":"enc_keys","outcome":"refused","reason":"<b>because</b>","actor":{"role":"sae","id":"alice","gateway":"qutemail"},"peer":"bob"}`
+	list := []admin.Found{{Leaf: 7, Text: text}, {Leaf: -1, Text: "not an event"}}
+	for range s.many {
+		list = append(list, admin.Found{Leaf: int64(7 + len(list)), Text: text})
+	}
+	return list[:min(len(list), q.Limit)], err
+}
+
+func (s trail) Proof(_ context.Context, c identity.Caller, rid string, leaf int64) (audit.Proof, error) {
+	return audit.Proof{Leaf: leaf, Text: "{}"}, s.saw(c, rid)
+}
+
+func (s trail) Bundle(_ context.Context, c identity.Caller, rid string, _, _, _ int64, _ func() io.Writer) error {
+	return s.saw(c, rid)
+}
