@@ -12,6 +12,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // The stages of a request whose times are measured.
@@ -109,6 +110,9 @@ var (
 	suspendDesc = prometheus.NewDesc("kme_suspended", "1 while the site serves nothing until it is recovered.", nil, nil)
 	peerDesc    = prometheus.NewDesc("kme_peer_up", "1 while the peer answers.", []string{"peer"}, nil)
 	clockDesc   = prometheus.NewDesc("kme_peer_clock_offset_seconds", "The peer's clock ahead of ours.", []string{"peer"}, nil)
+	wrapsDesc   = prometheus.NewDesc("kme_hsm_wraps_left", "Blobs that the KEK of an epoch may still seal before another one takes its place.", []string{"epoch"}, nil)
+	lagDesc     = prometheus.NewDesc("kme_audit_lag_events", "Events that are not in the audit log's tree yet.", nil, nil)
+	lagTimeDesc = prometheus.NewDesc("kme_audit_lag_seconds", "Age of the tree's last checkpoint while events wait; 0 while none do.", nil, nil)
 	alarmDesc   = prometheus.NewDesc("kme_alarm", "1 for each alarm that stands.", []string{"about"}, nil)
 )
 
@@ -117,7 +121,7 @@ func (k *KME) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		buildDesc, runDesc, storedDesc, limitDesc, emptyDesc, stateDesc, blockDesc, bitsDesc, lastDesc, givenDesc, takenDesc, qberDesc, fDesc,
 		keyQBERDesc, gainDesc, siftedDesc, gatesDesc, leakDesc, lengthDesc, padsDesc, epsilonDesc,
-		hsmDesc, dbDesc, readyDesc, suspendDesc, peerDesc, clockDesc, alarmDesc,
+		hsmDesc, dbDesc, readyDesc, suspendDesc, peerDesc, clockDesc, wrapsDesc, lagDesc, lagTimeDesc, alarmDesc,
 	} {
 		ch <- d
 	}
@@ -149,6 +153,7 @@ func (k *KME) Collect(ch chan<- prometheus.Metric) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
+	k.collectRecord(ctx, m)
 	for _, s := range k.LinkStates() {
 		k.collectLink(ctx, m, s)
 	}
@@ -189,6 +194,29 @@ func (m reading) lastBlock(l *link, s LinkState) {
 		length = 0
 	}
 	m.gauge(lengthDesc, float64(length), s.ID)
+}
+
+// collectRecord is about what the HSM and the audit log have in hand.
+func (k *KME) collectRecord(ctx context.Context, m reading) {
+	if lag := k.lag.Load(); lag != nil {
+		m.gauge(lagDesc, float64(lag.Events))
+		late := 0.
+		if lag.Events > 0 {
+			late = max(0, k.Now().Sub(lag.Newest).Seconds())
+		}
+		m.gauge(lagTimeDesc, late)
+	}
+	epochs, err := k.OperatorDoor().Epochs(ctx, identity.Caller{}, "")
+	if err != nil {
+		return // kme_database_up says so
+	}
+	for _, e := range epochs.Epochs {
+		for _, kek := range e.KEKs {
+			if e.State == string(store.EpochOpen) && kek.State == string(store.KEKOpen) {
+				m.gauge(wrapsDesc, float64(max(0, k.MaxWraps-kek.Wraps)), strconv.FormatInt(e.Epoch, 10))
+			}
+		}
+	}
 }
 
 func (k *KME) collectLink(ctx context.Context, m reading, s LinkState) {
