@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -33,6 +34,7 @@ func main() {
 type commands struct {
 	Init        initCommand        `cmd:"" help:"Make the root and the three issuing CAs in an empty directory."`
 	Serve       serveCommand       `cmd:"" help:"Run the CA of one role until SIGTERM."`
+	Render      renderCommand      `cmd:"" help:"Print the configuration with which the stock step-ca runs the CA of one role."`
 	Token       tokenCommand       `cmd:"" help:"Print a one-time token, good for five minutes and one certificate."`
 	Fingerprint fingerprintCommand `cmd:"" help:"Print the root's SHA-256, the pin for a client's first contact."`
 }
@@ -63,6 +65,10 @@ type initCommand struct {
 	Address     map[identity.Role]string `required:"" placeholder:"ROLE=HOST:PORT" help:"HTTPS address of each role's CA (sae, kme, operator)."`
 	CRLAddress  map[identity.Role]string `placeholder:"ROLE=HOST:PORT" help:"Plain HTTP address of each role's CRL (default: port 10 above the HTTPS one)."`
 	KMEName     []string                 `placeholder:"NAME" help:"DNS domain, IP address or prefix that KME certificates may carry beside localhost and 127.0.0.1. Repeatable."`
+
+	Module  string            `default:"/usr/lib/softhsm/libsofthsm2.so" type:"path" help:"PKCS#11 library of the HSM that holds the keys. With SoftHSM (labs and tests only) the tokens are made here, one for each authority."`
+	Token   map[string]string `placeholder:"OWNER=LABEL" help:"With another module: the token of each authority (root, sae, kme, operator), made with the vendor's tools."`
+	PINFile map[string]string `name:"pin-file" placeholder:"OWNER=FILE" help:"With another module: the file with the PIN of each token."`
 }
 
 // Run implements the command.
@@ -72,7 +78,7 @@ func (c *initCommand) Run(out streams) error {
 		addresses[role] = authority.Address{HTTPS: address, CRL: c.CRLAddress[role]}
 	}
 	err := authority.Init(authority.InitConfig{
-		Dir: c.Dir, TrustDomain: c.TrustDomain, Addresses: addresses, KMENames: c.KMEName,
+		Dir: c.Dir, TrustDomain: c.TrustDomain, Addresses: addresses, KMENames: c.KMEName, Token: c.token,
 	})
 	if err != nil {
 		return err
@@ -83,13 +89,35 @@ func (c *initCommand) Run(out streams) error {
 type serveCommand struct {
 	Dir  string        `required:"" type:"path" help:"Directory that init made."`
 	Role identity.Role `required:"" enum:"sae,kme,operator" help:"Which CA: sae, kme or operator."`
+
+	ACME         bool `help:"Issue certificates of plain servers by ACME (role kme)."`
+	ACMEHTTPPort int  `name:"acme-http-port" default:"80" help:"Where the ACME challenge is answered. For tests: the standard says 80."`
 }
 
 // Run implements the command.
 func (c *serveCommand) Run(ctx context.Context, out streams) error {
 	log := slog.New(slog.NewJSONHandler(out.stderr, nil))
 	slog.SetDefault(log) // smallstep writes a line or two through package log
-	return authority.Serve(ctx, authority.ServeConfig{Dir: c.Dir, Role: c.Role, Log: log})
+	if err := useSoftHSM(filepath.Join(c.Dir, string(c.Role))); err != nil {
+		return err
+	}
+	return authority.Serve(ctx, authority.ServeConfig{Dir: c.Dir, Role: c.Role, ACME: c.ACME, ACMEPort: c.ACMEHTTPPort, Log: log})
+}
+
+type renderCommand struct {
+	Dir  string        `required:"" type:"path" help:"Directory that init made."`
+	Role identity.Role `required:"" enum:"sae,kme,operator" help:"Which CA: sae, kme or operator."`
+	ACME bool          `help:"Issue certificates of plain servers by ACME (role kme)."`
+}
+
+// Run implements the command.
+func (c *renderCommand) Run(out streams) error {
+	text, err := authority.Render(c.Dir, c.Role, c.ACME)
+	if err != nil {
+		return err
+	}
+	_, err = out.stdout.Write(text)
+	return err
 }
 
 type tokenCommand struct {

@@ -19,12 +19,12 @@ func TestMain(m *testing.M) {
 }
 
 func TestScripts(t *testing.T) {
-	path := stepDir(t) + string(os.PathListSeparator)
+	path := string(os.PathListSeparator) + stepDir(t) // last: an older kme-ca may lie there
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
 		Setup: func(env *testscript.Env) error {
-			env.Setenv("PATH", path+env.Getenv("PATH"))
+			env.Setenv("PATH", env.Getenv("PATH")+path)
 			for _, name := range []string{"SAE", "SAE_CRL", "KME", "KME_CRL", "OPERATOR", "OPERATOR_CRL"} {
 				address, err := freeAddress()
 				if err != nil {
@@ -106,11 +106,16 @@ func TestReadme(t *testing.T) {
 		}
 		commands = strings.ReplaceAll(commands, "127.0.0.1:"+port, address)
 	}
+	challenge, err := freeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	commands = strings.ReplaceAll(commands, "9480", challenge[strings.LastIndex(challenge, ":")+1:])
 
 	dir := t.TempDir()
 	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", "trap 'kill $(jobs -p) && wait' EXIT\n"+commands)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "HOME="+dir, "PATH="+stepDir(t)+string(os.PathListSeparator)+os.Getenv("PATH"))
+	cmd.Env = append(os.Environ(), "HOME="+dir, "PATH="+os.Getenv("PATH")+string(os.PathListSeparator)+stepDir(t))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

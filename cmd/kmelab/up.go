@@ -26,7 +26,7 @@ func up(ctx context.Context, cfg lab.Config, s *screen) error {
 		return err
 	}
 	s.row("lab", "%s  (Ctrl-C stops everything; your keys and certificates stay)", cfg.Dir)
-	s.row("CAs", "sae https://localhost:%d · kme :%d · operator :%d        keys in files: for labs only", l.Ports.SAECA, l.Ports.KMECA, l.Ports.OperatorCA)
+	s.row("CAs", "sae https://localhost:%d · kme :%d · operator :%d        keys in SoftHSM: for labs only", l.Ports.SAECA, l.Ports.KMECA, l.Ports.OperatorCA)
 	err = show(ctx, l, s)
 	if err == nil {
 		s.row("started", "in %v", time.Since(began).Round(100*time.Millisecond))

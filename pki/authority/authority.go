@@ -18,10 +18,10 @@
 // The directory of the authorities:
 //
 //	root.pem                     the root certificate: public, the anchor of servers
-//	root/key.pem                 the root's key: made by Init, needed by nothing else; carry it off
+//	root/                        the root's token (or key.pem): made by Init, needed by nothing else; carry it off
 //	ROLE/ca.json                 what Init decided: settings
 //	ROLE/intermediate.pem        the issuing CA's certificate: public, the anchor of ROLE's clients
-//	ROLE/intermediate.key        its key
+//	ROLE/hsm/                    its token, if that is SoftHSM's, and the PIN; or intermediate.key, its key
 //	ROLE/token.key               the key (JWK) that signs one-time tokens; serving does without it
 //	ROLE/ca.db                   certificates issued and revoked, tokens used
 package authority
@@ -60,9 +60,10 @@ const (
 type settings struct {
 	Role        identity.Role   `json:"role"`
 	TrustDomain string          `json:"trust_domain"`
-	Address     string          `json:"address"`     // host:port of the HTTPS listener; the host is a name in its certificate
-	CRLAddress  string          `json:"crl_address"` // host:port of the plain HTTP listener, which serves the CRL and nothing else
-	TokenKey    jose.JSONWebKey `json:"token_key"`   // the public half of token.key
+	Address     string          `json:"address"`         // host:port of the HTTPS listener; the host is a name in its certificate
+	CRLAddress  string          `json:"crl_address"`     // host:port of the plain HTTP listener, which serves the CRL and nothing else
+	TokenKey    jose.JSONWebKey `json:"token_key"`       // the public half of token.key
+	Token       *HSMToken       `json:"token,omitempty"` // of the issuing key; nil: it is in intermediate.key
 }
 
 // provisioner is the name of the provisioner that owns the role's tokens. The

@@ -36,6 +36,10 @@ type InitConfig struct {
 	// certificates of KMEs may carry beside localhost and 127.0.0.1. A token says
 	// which of them one KME gets.
 	KMENames []string
+
+	// Token makes or names the token for the signing key of owner ("root" or a role),
+	// whose directory is dir. Without it the keys are files of mode 0600: for tests.
+	Token func(owner, dir string) (HSMToken, error)
 }
 
 // Address is where the CA of one role listens.
@@ -81,19 +85,40 @@ func (c InitConfig) create(all []settings) error {
 	}
 	defer os.RemoveAll(stage)
 
-	root, err := newRoot(stage, c.TrustDomain)
-	if err != nil {
+	if err := c.sign(stage, all); err != nil {
 		return err
-	}
-	for _, s := range all {
-		if err := c.newIssuer(filepath.Join(stage, string(s.Role)), s, root); err != nil {
-			return fmt.Errorf("%s CA: %w", s.Role, err)
-		}
 	}
 	if err := os.Chmod(stage, 0o755); err != nil {
 		return err
 	}
 	return os.Rename(stage, c.Dir)
+}
+
+// sign makes the keys and the certificates. Tokens are opened one after the other: where
+// each is a folder of SoftHSM of its own, a process sees one at a time.
+func (c InitConfig) sign(stage string, all []settings) error {
+	keys := make(map[identity.Role]crypto.PublicKey)
+	for i, s := range all {
+		key, token, done, err := c.newSigner(filepath.Join(stage, string(s.Role)), string(s.Role), issuingKeyFile)
+		if err != nil {
+			return err
+		}
+		keys[s.Role], all[i].Token = key.Public(), token
+		if err := done(); err != nil {
+			return fmt.Errorf("closing the token of the %s CA: %w", s.Role, err)
+		}
+	}
+	key, _, done, err := c.newSigner(filepath.Join(stage, RootOwner), RootOwner, filepath.Base(rootKeyFile))
+	if err != nil {
+		return err
+	}
+	root, err := newRoot(stage, c.TrustDomain, key)
+	for _, s := range all {
+		if err == nil {
+			err = c.newIssuer(filepath.Join(stage, string(s.Role)), s, keys[s.Role], root)
+		}
+	}
+	return errors.Join(err, done())
 }
 
 var dnsPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,200}[a-z0-9])?$`)
@@ -148,11 +173,7 @@ type issuer struct {
 	key  crypto.Signer
 }
 
-func newRoot(dir, trustDomain string) (issuer, error) {
-	key, err := newKey(filepath.Join(dir, rootKeyFile))
-	if err != nil {
-		return issuer{}, err
-	}
+func newRoot(dir, trustDomain string, key crypto.Signer) (issuer, error) {
 	template := caTemplate(pkix.Name{Organization: []string{trustDomain}, CommonName: trustDomain + " root"}, rootLifetime)
 	template.MaxPathLen = 1
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
@@ -167,11 +188,7 @@ func newRoot(dir, trustDomain string) (issuer, error) {
 }
 
 // newIssuer makes the CA of one role in dir.
-func (c InitConfig) newIssuer(dir string, s settings, root issuer) error {
-	key, err := newKey(filepath.Join(dir, issuingKeyFile))
-	if err != nil {
-		return err
-	}
+func (c InitConfig) newIssuer(dir string, s settings, key crypto.PublicKey, root issuer) error {
 	template := caTemplate(pkix.Name{
 		Organization: []string{s.TrustDomain}, OrganizationalUnit: []string{string(s.Role)}, CommonName: s.uriHost() + " CA",
 	}, issuingLifetime)
@@ -180,9 +197,9 @@ func (c InitConfig) newIssuer(dir string, s settings, root issuer) error {
 	if err := c.constrain(template, s); err != nil {
 		return err
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, root.cert, key.Public(), root.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, root.cert, key, root.key)
 	if err != nil {
-		return fmt.Errorf("signing: %w", err)
+		return fmt.Errorf("signing the %s CA: %w", s.Role, err)
 	}
 	if err := writePEM(filepath.Join(dir, intermediateFile), "CERTIFICATE", der, 0o644); err != nil {
 		return err

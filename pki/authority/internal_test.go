@@ -1,14 +1,18 @@
 package authority
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"io"
 	"log/slog"
 	"net/url"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -16,7 +20,7 @@ import (
 
 // TestProfileEnforces looks at what the template would have to let through first.
 func TestProfileEnforces(t *testing.T) {
-	p := profile{settings{Role: identity.RoleSAE, TrustDomain: "lab.test"}}
+	p := profile{settings: settings{Role: identity.RoleSAE, TrustDomain: "lab.test"}}
 	good := func() *x509.Certificate {
 		c := &x509.Certificate{
 			URIs:        []*url.URL{{Scheme: "qkd", Host: "sae.lab.test", Path: "/alice"}},
@@ -84,4 +88,80 @@ func TestOwnCertificate(t *testing.T) {
 			t.Errorf("%s: got %p, %v, want %p, %v", tt.name, got, err, tt.want, tt.wantError)
 		}
 	}
+}
+
+// TestServersAreNobody: what ACME issues has host names and no identity, and only where
+// it was asked for.
+func TestServersAreNobody(t *testing.T) {
+	server := func() *x509.Certificate {
+		return &x509.Certificate{
+			DNSNames: []string{"localhost"}, KeyUsage: x509.KeyUsageDigitalSignature,
+			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, PublicKey: &ecdsa.PublicKey{Curve: elliptic.P256()},
+		}
+	}
+	kme := settings{Role: identity.RoleKME, TrustDomain: "lab.test"}
+	if err := (profile{kme, true}).Enforce(server()); err != nil {
+		t.Error(err)
+	}
+	if (profile{kme, false}).Enforce(server()) == nil {
+		t.Error("a plain server without --acme")
+	}
+	for name, spoil := range map[string]func(*x509.Certificate){
+		"a client":       func(c *x509.Certificate) { c.ExtKeyUsage = append(c.ExtKeyUsage, x509.ExtKeyUsageClientAuth) },
+		"an identity":    func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "qkd", Host: "kme.lab.test", Path: "/km1"}} },
+		"no name":        func(c *x509.Certificate) { c.DNSNames = nil },
+		"an e-mail":      func(c *x509.Certificate) { c.EmailAddresses = []string{"a@b"} },
+		"a CA":           func(c *x509.Certificate) { c.IsCA = true },
+		"a weak key":     func(c *x509.Certificate) { c.PublicKey = &ecdsa.PublicKey{Curve: elliptic.P521()} },
+		"more key usage": func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
+	} {
+		c := server()
+		spoil(c)
+		if (profile{kme, true}).Enforce(c) == nil {
+			t.Errorf("%s: allowed", name)
+		}
+	}
+	if _, err := (settings{Role: identity.RoleSAE}).acmeProvisioner(); err == nil {
+		t.Error("the SAE CA issues certificates of servers")
+	}
+}
+
+// flaky is a key that signs as long as it is told to.
+type flaky struct {
+	crypto.Signer
+	works atomic.Bool
+}
+
+func (f *flaky) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
+	if f.works.Load() {
+		return nil, nil
+	}
+	return nil, errors.New("CKR_OBJECT_HANDLE_INVALID")
+}
+
+// TestHeartbeat: a CA whose token is gone ends, so that a new process finds it again;
+// one that stumbled does not.
+func TestHeartbeat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := new(flaky)
+		key.works.Store(true)
+		done := make(chan error, 1)
+		go func() { done <- heartbeat(t.Context(), key, heartbeatEvery, slog.New(slog.DiscardHandler)) }()
+		for range 3 {
+			time.Sleep(time.Minute)
+			key.works.Store(false)
+			time.Sleep(2 * heartbeatEvery)
+			key.works.Store(true)
+		}
+		select {
+		case err := <-done:
+			t.Fatalf("it ended: %v", err)
+		default:
+		}
+		key.works.Store(false)
+		time.Sleep(4 * heartbeatEvery)
+		if err := <-done; !errors.Is(err, ErrNoKey) {
+			t.Errorf("got %v, want %v", err, ErrNoKey)
+		}
+	})
 }

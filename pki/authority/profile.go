@@ -1,6 +1,8 @@
 package authority
 
 import (
+	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -17,6 +19,9 @@ import (
 	"github.com/smallstep/certificates/authority/config"
 	"github.com/smallstep/certificates/authority/provisioner"
 	"github.com/smallstep/certificates/db"
+	"go.step.sm/crypto/kms"
+	"go.step.sm/crypto/kms/apiv1"
+	_ "go.step.sm/crypto/kms/pkcs11" // for kms.New
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/pki/templates"
@@ -33,20 +38,60 @@ const (
 	crlRenewal      = 10 * time.Minute // and at each revocation
 )
 
-// open starts the smallstep authority of one role.
-func (s settings) open(dir string) (*smallstep.Authority, error) {
-	cfg, err := s.smallstepConfig(dir)
+// open starts the smallstep authority of one role. key is its issuing key if that is in
+// a token.
+func (s settings) open(dir string, acme bool) (a *smallstep.Authority, key crypto.Signer, err error) {
+	cfg, err := s.smallstepConfig(dir, acme)
+	if err != nil {
+		return nil, nil, err
+	}
+	options := []smallstep.Option{smallstep.WithQuietInit(), smallstep.WithX509Enforcers(profile{s, acme})}
+	if cfg.KMS != nil {
+		if _, err := s.Token.pin(filepath.Join(dir, string(s.Role))); err != nil {
+			return nil, nil, err
+		}
+		manager, err := kms.New(context.Background(), *cfg.KMS)
+		if err != nil {
+			return nil, nil, fmt.Errorf("opening token %q: %w", s.Token.Label, err)
+		}
+		if key, err = manager.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: cfg.IntermediateKey}); err != nil {
+			return nil, nil, errors.Join(fmt.Errorf("finding the issuing key in token %q: %w", s.Token.Label, err), manager.Close())
+		}
+		options = append(options, smallstep.WithKeyManager(manager)) // which closes it
+	}
+	if a, err = smallstep.New(cfg, options...); err != nil {
+		return nil, nil, fmt.Errorf("starting the authority: %w", err)
+	}
+	return a, key, nil
+}
+
+// Render is the configuration with which the stock step-ca runs the CA of role: for
+// operators who prefer that to Serve. acme is as in ServeConfig. What step-ca does not
+// know is left out: it takes client certificates of every CA under the root, and there
+// is no last look at a certificate before it is signed but the template and the CA's
+// name constraints.
+func Render(dir string, role identity.Role, acme bool) ([]byte, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("rendering the configuration of the %s CA: %w", role, err)
+	}
+	s, err := loadSettings(dir, role)
 	if err != nil {
 		return nil, err
 	}
-	a, err := smallstep.New(cfg, smallstep.WithQuietInit(), smallstep.WithX509Enforcers(profile{s}))
+	cfg, err := s.smallstepConfig(dir, acme)
 	if err != nil {
-		return nil, fmt.Errorf("starting the authority: %w", err)
+		return nil, fmt.Errorf("rendering the configuration of the %s CA: %w", role, err)
 	}
-	return a, nil
+	cfg.InsecureAddress = s.CRLAddress
+	text, err := json.MarshalIndent(cfg, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("rendering the configuration of the %s CA: %w", role, err)
+	}
+	return append(text, '\n'), nil
 }
 
-func (s settings) smallstepConfig(dir string) (*config.Config, error) {
+func (s settings) smallstepConfig(dir string, acme bool) (*config.Config, error) {
 	host, _, err := net.SplitHostPort(s.Address)
 	if err != nil {
 		return nil, fmt.Errorf("address of the CA: %w", err)
@@ -83,6 +128,16 @@ func (s settings) smallstepConfig(dir string) (*config.Config, error) {
 			DisableIssuedAtCheck: true,
 		},
 	}
+	if s.Token != nil {
+		cfg.KMS, cfg.IntermediateKey = s.Token.kms(here), keyURI
+	}
+	if acme {
+		web, err := s.acmeProvisioner()
+		if err != nil {
+			return nil, err
+		}
+		cfg.AuthorityConfig.Provisioners = append(cfg.AuthorityConfig.Provisioners, web)
+	}
 	cfg.Init()
 	return cfg, nil
 }
@@ -113,9 +168,33 @@ func (s settings) jwkProvisioner() (*provisioner.JWK, error) {
 	}, nil
 }
 
+// acmeProvisioner issues certificates of plain servers to whoever answers for their
+// host name. They name nobody: no door, and no KME, takes them for a caller.
+func (s settings) acmeProvisioner() (*provisioner.ACME, error) {
+	if s.Role != identity.RoleKME {
+		return nil, fmt.Errorf("the %s CA issues no certificates of servers: that of KMEs does", s.Role)
+	}
+	variables, err := json.Marshal(map[string]string{"CRL": s.crlURL()})
+	if err != nil {
+		return nil, err
+	}
+	return &provisioner.ACME{
+		Type: "ACME", Name: "acme", Challenges: []provisioner.ACMEChallenge{provisioner.HTTP_01},
+		Claims: &provisioner.Claims{
+			MinTLSDur:     &provisioner.Duration{Duration: minLifetime},
+			DefaultTLSDur: &provisioner.Duration{Duration: defaultLifetime},
+			MaxTLSDur:     &provisioner.Duration{Duration: maxLifetime},
+		},
+		Options: &provisioner.Options{X509: &provisioner.X509Options{Template: templates.Server, TemplateData: variables}},
+	}, nil
+}
+
 // profile is the last look at a certificate before it is signed, whatever the
 // template did. Host names are left to the CA's name constraints.
-type profile struct{ settings }
+type profile struct {
+	settings
+	acme bool // certificates of plain servers are issued too
+}
 
 // Enforce refuses a certificate that is not what its role's profile says. It
 // implements smallstep's provisioner.CertificateEnforcer.
@@ -123,6 +202,9 @@ func (p profile) Enforce(c *x509.Certificate) error {
 	usages := []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
 	if p.Role == identity.RoleKME {
 		usages = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	}
+	if p.acme && len(c.URIs) == 0 && slices.Equal(c.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}) {
+		return enforceServer(c)
 	}
 	id := c.Subject.CommonName
 	if err := checkID(id); err != nil {
@@ -140,6 +222,19 @@ func (p profile) Enforce(c *x509.Certificate) error {
 		return errors.New("key usage is not exactly digitalSignature")
 	case !slices.Equal(c.ExtKeyUsage, usages) || len(c.UnknownExtKeyUsage) > 0:
 		return fmt.Errorf("extended key usage is not exactly that of role %s", p.Role)
+	case !strongKey(c.PublicKey):
+		return errors.New("the key is none of ECDSA P-256, P-384 and Ed25519")
+	}
+	return nil
+}
+
+// enforceServer is Enforce for a plain server's certificate.
+func enforceServer(c *x509.Certificate) error {
+	switch {
+	case len(c.DNSNames)+len(c.IPAddresses) == 0 || len(c.EmailAddresses) > 0:
+		return errors.New("a plain server's certificate has host names and no others")
+	case c.IsCA || c.KeyUsage != x509.KeyUsageDigitalSignature || len(c.UnknownExtKeyUsage) > 0:
+		return errors.New("key usage is not exactly digitalSignature")
 	case !strongKey(c.PublicKey):
 		return errors.New("the key is none of ECDSA P-256, P-384 and Ed25519")
 	}

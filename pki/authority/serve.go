@@ -16,9 +16,13 @@ import (
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/smallstep/certificates/acme"
+	acmeapi "github.com/smallstep/certificates/acme/api"
+	acmedb "github.com/smallstep/certificates/acme/db/nosql"
 	"github.com/smallstep/certificates/api"
 	smallstep "github.com/smallstep/certificates/authority"
 	"github.com/smallstep/certificates/db"
+	"github.com/smallstep/nosql"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -33,6 +37,13 @@ type ServeConfig struct {
 	// Init was given.
 	Listener    net.Listener // HTTPS
 	CRLListener net.Listener // plain HTTP
+
+	// ACME issues certificates of plain servers to whoever answers for their host name
+	// over HTTP, at the CA of KMEs. A client that checks nothing but the host name takes
+	// such a server for a KME.
+	ACME bool
+	// ACMEPort is where the HTTP challenge is answered; default 80, as the standard has it.
+	ACMEPort int
 
 	Log *slog.Logger // default slog.Default()
 }
@@ -66,7 +77,7 @@ func (c ServeConfig) serve(ctx context.Context) error {
 	defer listener.Close()
 	defer crlListener.Close()
 
-	a, err := s.open(c.Dir)
+	a, key, err := s.open(c.Dir, c.ACME)
 	if err != nil {
 		return err
 	}
@@ -77,8 +88,16 @@ func (c ServeConfig) serve(ctx context.Context) error {
 	log.Info("serving", "address", listener.Addr().String(), "crl", s.crlURL())
 
 	requests := db.NewContext(smallstep.NewContext(context.WithoutCancel(ctx), a), a.GetDatabase())
+	if c.ACME {
+		if requests, err = c.withACME(requests, a, s.Address); err != nil {
+			return errors.Join(err, a.Shutdown())
+		}
+	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return run(ctx, newServer(requests, apiHandler(log), log), listener, tlsConfig) })
+	if key != nil {
+		g.Go(func() error { return heartbeat(ctx, key, heartbeatEvery, log) })
+	}
+	g.Go(func() error { return run(ctx, newServer(requests, apiHandler(c.ACME, log), log), listener, tlsConfig) })
 	g.Go(func() error { return run(ctx, newServer(requests, crlHandler(), log), crlListener, nil) })
 	// The database is closed last, so that no request finds it closed.
 	return errors.Join(g.Wait(), a.Shutdown())
@@ -135,12 +154,29 @@ func run(ctx context.Context, server *http.Server, listener net.Listener, tlsCon
 	return <-stopped
 }
 
+// withACME adds to requests what the ACME routes look for there.
+func (c ServeConfig) withACME(requests context.Context, a *smallstep.Authority, address string) (context.Context, error) {
+	store, ok := a.GetDatabase().(nosql.DB)
+	if !ok {
+		return nil, fmt.Errorf("ACME: a database of type %T", a.GetDatabase())
+	}
+	accounts, err := acmedb.New(store)
+	if err != nil {
+		return nil, fmt.Errorf("ACME: %w", err)
+	}
+	acme.InsecurePortHTTP01 = c.ACMEPort // smallstep has it for the whole process
+	return acme.NewContext(requests, accounts, acme.NewClient(), acme.NewLinker(address, "acme"), nil), nil
+}
+
 // apiHandler is the API that step speaks, at its two historical places.
-func apiHandler(log *slog.Logger) http.Handler {
+func apiHandler(withACME bool, log *slog.Logger) http.Handler {
 	mux := chi.NewRouter()
 	mux.Use(logged(log), overTLSOnly)
 	api.Route(mux)
 	mux.Route("/1.0", func(r chi.Router) { api.Route(r) })
+	if withACME {
+		mux.Route("/acme", func(r chi.Router) { acmeapi.Route(r) })
+	}
 	return mux
 }
 

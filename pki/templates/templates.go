@@ -15,4 +15,6 @@ var (
 	KME string
 	//go:embed operator.tpl
 	Operator string
+	//go:embed server.tpl
+	Server string // without TrustDomain: it names nobody
 )
