@@ -1,0 +1,148 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/pgdev"
+	"github.com/qutemail/kme/pki"
+)
+
+var errNotYet = errors.New("not yet")
+
+// TestRevoked: an SAE whose certificate the CA revokes is served no more on the
+// connections that it has, of HTTP/1.1 and HTTP/2, and cannot open one, though policy
+// lets it in; another is not disturbed; the audit says so.
+func TestRevoked(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) { c.Filler, c.PoolLimit = 4096, 8192 })
+	keysStored(t, l, 1000)
+	mallory := "alice@qutemail.example"
+	serial := serialOf(t, l, mallory)
+
+	// asking asks for keys without a pause until it is answered otherwise.
+	asking := func(name, slave string, h2 bool) (asked *atomic.Int64, ended <-chan error) {
+		p, err := l.SAE(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tr := p.HTTP.Transport.(*http.Transport)
+		tr.Protocols = new(http.Protocols)
+		tr.Protocols.SetHTTP1(!h2)
+		tr.Protocols.SetHTTP2(h2)
+		t.Cleanup(tr.CloseIdleConnections)
+		asked, done := new(atomic.Int64), make(chan error, 1)
+		go func() {
+			for t.Context().Err() == nil {
+				if _, err := p.Client.Status(t.Context(), SAEID(slave)); err != nil {
+					done <- err
+					return
+				}
+				asked.Add(1)
+			}
+		}()
+		return asked, done
+	}
+	old, oldEnded := asking(mallory, "bob@qutemail.example", false)
+	young, youngEnded := asking(mallory, "bob@qutemail.example", true)
+	alice, aliceEnded := asking("alice", "bob", false)
+	eventually(t, "all are served", func(context.Context) error {
+		if old.Load() < 5 || young.Load() < 5 || alice.Load() < 5 {
+			return errNotYet
+		}
+		return nil
+	})
+
+	revokeAtCA(t, l, mallory)
+	if err := l.KM1.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	for protocol, ended := range map[string]<-chan error{"HTTP/1.1": oldEnded, "HTTP/2": youngEnded} {
+		select {
+		case err := <-ended:
+			t.Logf("%s: %v", protocol, err)
+		case <-time.After(20 * time.Second): // told, it looks every second
+			t.Errorf("%s: served on", protocol)
+		}
+	}
+	served := alice.Load()
+	eventually(t, "alice is served on", func(context.Context) error {
+		if alice.Load() < served+5 {
+			return errNotYet
+		}
+		return nil
+	})
+	select {
+	case err := <-aliceEnded:
+		t.Errorf("alice was disturbed: %v", err)
+	default:
+	}
+	p, err := l.SAE(mallory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Client.Status(t.Context(), SAEID("bob@qutemail.example")); err == nil {
+		t.Error("a new connection is let in")
+	}
+	eventually(t, "the refusal is in the audit", func(ctx context.Context) error {
+		conn, err := pgx.Connect(ctx, l.KM1.DSN(pgdev.Superuser))
+		if err != nil {
+			return err
+		}
+		defer conn.Close(ctx)
+		var n int
+		err = conn.QueryRow(ctx, `SELECT count(*) FROM audit WHERE body LIKE '%"handshake"%revoked%' AND body LIKE '%' || $1 || '%'`, serial).Scan(&n)
+		if err == nil && n == 0 {
+			err = errNotYet
+		}
+		return err
+	})
+}
+
+func serialOf(t *testing.T, l *Lab, sae string) string {
+	t.Helper()
+	c, err := pki.LoadCredential(l.profileDir("sae", sae))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.Leaf().SerialNumber.String()
+}
+
+// revokeAtCA has an SAE revoke its own certificate, as step ca revoke does.
+func revokeAtCA(t *testing.T, l *Lab, sae string) {
+	t.Helper()
+	c, err := pki.LoadCredential(l.profileDir("sae", sae))
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots, err := pki.LoadPool(filepath.Join(l.Dir, "root.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]any{"serial": c.Leaf().SerialNumber.String(), "reasonCode": 1, "passive": true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := &http.Transport{TLSClientConfig: pki.ClientTLS(c, roots, nil)}
+	defer tr.CloseIdleConnections()
+	res, err := (&http.Client{Transport: tr}).Post(fmt.Sprintf("https://localhost:%d/1.0/revoke", l.Ports.ca("sae")), "application/json", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		t.Fatal("revoking: " + strings.TrimSpace(res.Status))
+	}
+}
