@@ -147,6 +147,7 @@ func TestHeartbeat(t *testing.T) {
 		key.works.Store(true)
 		done := make(chan error, 1)
 		go func() { done <- heartbeat(t.Context(), key, heartbeatEvery, slog.New(slog.DiscardHandler)) }()
+		time.Sleep(heartbeatEvery / 2) // between two heartbeats from here on
 		for range 3 {
 			time.Sleep(time.Minute)
 			key.works.Store(false)
