@@ -2,6 +2,7 @@ package policies
 
 import (
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,6 +15,35 @@ type Network struct {
 	KMEs        map[identity.KME]KMEEntry
 	Links       []Link
 	SAEs        map[identity.SAE]SAEEntry
+	Quotas      map[identity.SAE][]Quota // by master
+}
+
+// Quota is how many keys an SAE may ask for as a master, at all nodes of a site
+// together.
+type Quota struct {
+	SAE       identity.SAE
+	With      identity.SAE // with this slave; the zero SAE stands for all together
+	PerSecond int64        // 0 for no limit
+	PerDay    int64        // likewise; days are UTC's
+}
+
+// Subject is what q is on, in words.
+func (q Quota) Subject() string {
+	if q.With == (identity.SAE{}) {
+		return q.SAE.String()
+	}
+	return q.SAE.String() + "\n" + q.With.String() // no SAE ID has a line break
+}
+
+// QuotasOf lists the quotas on what master asks for to share with slaves.
+func (n *Network) QuotasOf(master identity.SAE, slaves []identity.SAE) []Quota {
+	var on []Quota
+	for _, q := range n.Quotas[master] {
+		if q.With == (identity.SAE{}) || slices.Contains(slaves, q.With) {
+			on = append(on, q)
+		}
+	}
+	return on
 }
 
 // KMEEntry is what is known of a KME: its nodes, at least one. All of them have one
@@ -59,6 +89,15 @@ type networkDoc struct {
 	KMEs        []kmeDoc  `yaml:"kmes"`
 	Links       []linkDoc `yaml:"links"`
 	SAEs        []saeDoc  `yaml:"saes"`
+
+	Quotas []quotaDoc `yaml:"quotas"`
+}
+
+type quotaDoc struct {
+	SAE       word  `yaml:"sae"`
+	With      word  `yaml:"with"`
+	PerSecond int64 `yaml:"keys_per_second"`
+	PerDay    int64 `yaml:"keys_per_day"`
 }
 
 type kmeDoc struct {
@@ -96,6 +135,7 @@ func parseNetwork(file string, text []byte) (Network, error) {
 		TrustDomain: doc.TrustDomain.text,
 		KMEs:        make(map[identity.KME]KMEEntry),
 		SAEs:        make(map[identity.SAE]SAEEntry),
+		Quotas:      make(map[identity.SAE][]Quota),
 	}}
 	if doc.Version != 1 {
 		return Network{}, b.here.errorf("no version: 1")
@@ -118,6 +158,12 @@ func parseNetwork(file string, text []byte) (Network, error) {
 	for i, s := range doc.SAEs {
 		b.here = where.entry("saes", i)
 		if err := b.addSAE(s); err != nil {
+			return Network{}, err
+		}
+	}
+	for i, q := range doc.Quotas {
+		b.here = where.entry("quotas", i)
+		if err := b.addQuota(q); err != nil {
 			return Network{}, err
 		}
 	}
@@ -238,6 +284,43 @@ func (b *networkBuilder) addSAE(s saeDoc) error {
 	}
 	b.net.SAEs[id] = entry
 	return nil
+}
+
+func (b *networkBuilder) addQuota(d quotaDoc) error {
+	q := Quota{PerSecond: d.PerSecond, PerDay: d.PerDay}
+	var err error
+	if q.SAE, err = b.knownSAE(d.SAE); err != nil {
+		return err
+	}
+	if d.With.text != "" {
+		if q.With, err = b.knownSAE(d.With); err != nil {
+			return err
+		}
+	}
+	switch {
+	case q.PerSecond < 0 || q.PerDay < 0 || q.PerSecond == 0 && q.PerDay == 0:
+		return b.at(d.SAE).errorf("a quota sets keys_per_second or keys_per_day, each at least 1")
+	case q.SAE == q.With:
+		return b.at(d.With).errorf("a quota on %q with itself", q.SAE)
+	}
+	for _, other := range b.net.Quotas[q.SAE] {
+		if other.With == q.With {
+			return b.at(d.SAE).errorf("a second quota on the same")
+		}
+	}
+	b.net.Quotas[q.SAE] = append(b.net.Quotas[q.SAE], q)
+	return nil
+}
+
+func (b *networkBuilder) knownSAE(w word) (identity.SAE, error) {
+	id, err := identity.ParseSAE(w.text)
+	if err != nil {
+		return identity.SAE{}, b.at(w).errorf("%w", err)
+	}
+	if _, ok := b.net.SAEs[id]; !ok {
+		return identity.SAE{}, b.at(w).errorf("SAE %q is not among saes", id)
+	}
+	return id, nil
 }
 
 func (b *networkBuilder) knownKME(w word) (identity.KME, error) {

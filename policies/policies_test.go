@@ -274,6 +274,12 @@ func TestLoadRefuses(t *testing.T) {
 		{"syntax", NetworkFile, "saes:", "saes: [", "network.yaml:"},
 		{"brackets", NetworkFile, "saes:", "saes: " + strings.Repeat("[", 100_000), "network.yaml:26:23: nested too deeply"},
 		{"dashes", NetworkFile, "saes:", "saes:\n" + strings.Repeat("- ", 100_000), "network.yaml:27:33: nested too deeply"},
+		{"quota on nobody", NetworkFile, "quotas: []", "quotas: [{sae: mallory, keys_per_day: 1}]", `network.yaml:39:16: SAE "mallory" is not among saes`},
+		{"quota with nobody", NetworkFile, "quotas: []", "quotas: [{sae: alice, with: mallory, keys_per_day: 1}]", `network.yaml:39:29: SAE "mallory" is not among saes`},
+		{"quota with oneself", NetworkFile, "quotas: []", "quotas: [{sae: alice, with: alice, keys_per_day: 1}]", "network.yaml:39:29: a quota on"},
+		{"quota of nothing", NetworkFile, "quotas: []", "quotas: [{sae: alice}]", "network.yaml:39:16: a quota sets"},
+		{"quota below nothing", NetworkFile, "quotas: []", "quotas: [{sae: alice, keys_per_day: 1, keys_per_second: -1}]", "network.yaml:39:16: a quota sets"},
+		{"quota twice", NetworkFile, "quotas: []", "quotas: [{sae: alice, keys_per_day: 1}, {sae: alice, keys_per_second: 1}]", "network.yaml:39:47: a second quota"},
 		{"bytes", NetworkFile, "saes:", "\xff", "network.yaml:1:1: not UTF-8"},
 
 		{"unknown field", PrincipalsFile, "require:", "requires:", `principals.yaml:6:1: unknown field "requires"`},

@@ -72,6 +72,10 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	client := ctx
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
+	back, err := k.spendShares(ctx, c.sae, o.slaves, o.number)
+	if err != nil {
+		return issue{}, c.refuse(ctx, err)
+	}
 	var got issue
 	if w.link == nil {
 		got, err = k.initiateHere(ctx, c, o)
@@ -79,6 +83,9 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 		got, err = w.link.initiate(ctx, client, c, o, w)
 	}
 	if err != nil {
+		if !c.pending { // else they may yet be handed out
+			back()
+		}
 		wipe(got.keys)
 		return issue{}, c.refuse(ctx, err)
 	}

@@ -54,7 +54,7 @@ const rules = `
 `
 
 // core is km1 as far as its rules go: without database, HSM and peers.
-func core(t *testing.T) (*KME, *link) {
+func core(t testing.TB) (*KME, *link) {
 	t.Helper()
 	dir := t.TempDir()
 	if err := os.CopyFS(dir, policies.Shipped); err != nil {

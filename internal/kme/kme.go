@@ -93,6 +93,7 @@ type KME struct {
 	metrics *metrics
 	beaten  atomic.Int64 // when the node last looked after itself, in nanoseconds of the machine's own clock: see Alive
 	buckets buckets
+	shares  shares
 
 	switches  sync.Mutex // held while the database is asked who is switched off, and until that is in force
 	reloading sync.Mutex // held while policies are loaded

@@ -71,13 +71,13 @@ func (c *clock) step(d time.Duration) { c.ms.Add(d.Milliseconds()) }
 
 // site is the database of km1 and a clock.
 type site struct {
-	t    *testing.T
+	t    testing.TB
 	name string
 	data string // folder of the node's files
 	*clock
 }
 
-func newSite(t *testing.T) *site {
+func newSite(t testing.TB) *site {
 	t.Helper()
 	s := &site{t: t, name: fmt.Sprintf("site%d", databases.Add(1)), data: t.TempDir(), clock: newClock()}
 	s.exec("postgres", "CREATE DATABASE "+s.name+" TEMPLATE "+template)

@@ -56,7 +56,7 @@ func useTokens(t *testing.T, dir string) {
 	}
 }
 
-func openToken(t *testing.T, dir string) *hsm.Token {
+func openToken(t testing.TB, dir string) *hsm.Token {
 	t.Helper()
 	token, err := hsm.Open(t.Context(), hsm.Config{Module: softHSM, TokenLabel: tokenLabel, PINFile: filepath.Join(dir, "pin")})
 	if err != nil {

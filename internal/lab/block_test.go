@@ -1,0 +1,210 @@
+package lab
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/etsi014"
+)
+
+// TestBlockAlice: from the answer on to an operator's switch, none of alice's requests
+// is served at that node, over whatever connection, and soon after at the other one;
+// her connections are closed; nobody else notices.
+func TestBlockAlice(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) { c.Filler, c.PoolLimit, c.Nodes = 4096, 16384, 2 })
+	keysStored(t, l, 2000)
+	if err := l.enrol(t.Context(), "sae", "dave", l.KM1.URL()); err != nil {
+		t.Fatal(err)
+	}
+	here, there := l.KM1.Nodes[0], l.KM1.Nodes[1]
+	root := operator(t, l.KM1)
+	bob := SAEID("bob")
+
+	others, stop := context.WithCancel(t.Context())
+	var served, failed atomic.Int64
+	undisturbed := make(chan error, 2)
+	for _, n := range []*Node{here, there} {
+		dave := at(t, l, "dave", n.Name)
+		go func() {
+			for others.Err() == nil {
+				if _, err := dave.Client.EncKeys(others, bob, etsi014.KeyRequest{Number: 1}); err == nil {
+					served.Add(1)
+				} else if others.Err() == nil {
+					failed.Add(1)
+					undisturbed <- err
+					return
+				}
+			}
+			undisturbed <- nil
+		}()
+	}
+
+	raw := rawAlice(t, l, here)
+	h1, h2 := overHTTP(t, l, here, false), overHTTP(t, l, there, true)
+	for name, c := range map[string]*alicesClient{"HTTP/1.1": h1, "HTTP/2": h2} {
+		status, first := c.ask(t, "bob")
+		if status != http.StatusOK {
+			t.Fatalf("alice over %s: %d", name, status)
+		}
+		if _, again := c.ask(t, "bob"); again != first {
+			t.Errorf("alice over %s: her connection is not used again", name)
+		}
+		c.first = first
+	}
+
+	if err := root.DisableSAE(t.Context(), "alice", "lost laptop"); err != nil {
+		t.Fatal(err)
+	}
+	switched := time.Now()
+	if status, _ := h1.ask(t, "bob"); status != http.StatusUnauthorized {
+		t.Errorf("alice over HTTP/1.1, after the switch was answered: %d", status)
+	}
+	eventually(t, "alice is refused at the other node", func(context.Context) error {
+		if status, _ := h2.ask(t, "bob"); status != http.StatusUnauthorized {
+			return fmt.Errorf("answered %d", status)
+		}
+		return nil
+	})
+	t.Logf("refused at the other node %v after the switch was answered", time.Since(switched).Round(time.Millisecond))
+	if _, err := raw.ReadByte(); !errors.Is(err, io.EOF) {
+		t.Errorf("alice's idle connection: %v, want its end", err)
+	}
+	for name, c := range map[string]*alicesClient{"HTTP/1.1": h1, "HTTP/2": h2} {
+		eventually(t, "alice's connection over "+name+" is closed", func(context.Context) error {
+			if _, now := c.ask(t, "bob"); now == c.first {
+				return errors.New("it is open")
+			}
+			return nil // open again as nobody's: what she asks is refused, and recorded
+		})
+	}
+
+	before := served.Load()
+	eventually(t, "the others go on", func(context.Context) error {
+		if n := served.Load() - before; n < 50 {
+			return fmt.Errorf("%d requests", n)
+		}
+		return nil
+	})
+	stop()
+	for range 2 {
+		if err := <-undisturbed; err != nil {
+			t.Errorf("dave, meanwhile: %v", err)
+		}
+	}
+	noOracle(t, l, here)
+
+	if n := recorded(t, l.KM1, `e->>'action' = 'disable' AND e->>'outcome' = 'done' AND e->>'peer' = 'alice' AND e->>'reason' = 'lost laptop' AND e->'actor'->>'id' = 'root'`); n != 1 {
+		t.Errorf("%d switches are recorded", n)
+	}
+	if n := recorded(t, l.KM1, `e->>'outcome' = 'refused' AND e->>'reason' LIKE '%disabled: sae/alice: lost laptop%'`); n < 2 {
+		t.Errorf("%d refusals of alice are recorded", n)
+	}
+	if err := root.EnableSAE(t.Context(), "alice"); err != nil {
+		t.Fatal(err)
+	}
+	if status, _ := h1.ask(t, "bob"); status != http.StatusOK {
+		t.Errorf("alice, let in again: %d", status)
+	}
+}
+
+// rawAlice is a connection of alice's that has been used, and is idle.
+func rawAlice(t *testing.T, l *Lab, n *Node) *bufio.Reader {
+	t.Helper()
+	conn, err := tls.Dial("tcp", strings.TrimPrefix(n.URL(), "https://"), tlsOf(t, l, "sae", "alice"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := io.WriteString(conn, "GET /api/v1/keys/bob/status HTTP/1.1\r\nHost: localhost\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(conn)
+	res, err := http.ReadResponse(r, nil)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Fatalf("alice, before: %v, %v", res, err)
+	}
+	if _, err := io.Copy(io.Discard, res.Body); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// alicesClient asks a node for alice, over one version of HTTP.
+type alicesClient struct {
+	*http.Client
+	base  string
+	first net.Conn // over which she was served
+}
+
+func overHTTP(t *testing.T, l *Lab, n *Node, http2 bool) *alicesClient {
+	t.Helper()
+	transport := &http.Transport{TLSClientConfig: tlsOf(t, l, "sae", "alice"), Protocols: new(http.Protocols)}
+	transport.Protocols.SetHTTP2(http2)
+	transport.Protocols.SetHTTP1(!http2)
+	t.Cleanup(transport.CloseIdleConnections)
+	return &alicesClient{Client: &http.Client{Transport: transport, Timeout: 10 * time.Second}, base: n.URL()}
+}
+
+// ask asks for a key, and says what the answer was and over which connection it came.
+func (c *alicesClient) ask(t *testing.T, other string) (status int, conn net.Conn) {
+	t.Helper()
+	ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) { conn = i.Conn }})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/api/v1/keys/"+other+"/enc_keys", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := c.Do(req)
+	if err != nil {
+		t.Logf("asking: %v", err) // the connection ended under the request, which is not answered then
+		return 0, conn
+	}
+	defer res.Body.Close()
+	if _, err := io.Copy(io.Discard, res.Body); err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, conn
+}
+
+// noOracle: whoever asks for keys to share with an SAE that nobody knows, one that
+// policy forbids, and one that is disabled, gets the same bytes.
+func noOracle(t *testing.T, l *Lab, n *Node) {
+	t.Helper()
+	dave := at(t, l, "dave", n.Name)
+	answer := func(other string) string {
+		res, err := dave.HTTP.Get(n.URL() + "/api/v1/keys/" + other + "/enc_keys")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		body, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != http.StatusUnauthorized {
+			t.Errorf("dave for %s: %d, %v", other, res.StatusCode, err)
+		}
+		id := res.Header.Get("X-Request-Id")
+		res.Header.Del("Date")
+		var head strings.Builder
+		_ = res.Header.Write(&head) // sorted
+		return strings.ReplaceAll(res.Status+"\n"+head.String()+"\n"+string(body), id, strings.Repeat("#", len(id)))
+	}
+	unknown := answer("nobodyx")
+	for _, other := range []string{"carol", "alice"} { // forbidden; disabled
+		if got := answer(other); got != unknown {
+			t.Errorf("%s is answered\n%s\nand an unknown SAE\n%s", other, got, unknown)
+		}
+	}
+}
