@@ -49,7 +49,7 @@ type consoleView struct{ Path, Name string }
 
 // consoleViews are those that an operator of this node may be shown.
 func (c Config) consoleViews() []consoleView {
-	views := []consoleView{{"/console/", "Overview"}, {"/console/keks", "Epochs"}}
+	views := []consoleView{{"/console/", "Overview"}, {"/console/saes", "SAEs"}, {"/console/keks", "Epochs"}}
 	if c.Trail != nil {
 		views = append(views, consoleView{"/console/audit", "Audit"})
 	}
@@ -61,6 +61,7 @@ func (c Config) mountConsole(r chi.Router) {
 	r.Get("/", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/console/", http.StatusSeeOther) })
 	r.Get("/console", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/console/", http.StatusSeeOther) })
 	r.Get("/console/", c.page(c.overview))
+	r.Get("/console/saes", c.page(c.saesPage))
 	r.Get("/console/keks", c.page(c.keks))
 	if c.Trail != nil {
 		r.Get("/console/audit", c.page(c.auditPage))

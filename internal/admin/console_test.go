@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +34,7 @@ func furnished(t *testing.T) *stage {
 		Last: &admin.Block{Session: 7, Block: 2, At: time.Now(), QBER: 0.0123, Efficiency: 1.04, Length: 147_000, Aborted: "<b>Eve</b>"},
 	}}
 	s.alarms = []admin.Alarm{{Name: "qber-km1-km2", Text: `</script><script>alert(1)</script>`, Since: time.Now().Add(-3 * time.Minute)}}
+	s.saes = []admin.SAE{{ID: "alice@example", Homes: []string{"km1"}, Enabled: true}, {ID: "eve", By: "root", Since: when, Reason: "ticket <41>"}}
 	s.epochs = admin.Epochs{Length: 3600, WorstCase: 90095, Epochs: []admin.Epoch{
 		{Epoch: 492204, State: "open", KEKs: []admin.KEK{{ID: 3, Label: "kek-a", State: "open", Wraps: 12, Copies: []string{"km1-a", "km1-b"}}}},
 	}}
@@ -76,8 +78,12 @@ func TestConsole(t *testing.T) {
 		"/":                     {"<h1>Overview</h1>", `aria-current="page"`, "qber-km1-km2</strong>", "SoftHSM", "km1-b", "1.23", "block under way: reconcile, 50 %"},
 		"/console/?range=day":   {"<strong>Last day</strong>", "<svg ", "Keys in the pool"},
 		"/console/?range=month": {"<strong>Last 30 days</strong>", "polyline"},
-		"/console/keks":         {"<h1>Epochs</h1>", "after 25 h 1 min at the latest", "kek-a", "km1-b"},
-		"/console/audit":        {"km1/1", "8 events, since 2026-11-23", `<option>enc_keys</option>`},
+		"/console/saes": {
+			"alice@example", `<a href="/console/acts/disable?sae=alice%40example"`, "shut out", "root: ticket &lt;41&gt;", `<a href="/console/acts/enable?sae=eve"`,
+		},
+		"/console/acts/disable?sae=%3Cb%3E": {"Shut out: &lt;b&gt;?", `name="sae" value="&lt;b&gt;"`, `name="reason" required`},
+		"/console/keks":                     {"<h1>Epochs</h1>", "after 25 h 1 min at the latest", "kek-a", "km1-b"},
+		"/console/audit":                    {"km1/1", "8 events, since 2026-11-23", `<option>enc_keys</option>`},
 		"/console/audit?sae=alice&key=&action=enc_keys&from=2026-11-01T00:00": {
 			`value="alice"`, "<option selected>enc_keys</option>", "alice through qutemail", "2026-11-23 12:00:00", "&lt;b&gt;because", `href="/console/proof?leaf=7"`, "not an event",
 		},
@@ -184,8 +190,9 @@ func TestConsoleAudit(t *testing.T) {
 func TestConsoleActs(t *testing.T) {
 	t.Parallel()
 	s := furnished(t)
+	path, who, form := "/console/acts/cleanup", "root", url.Values{}
 	post := func(headers ...string) (int, string) {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL+"/console/acts/cleanup", strings.NewReader(url.Values{}.Encode()))
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL+path, strings.NewReader(form.Encode()))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -193,7 +200,7 @@ func TestConsoleActs(t *testing.T) {
 		for i := 0; i < len(headers); i += 2 {
 			req.Header.Set(headers[i], headers[i+1])
 		}
-		resp, err := s.http("root").Do(req)
+		resp, err := s.http(who).Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -216,6 +223,29 @@ func TestConsoleActs(t *testing.T) {
 	if status, body := post("Sec-Fetch-Site", "same-origin", "Origin", s.server.URL); status != http.StatusOK || !strings.Contains(body, "7 overdue keys were ended") {
 		t.Errorf("of our own page: %d %s", status, body)
 	}
+	s.acts = nil
+	for _, tt := range []struct {
+		who, path string
+		form      url.Values
+		status    int
+		says      string
+	}{
+		{"vera", "/console/acts/disable", url.Values{"sae": {"bob"}, "reason": {"ticket 41"}}, http.StatusForbidden, ""},
+		{"root", "/console/acts/disable", url.Values{"sae": {"bob"}}, http.StatusBadRequest, "a reason of 1 to 200 bytes is wanted"},
+		{"root", "/console/acts/disable", url.Values{"reason": {"ticket 41"}}, http.StatusBadRequest, "no SAE is named"},
+		{"root", "/console/acts/disable", url.Values{"sae": {"bob"}, "reason": {"ticket 41"}}, http.StatusOK, "bob is shut out."},
+		{"root", "/console/acts/enable", url.Values{"sae": {"bob"}}, http.StatusOK, "bob is let in again."},
+		{"root", "/console/acts/reload", nil, http.StatusOK, "digest abc"},
+	} {
+		who, path, form = tt.who, tt.path, tt.form
+		if status, body := post("Sec-Fetch-Site", "same-origin"); status != tt.status || !strings.Contains(body, tt.says) {
+			t.Errorf("%s at %s with %v: %d %s", tt.who, tt.path, tt.form, status, body)
+		}
+	}
+	if want := []string{"disable bob ticket 41", "enable bob", "reload"}; !slices.Equal(s.acts, want) {
+		t.Errorf("acts %q, want %q", s.acts, want)
+	}
+	who, path = "root", "/console/acts/cleanup"
 	s.err = errors.New("postgres://secret")
 	if status, body := post("Sec-Fetch-Site", "same-origin"); status != http.StatusInternalServerError || strings.Contains(body, "secret") || !strings.Contains(body, `role="alert"`) {
 		t.Errorf("an act that fails: %d %s", status, body)

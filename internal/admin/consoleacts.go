@@ -14,6 +14,9 @@ type consoleAct struct {
 	Path, Name, Says string
 	duty             identity.Duty
 	run              func(*exchange) (done string, err error)
+
+	ofSAE  bool // the query, and then the form, names an SAE; it is asked for at the list of SAEs
+	reason bool // the form asks for a reason
 }
 
 // acts are those that there are.
@@ -26,12 +29,72 @@ func (c Config) acts() []consoleAct {
 				n, err := c.Backend.Cleanup(x.r.Context(), x.caller, x.rid, nil)
 				return fmt.Sprintf("%d overdue keys were ended.", n), err
 			},
+			false, false,
+		},
+		{
+			"/console/acts/reload", "Read policies anew", "The files of policies are put in force at this node as they are now; or, if anything is wrong with them, none of them.",
+			identity.Operating,
+			func(x *exchange) (string, error) {
+				p, err := c.Backend.ReloadPolicies(x.r.Context(), x.caller, x.rid, nil)
+				return fmt.Sprintf("The policies in force have the digest %.16s.", p.Digest), err
+			},
+			false, false,
+		},
+		{
+			"/console/acts/disable", "Shut out", "It is shut out at every node of this site, within a second, whatever certificates it has. Keys that it was named for stay.",
+			identity.Operating,
+			func(x *exchange) (string, error) {
+				sae, err := x.formSAE()
+				if err != nil {
+					return "", err
+				}
+				reason := x.r.PostFormValue("reason")
+				if reason == "" || len(reason) > maxReason {
+					return "", refusal{problem.New(problem.Invalid, "a reason of 1 to %d bytes is wanted", maxReason)}
+				}
+				return sae.String() + " is shut out.", c.Backend.DisableSAE(x.r.Context(), x.caller, x.rid, sae, reason)
+			},
+			true, true,
+		},
+		{
+			"/console/acts/enable", "Let in again", "It is let in again at every node of this site, if a rule names its certificate.",
+			identity.SecurityOfficer,
+			func(x *exchange) (string, error) {
+				sae, err := x.formSAE()
+				if err != nil {
+					return "", err
+				}
+				return sae.String() + " is let in again.", c.Backend.EnableSAE(x.r.Context(), x.caller, x.rid, nil, sae)
+			},
+			true, false,
 		},
 	}
 }
 
 func (c Config) listActs(*exchange) (content, error) {
-	return content{title: "Acts", name: "acts", data: c.acts()}, nil
+	var list []consoleAct
+	for _, a := range c.acts() {
+		if !a.ofSAE {
+			list = append(list, a)
+		}
+	}
+	return content{title: "Acts", name: "acts", data: list}, nil
+}
+
+// saesPage lists the SAEs of the network, and what may be done about each.
+func (c Config) saesPage(x *exchange) (content, error) {
+	saes, err := c.Backend.SAEs(x.r.Context(), x.caller, x.rid)
+	return content{title: "SAEs", name: "saes", data: saes}, err
+}
+
+// formSAE is the SAE that a form names.
+func (x *exchange) formSAE() (identity.SAE, error) {
+	x.r.Body = http.MaxBytesReader(x.w, x.r.Body, maxBody)
+	sae, err := identity.ParseSAE(x.r.PostFormValue("sae"))
+	if err != nil {
+		return sae, refusal{problem.New(problem.Invalid, "no SAE is named: %v", err)}
+	}
+	return sae, nil
 }
 
 // confirmation is a page that asks whether something is to be done.
@@ -45,8 +108,14 @@ type confirmation struct {
 type field struct{ Name, Value string }
 
 // ask shows what will be done, and the form that does it.
-func (a consoleAct) ask(*exchange) (content, error) {
-	return content{title: a.Name + "?", name: "confirm", data: confirmation{Says: a.Says, Action: a.Path, Button: a.Name, Back: "/console/acts"}}, nil
+func (a consoleAct) ask(x *exchange) (content, error) {
+	form := confirmation{Says: a.Says, Action: a.Path, Button: a.Name, Back: "/console/acts", Reason: a.reason}
+	title := a.Name + "?"
+	if a.ofSAE {
+		sae := x.r.URL.Query().Get("sae")
+		title, form.Back, form.Fields = a.Name+": "+sae+"?", "/console/saes", []field{{"sae", sae}}
+	}
+	return content{title: title, name: "confirm", data: form}, nil
 }
 
 // do has it done, at the word of our own page.
@@ -61,7 +130,11 @@ func (a consoleAct) do(x *exchange) (content, error) {
 	if err != nil {
 		return content{}, err
 	}
-	return content{title: "Done", name: "message", data: message{Says: done, Back: "/console/acts"}}, nil
+	back := "/console/acts"
+	if a.ofSAE {
+		back = "/console/saes"
+	}
+	return content{title: "Done", name: "message", data: message{Says: done, Back: back}}, nil
 }
 
 // ownPage is nil unless a browser says that another site's page has sent the request:
