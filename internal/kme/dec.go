@@ -218,7 +218,11 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 	}
 	done := call.ev
 	done.Outcome = audit.Done
-	if err := k.Store.Record(ctx, done); err != nil {
+	// A client that leaves does not end this: its request would have two outcomes.
+	recording, stop := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer stop()
+	if err := k.Store.RecordLate(recording, call.late, done); err != nil {
+		call.pending = errors.Is(err, store.ErrDoubt)
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}
 	return s, nil

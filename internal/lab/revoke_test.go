@@ -103,7 +103,7 @@ func TestRevoked(t *testing.T) {
 		}
 		defer conn.Close(ctx)
 		var n int
-		err = conn.QueryRow(ctx, `SELECT count(*) FROM audit WHERE body LIKE '%"handshake"%revoked%' AND body LIKE '%' || $1 || '%'`, serial).Scan(&n)
+		err = conn.QueryRow(ctx, `SELECT count(*) FROM kme.audit WHERE body LIKE '%"handshake"%revoked%' AND body LIKE '%' || $1 || '%'`, serial).Scan(&n)
 		if err == nil && n == 0 {
 			err = errNotYet
 		}
