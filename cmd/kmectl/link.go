@@ -17,6 +17,7 @@ import (
 
 type linkCommand struct {
 	Watch bool          `help:"Go on showing it, until Ctrl-C."`
+	Trust string        `placeholder:"LINK" help:"Let a link go on that rests because tags of the other end were wrong (security officers)."`
 	Every time.Duration `default:"500ms" help:"With --watch: how often to ask (${default})."`
 }
 
@@ -25,6 +26,11 @@ func (c linkCommand) Run(ctx context.Context, s *session) error {
 	p, client, err := s.operator()
 	if err != nil {
 		return err
+	}
+	if c.Trust != "" {
+		if err := client.TrustLink(ctx, c.Trust); err != nil {
+			return p.explain(err, p.unlisted())
+		}
 	}
 	links, err := client.Links(ctx)
 	if err != nil {

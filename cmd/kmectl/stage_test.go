@@ -373,6 +373,8 @@ func (b operatorTable) Alarms(context.Context, identity.Caller, string) ([]admin
 	return []admin.Alarm{{Name: "peer-km2", Text: "connection refused", Since: since}}, nil
 }
 
+func (b operatorTable) TrustLink(context.Context, identity.Caller, string, string) error { return nil }
+
 func (b operatorTable) Cleanup(_ context.Context, _ identity.Caller, _ string, given []approval.Approval) (int, error) {
 	return 3 + len(given), nil
 }

@@ -217,6 +217,9 @@ type Backend interface {
 	Epochs(ctx context.Context, c identity.Caller, rid string) (Epochs, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
 	Cleanup(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (removed int, err error)
+	// TrustLink lets a link go on that rests because tags of its peer were wrong. It records
+	// its outcome.
+	TrustLink(ctx context.Context, c identity.Caller, rid, link string) error
 	// History is how a link did from a time on, in spans of that length, oldest first.
 	// Spans of which nothing is known are left out.
 	History(ctx context.Context, c identity.Caller, rid, link string, from time.Time, each time.Duration) ([]Span, error)

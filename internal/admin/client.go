@@ -77,6 +77,11 @@ func (c *Client) Epochs(ctx context.Context) (Epochs, error) {
 	return e, err
 }
 
+// TrustLink lets a link go on that rests because tags of its peer were wrong.
+func (c *Client) TrustLink(ctx context.Context, link string) error {
+	return c.post(ctx, pathTrust, trusted{link}, &trusted{})
+}
+
 // Cleanup ends what is overdue at the node's site, now, and says how many keys that
 // were.
 func (c *Client) Cleanup(ctx context.Context, given ...approval.Approval) (int, error) {

@@ -50,6 +50,7 @@ func Handler(c Config) (http.Handler, error) {
 	r.Post(pathCleanup, act(c, identity.Operating, c.cleanup))
 	r.Post(pathDisable, act(c, identity.Operating, c.disableSAE))
 	r.Post(pathEnable, act(c, identity.SecurityOfficer, c.enableSAE))
+	r.Post(pathTrust, act(c, identity.SecurityOfficer, c.trustLink))
 	r.Post(pathReload, act(c, identity.Operating, c.reloadPolicies))
 	if c.Trail != nil {
 		r.Get(pathTrail, serveTrail(c, c.trail))
@@ -74,6 +75,18 @@ func (c Config) links(ctx context.Context, caller identity.Caller, rid string) (
 func (c Config) alarms(ctx context.Context, caller identity.Caller, rid string) (alarmsObject, error) {
 	alarms, err := c.Backend.Alarms(ctx, caller, rid)
 	return alarmsObject{alarms}, err
+}
+
+// pathTrust lets a link go on that rests because tags of its peer were wrong.
+const pathTrust = "/api/v1/links/trust"
+
+// trusted names the link that is to go on.
+type trusted struct {
+	Link string `json:"link"`
+}
+
+func (c Config) trustLink(ctx context.Context, caller identity.Caller, rid string, q trusted) (trusted, error) {
+	return q, c.Backend.TrustLink(ctx, caller, rid, q.Link)
 }
 
 // pathCleanup is the QuteMail API's, whose clients were allowed it.

@@ -78,6 +78,10 @@ func (s *script) Links(_ context.Context, c identity.Caller, rid string) ([]admi
 	return s.links, errors.Join(s.linksErr, s.saw(c, rid))
 }
 
+func (s *script) TrustLink(_ context.Context, c identity.Caller, rid, _ string) error {
+	return s.saw(c, rid)
+}
+
 func (s *script) Cleanup(_ context.Context, c identity.Caller, rid string, _ []approval.Approval) (int, error) {
 	return 7, s.saw(c, rid)
 }

@@ -38,6 +38,7 @@ const (
 	DropBlock Action = "block-lost"   // the other end does not, or holds another
 	LinkAbort Action = "link-abort"   // distillation refused a block; Reason says why
 	LinkOpen  Action = "link-session" // a session of the link opened
+	TrustLink Action = "link-trusted" // an officer lets a link go on whose tags were wrong
 
 	Assign   Action = "assign"   // the peer's announce committed here: CACHED
 	Burn     Action = "burn"     // atoms deleted for ever without being handed out

@@ -73,7 +73,7 @@ func (a *Account) Add(e Event) {
 // each has exactly one.
 func (e Event) IsOutcome() bool {
 	switch e.Action {
-	case Status, EncKeys, DecKeys, Consume, Cleanup, Malformed:
+	case Status, EncKeys, DecKeys, Consume, Cleanup, TrustLink, Malformed:
 		return e.Request != ""
 	}
 	return false

@@ -15,6 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/policies"
 )
@@ -169,6 +170,30 @@ func (d OperatorDoor) Cleanup(ctx context.Context, c identity.Caller, rid string
 		return 0, call.refuse(ctx, err)
 	}
 	return n, nil
+}
+
+// TrustLink lets a link go on that rests because tags of its peer were wrong.
+func (d OperatorDoor) TrustLink(ctx context.Context, c identity.Caller, rid, link string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
+	defer cancel()
+	call := d.k.begin(c, rid, audit.TrustLink, identity.SAE{})
+	call.ev.Link = link
+	l := d.k.links[link]
+	if l == nil {
+		return call.refuse(ctx, problem.Because(problem.Invalid, fmt.Errorf("no link %q ends here", link)))
+	}
+	err := d.k.Store.TrustAgain(ctx, link)
+	if err == nil {
+		done := call.ev
+		done.Outcome = audit.Done
+		err = d.k.Store.RecordLate(ctx, call.late, done)
+		call.pending = errors.Is(err, store.ErrDoubt)
+	}
+	if err != nil {
+		return call.refuse(ctx, err)
+	}
+	d.k.clear(ctx, "tag-"+link)
+	return nil
 }
 
 // History is how a link did.
