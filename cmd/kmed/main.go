@@ -75,6 +75,10 @@ const (
 const collectAt = 800
 
 func main() {
+	if err := errors.Join(beginAgain(), harden()); err != nil {
+		fmt.Fprintln(os.Stderr, "kmed:", err)
+		os.Exit(1)
+	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(collectAt)
 	}

@@ -63,6 +63,7 @@ type node struct {
 	renewal    *pki.Renewal
 	roots      *x509.CertPool
 	token      *hsm.Token
+	sweeper    sweeper
 	witness    *store.Witness
 	auditKey   *audit.NodeKey
 	reader     *auditlog.Reader // nil: the audit log is not read here
@@ -161,6 +162,7 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 	for i, d := range doors {
 		open.Go(func() error { return d.serve(ctx, listening[i]) })
 	}
+	open.Go(func() error { return n.sweeper.run(ctx) })
 	open.Go(func() error { return n.tellSystemd(ctx, core.Alive) })
 	for _, r := range n.revoked {
 		open.Go(func() error { return r.Run(ctx) })
@@ -211,6 +213,9 @@ func (n *node) open(ctx context.Context) (err error) {
 	n.log.Info("hsm open", "token", n.cfg.HSM.Token, "manufacturer", info.Manufacturer, "model", info.Model, "serial", info.Serial)
 	if info.Software {
 		n.log.Warn(softHSMWarning)
+	}
+	if err := lockMemory(); err != nil {
+		n.log.Warn("memory is not locked: keys can get into the swap (LimitMEMLOCK=infinity)", "err", err)
 	}
 	if !n.cfg.Production {
 		n.log.Warn("production is not set: keys of the simulated link are handed out")
@@ -618,7 +623,7 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	}
 
 	return []door{
-		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: door014.Handler(doorOld.Mount), log: n.log},
+		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: n.sweeper.watch(door014.Handler(doorOld.Mount)), log: n.log},
 		{name: "assign", address: e.Assign, gate: gateAssign, handler: peer.Handler(core.PeerDoor(), gateAssign.Identify, n.log), log: n.log},
 		{name: "operator", address: e.Operator, gate: gateOperator, handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {

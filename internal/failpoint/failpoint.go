@@ -17,6 +17,9 @@ import (
 	"syscall"
 )
 
+// On says that this build has failpoints.
+const On = true
+
 // target and left come from KME_FAILPOINT=name or name:n (die at the n-th hit).
 var (
 	target string

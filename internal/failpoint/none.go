@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// On says that this build has failpoints.
+const On = false
+
 // Hit does nothing in this build.
 func Hit(string) {}
 

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"context"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// Plain keys live in buffers of ours, which are wiped. But an answer also passes through
+// buffers of the standard library (HTTP, TLS) that nobody can reach, and whatever the
+// garbage collector has freed keeps its bytes until the memory is used for something
+// else. So the collector overwrites what it frees (clobberFree), and it is made to run
+// soon after keys were handed out (sweeper). What remains is named in the threat model:
+// the last answers of connections that are open, in the buffers of those.
+
+// clobberFree has Go's runtime overwrite memory that the garbage collector frees. It is
+// read once, when a process begins: main begins again with it.
+const clobberFree = "clobberfree=1"
+
+// withClobberFree is environ with clobberFree in GODEBUG; nil if it is there, or if
+// whoever has started us has said that it is not to be.
+func withClobberFree(environ []string) []string {
+	const name = "GODEBUG="
+	for i, e := range environ {
+		value, ok := strings.CutPrefix(e, name)
+		if !ok {
+			continue
+		}
+		if strings.Contains(value, "clobberfree=") {
+			return nil
+		}
+		with := append([]string(nil), environ...)
+		with[i] = name + strings.Trim(value+","+clobberFree, ",")
+		return with
+	}
+	return append(append([]string(nil), environ...), name+clobberFree)
+}
+
+const (
+	sweepEvery = 2 * time.Second
+	// sweeps after the last answer: the buffers that the standard library shares survive
+	// one collection.
+	sweeps = 3
+)
+
+// sweeper runs the garbage collector while keys are handed out and a little beyond.
+type sweeper struct {
+	left atomic.Int32
+}
+
+// watch notes each request of a handler that answers with keys.
+func (s *sweeper) watch(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer s.left.Store(sweeps)
+		h.ServeHTTP(w, r)
+	})
+}
+
+// run sweeps until ctx ends.
+func (s *sweeper) run(ctx context.Context) error {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if s.left.Load() > 0 {
+			s.left.Add(-1)
+			runtime.GC()
+		}
+	}
+}
