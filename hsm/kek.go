@@ -214,6 +214,33 @@ func (t *Token) DestroyKEK(ctx context.Context, info KEKInfo) error {
 	return err
 }
 
+// DestroyAll destroys every secret key in the token, ours or not, whatever its label,
+// and returns those that it did. It is for emergencies, and asks nobody: session copies,
+// also those of this process, live on until a heartbeat finds that theirs is gone. A key
+// that cannot be destroyed keeps none of the others; the error names it.
+func (t *Token) DestroyAll(ctx context.Context) (destroyed []KEKInfo, err error) {
+	err = t.alone(ctx, "destroying all keys", func(s pkcs11.SessionHandle) error {
+		objects, err := t.m.find(s, tokenKeys())
+		if err != nil {
+			return err
+		}
+		var left []error
+		for _, o := range objects {
+			info, err := t.m.identify(s, o)
+			if err == nil {
+				err = fault("C_DestroyObject", t.m.DestroyObject(s, o))
+			}
+			if err != nil {
+				left = append(left, fmt.Errorf("key %s: %w", info, err))
+				continue
+			}
+			destroyed = append(destroyed, info)
+		}
+		return errors.Join(left...)
+	})
+	return destroyed, err
+}
+
 // ListKEKs returns every secret key in the token, ours or not, ordered by label
 // and ID, so that they can be compared with the register.
 func (t *Token) ListKEKs(ctx context.Context) ([]KEKInfo, error) {

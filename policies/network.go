@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/qutemail/kme/internal/identity"
 )
@@ -75,6 +76,9 @@ type NodeEntry struct {
 type Link struct {
 	ID         string
 	Alice, Bob identity.KME // Alice's KME sends the light
+
+	TTL     time.Duration // lifetime of an assigned key that nobody asked to be another; 0 for that of each node's kmed.yaml
+	PoolTTL time.Duration // how long a key that nobody has asked for stays useful; likewise
 }
 
 // SAEEntry is what is known of an SAE.
@@ -117,6 +121,9 @@ type linkDoc struct {
 	ID    word `yaml:"id"`
 	Alice word `yaml:"alice"`
 	Bob   word `yaml:"bob"`
+
+	TTL     word `yaml:"ttl"`
+	PoolTTL word `yaml:"pool_ttl"`
 }
 
 type saeDoc struct {
@@ -237,6 +244,12 @@ func (b *networkBuilder) addLink(l linkDoc) error {
 	if link.Alice == link.Bob {
 		return b.at(l.Bob).errorf("link %s joins %s to itself", link.ID, link.Bob)
 	}
+	if link.TTL, err = b.lifetime(l.TTL); err != nil {
+		return err
+	}
+	if link.PoolTTL, err = b.lifetime(l.PoolTTL); err != nil {
+		return err
+	}
 	for _, other := range b.net.Links {
 		if other.ID == link.ID {
 			return b.at(l.ID).errorf("link %s is there twice", link.ID)
@@ -248,6 +261,18 @@ func (b *networkBuilder) addLink(l linkDoc) error {
 	}
 	b.net.Links = append(b.net.Links, link)
 	return nil
+}
+
+// lifetime reads a duration of at least a second; 0 if it is left out.
+func (b *networkBuilder) lifetime(w word) (time.Duration, error) {
+	if w.text == "" {
+		return 0, nil
+	}
+	d, err := time.ParseDuration(w.text)
+	if err != nil || d < time.Second {
+		return 0, b.at(w).errorf("%q is no lifetime: a duration such as 30m, of at least 1s", w.text)
+	}
+	return d, nil
 }
 
 func (b *networkBuilder) addSAE(s saeDoc) error {

@@ -68,7 +68,7 @@ func TestShipped(t *testing.T) {
 		t.Errorf("km2-a of %s: got %+v, want %+v", s.TrustDomain, got, want)
 	}
 	for _, ends := range [][2]identity.KME{{kme("km1"), kme("km2")}, {kme("km2"), kme("km1")}} {
-		if l, ok := s.LinkBetween(ends[0], ends[1]); !ok || l != (Link{"km1-km2", kme("km1"), kme("km2")}) {
+		if l, ok := s.LinkBetween(ends[0], ends[1]); !ok || l != (Link{ID: "km1-km2", Alice: kme("km1"), Bob: kme("km2")}) {
 			t.Errorf("LinkBetween(%v): got %+v, %v", ends, l, ok)
 		}
 	}
@@ -308,6 +308,9 @@ func TestLoadRefuses(t *testing.T) {
 		{"gateway for a stranger", PrincipalsFile, "[alice@qutemail.example,", "[mallory,", `SAE "mallory" is not in network.yaml`},
 		{"gateway for one twice", PrincipalsFile, "[alice@qutemail.example,", "[bob@qutemail.example,", `lists "bob@qutemail.example" twice`},
 		{"gateway by a pattern", PrincipalsFile, "[alice@qutemail.example,", "['*@qutemail.example',", `SAE "*@qutemail.example" is not in network.yaml`},
+
+		{"lifetime of a link", NetworkFile, "bob: km2}", "bob: km2, ttl: 1h30}", `network.yaml:21:46: "1h30" is no lifetime`},
+		{"no pool lifetime of a link", NetworkFile, "bob: km2}", "bob: km2, pool_ttl: 10ms}", `"10ms" is no lifetime`},
 
 		{"policy without ID", "default.cedar", `@id("same-group")`, "", "default.cedar:"},
 		{"policy ID twice", "default.cedar", "not-with-oneself", "same-group", "default.cedar:15:1: the policy ID same-group is used twice"},

@@ -46,6 +46,7 @@ type commands struct {
 	Epochs  epochsCommand  `cmd:"" help:"See how the epochs stand, and when what was handed out cannot be recovered any more (operators)."`
 	Alarms  alarmsCommand  `cmd:"" help:"See what a KME node complains of (operators)."`
 	Audit   trailCommand   `cmd:"" help:"Read and verify the audit log (auditors)."`
+	KeyOps  keyCommands    `cmd:"" name:"key" help:"About keys, for operators: their story, and having them burned."`
 	Cleanup cleanupCommand `cmd:"" help:"Have keys ended whose lifetime is over, now (operators)."`
 	Doctor  doctorCommand  `cmd:"" help:"Look at everything that a KME node depends on, and say what to do about what is not well (operators)."`
 	SAE     saeCommand     `cmd:"" name:"sae" help:"See who is let in, shut an SAE out, let it in again (operators)."`

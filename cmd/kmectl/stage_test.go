@@ -379,6 +379,22 @@ func (b operatorTable) Cleanup(_ context.Context, _ identity.Caller, _ string, g
 	return 3 + len(given), nil
 }
 
+func (b operatorTable) KeyStory(_ context.Context, _ identity.Caller, _ string, id key.ID) (admin.KeyStory, error) {
+	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	return admin.KeyStory{
+		ID: id.String(), Epoch: 492204, Made: at, State: "CONSUMED",
+		Due: []admin.KeyDue{{SAE: "bob", Master: "alice", Bits: 256, Provenance: "simulated", KEK: 3, Expires: at, Gone: "taken"}},
+		Events: []admin.Event{
+			{At: at, Node: "km1-a", Seq: 9, Action: "enc_keys", Outcome: "done", Actor: "sae alice", Master: "alice", Slaves: []string{"bob"}},
+			{At: at, Node: "km1-a", Seq: 12, Action: "dec_keys", Outcome: "refused", Actor: "sae carol", Reason: "not named"},
+		},
+	}, nil
+}
+
+func (b operatorTable) Compromise(_ context.Context, _ identity.Caller, _ string, s admin.Suspicion) (admin.Compromised, error) {
+	return admin.Compromised{From: s.Since, To: s.Since.Add(time.Hour), Burned: 640, Voided: 5, Untold: []string{"km2"}}, nil
+}
+
 func (b operatorTable) Epochs(context.Context, identity.Caller, string) (admin.Epochs, error) {
 	starts := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	return admin.Epochs{Length: 3600, WorstCase: 90095, Epochs: []admin.Epoch{

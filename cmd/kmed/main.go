@@ -5,6 +5,7 @@
 //	kmed serve --config kmed.yaml      as the daemon's database role
 //	kmed migrate --database DSN        once per release, as the schema's owner
 //	kmed recover --config kmed.yaml    after the site's database was restored to the past
+//	kmed zeroize --config kmed.yaml    in an emergency: destroys every key of the HSM's token
 //	kmed hsm init|status|selftest|auth-secret    the key ceremony (hsm/README.md)
 //	kmed config check|print-default    what is wrong with a configuration, and what there is
 //
@@ -36,6 +37,7 @@ type commands struct {
 	Serve   serveCommand   `cmd:"" help:"Run a node until SIGTERM."`
 	Migrate migrateCommand `cmd:"" help:"Bring the database's schema up to date, as its owner."`
 	Recover recoverCommand `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
+	Zeroize zeroizeCommand `cmd:"" help:"In an emergency: destroy every key of the token, and with it all that the site has stored. Works without the database and beside nodes that run."`
 	Config  configCommand  `cmd:"" help:"Check a configuration, or print one with every member there is."`
 
 	HSM hsmCommands `cmd:"" name:"hsm" help:"The key ceremony, and questions to the token."`
@@ -55,6 +57,11 @@ type migrateCommand struct {
 type recoverCommand struct {
 	Config string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
 	Burn   bool   `help:"Destroy all that may have been delivered already: every KEK and every key that the site holds, and the other end's part of the pool. Without it, only say what would be lost."`
+}
+
+type zeroizeCommand struct {
+	Config  string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
+	Destroy bool   `name:"destroy-every-key" help:"Do it. There is no way back: what is stored is lost at this site, and kmed recover --burn begins anew."`
 }
 
 type configCommand struct {
@@ -115,6 +122,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	switch selected.Command() {
 	case "serve":
 		return serve(ctx, c.Serve.Config, log)
+	case "zeroize":
+		return zeroize(ctx, c.Zeroize, stdout, log)
 	case "recover":
 		return recoverSite(ctx, c.Recover, stdout, log)
 	case "config check":

@@ -95,6 +95,23 @@ func recoverSite(ctx context.Context, c recoverCommand, stdout io.Writer, log *s
 	return core.Recover(ctx, c.Burn, stdout)
 }
 
+// zeroize destroys every key of the token. It touches nothing else that may be away.
+func zeroize(ctx context.Context, c zeroizeCommand, stdout io.Writer, log *slog.Logger) error {
+	cfg, err := LoadConfig(c.Config, Environment{})
+	if err != nil {
+		return err
+	}
+	if !c.Destroy {
+		return fmt.Errorf("nothing was done: it destroys every key of token %s, and all that is stored at %s is lost: --destroy-every-key says so", cfg.HSM.Token, cfg.KME)
+	}
+	token, err := hsm.Open(ctx, cfg.token(log))
+	if err != nil {
+		return fmt.Errorf("opening the HSM: %w", err)
+	}
+	err = kme.Zeroize(ctx, token, cfg.Data, failpoint.Now(), stdout)
+	return errors.Join(err, token.Close())
+}
+
 // load opens what the configuration at path names and makes the core of it.
 func load(ctx context.Context, path string, log *slog.Logger) (*node, *kme.KME, error) {
 	env, err := ReadEnvironment(os.Getenv)
@@ -452,7 +469,7 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		}
 		_, profile := qlink.Standard()
 		c := kme.LinkConfig{
-			ID: lc.ID, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler, AuthFile: lc.AuthFile,
+			ID: lc.ID, TTL: l.TTL, PoolTTL: l.PoolTTL, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler, AuthFile: lc.AuthFile,
 		}
 		switch n.self {
 		case l.Alice:

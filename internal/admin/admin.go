@@ -18,6 +18,7 @@ import (
 
 	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
 )
 
 // Node is how a node of a KME stands.
@@ -189,6 +190,72 @@ type Span struct {
 	StoredPeer int       // likewise, of the other end
 }
 
+// KeyStory is what a site knows of one key, without its bytes.
+type KeyStory struct {
+	ID     string    `json:"key_id"`
+	Epoch  int64     `json:"epoch"` // in which it was made
+	Made   time.Time `json:"made"`  // the start of that epoch: its ID tells no more
+	State  string    `json:"state"` // STORED, CACHED, SERVED, CONSUMED, EXPIRED or VOID here; "" if nothing is known of it
+	Pool   *KeyPlace `json:"pool,omitzero"`
+	Due    []KeyDue  `json:"due,omitzero"`    // while the tables of its expiry are there
+	Events []Event   `json:"events,omitzero"` // that name it, oldest first
+}
+
+// KeyPlace is where a key lies in the pool of its link.
+type KeyPlace struct {
+	Link       string    `json:"link"`
+	Session    int64     `json:"session"`
+	Block      int64     `json:"block"`
+	Index      int       `json:"index"` // in the block, from 0
+	Held       time.Time `json:"held"`  // when the block was stored here
+	BlockState string    `json:"block_state"`
+	Owner      string    `json:"owner"` // here or peer: who may assign it
+	Leased     string    `json:"leased,omitzero"`
+	KEK        int64     `json:"kek"`
+	Provenance string    `json:"provenance"`
+}
+
+// KeyDue is a key's assignment to one SAE.
+type KeyDue struct {
+	SAE        string    `json:"sae"`
+	Master     string    `json:"master"`
+	Bits       int       `json:"bits"`
+	Provenance string    `json:"provenance"`
+	KEK        int64     `json:"kek"`
+	Expires    time.Time `json:"expires"`
+	Gone       string    `json:"gone,omitzero"` // taken, consumed, expired or void; "" while it waits
+}
+
+// Event is an event of the audit, as far as a story needs it.
+type Event struct {
+	At      time.Time `json:"at"`
+	Node    string    `json:"node"`
+	Seq     int64     `json:"seq"`
+	Action  string    `json:"action"`
+	Outcome string    `json:"outcome"`
+	Actor   string    `json:"actor,omitzero"`
+	Master  string    `json:"master,omitzero"`
+	Slaves  []string  `json:"slaves,omitzero"`
+	Reason  string    `json:"reason,omitzero"`
+	Request string    `json:"request,omitzero"`
+}
+
+// Suspicion is which keys somebody may know.
+type Suspicion struct {
+	Since time.Time `json:"since"`          // widened to whole epochs, as is Until: an ID tells no more
+	Until time.Time `json:"until,omitzero"` // zero: now
+	Link  string    `json:"link,omitzero"`  // "" for all links, and the pairs that are both served here
+}
+
+// Compromised is what became of them.
+type Compromised struct {
+	From   time.Time `json:"from"` // the epochs, to their end
+	To     time.Time `json:"to"`
+	Burned int       `json:"burned"` // 256-bit keys of the pool here
+	Voided int       `json:"voided"` // keys that waited to be taken here
+	Untold []string  `json:"untold"` // KMEs that have not answered yet that theirs are gone too: they are told until they do
+}
+
 // cleanupObject is the answer to a cleanup, in the QuteMail API's words.
 type cleanupObject struct {
 	Status  string `json:"status"`
@@ -215,6 +282,10 @@ type Backend interface {
 	Links(ctx context.Context, c identity.Caller, rid string) ([]Link, error)
 	Alarms(ctx context.Context, c identity.Caller, rid string) ([]Alarm, error)
 	Epochs(ctx context.Context, c identity.Caller, rid string) (Epochs, error)
+	// KeyStory tells what is known of a key, to an auditor. It records its outcome.
+	KeyStory(ctx context.Context, c identity.Caller, rid string, id key.ID) (KeyStory, error)
+	// Compromise has keys burned at both ends, for a security officer. It records its outcome.
+	Compromise(ctx context.Context, c identity.Caller, rid string, s Suspicion) (Compromised, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
 	Cleanup(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (removed int, err error)
 	// TrustLink lets a link go on that rests because tags of its peer were wrong. It records

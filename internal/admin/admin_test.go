@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 )
 
@@ -53,6 +54,16 @@ func TestRoundTrip(t *testing.T) {
 	if diff := cmp.Diff(s.epochs, epochs); diff != "" || err != nil {
 		t.Errorf("Epochs: %v (-want +got):\n%s", err, diff)
 	}
+	id := key.NewLocalID(when)
+	story, err := c.KeyStory(ctx, id)
+	if err != nil || story.ID != id.String() || len(story.Events) != 1 {
+		t.Errorf("KeyStory: %+v, %v", story, err)
+	}
+	what := admin.Suspicion{Since: when.UTC().Truncate(time.Second), Until: when.UTC().Truncate(time.Second).Add(time.Hour), Link: "km1-km2"}
+	burned, err := c.Compromise(ctx, what)
+	if diff := cmp.Diff(admin.Compromised{From: what.Since, To: what.Until, Burned: 7, Voided: 2, Untold: []string{"km1-km2"}}, burned); diff != "" || err != nil {
+		t.Errorf("Compromise: %v (-want +got):\n%s", err, diff)
+	}
 	alarms, err := c.Alarms(ctx)
 	if diff := cmp.Diff(s.alarms, alarms); diff != "" || err != nil {
 		t.Errorf("Alarms: %v (-want +got):\n%s", err, diff)
@@ -65,7 +76,7 @@ func TestRoundTrip(t *testing.T) {
 	if removed, err := c.Cleanup(ctx); removed != 7 || err != nil {
 		t.Errorf("Cleanup: %d, %v", removed, err)
 	}
-	if want := []string{"root", "root", "root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
+	if want := []string{"root", "root", "root", "root", "root", "root", "root", "root"}; !slices.Equal(s.callers, want) {
 		t.Errorf("callers seen by the Backend: got %v, want %v", s.callers, want)
 	}
 	if len(s.refusals) != 0 {

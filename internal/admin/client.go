@@ -11,6 +11,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"github.com/qutemail/kme/internal/approval"
+	"github.com/qutemail/kme/internal/key"
 )
 
 // maxAnswer is the most that a Client reads of an answer, in bytes.
@@ -80,6 +81,20 @@ func (c *Client) Epochs(ctx context.Context) (Epochs, error) {
 // TrustLink lets a link go on that rests because tags of its peer were wrong.
 func (c *Client) TrustLink(ctx context.Context, link string) error {
 	return c.post(ctx, pathTrust, trusted{link}, &trusted{})
+}
+
+// KeyStory tells what the node's site knows of a key.
+func (c *Client) KeyStory(ctx context.Context, id key.ID) (KeyStory, error) {
+	var s KeyStory
+	err := c.get(ctx, "/api/v1/keys/"+id.String()+"/story", &s)
+	return s, err
+}
+
+// Compromise has keys that somebody may know burned, here and at the other ends.
+func (c *Client) Compromise(ctx context.Context, s Suspicion) (Compromised, error) {
+	var done Compromised
+	err := c.post(ctx, pathCompromise, s, &done)
+	return done, err
 }
 
 // Cleanup ends what is overdue at the node's site, now, and says how many keys that

@@ -16,6 +16,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 )
 
@@ -58,6 +59,8 @@ func Handler(c Config) (http.Handler, error) {
 		r.Get(pathProof, serveTrail(c, c.proof))
 		r.Get(pathBundle, c.bundle)
 	}
+	r.Get("/api/v1/keys/{id}/story", answer(c, identity.Auditor, c.story))
+	r.Post(pathCompromise, act(c, identity.SecurityOfficer, c.Backend.Compromise))
 	r.Get("/metrics", c.metrics)
 	r.Get("/healthz", c.probe(c.Backend.Healthy))
 	r.Get("/readyz", c.probe(c.Backend.Ready))
@@ -91,6 +94,8 @@ func (c Config) trustLink(ctx context.Context, caller identity.Caller, rid strin
 
 // pathCleanup is the QuteMail API's, whose clients were allowed it.
 const pathCleanup = "/api/v1/keys/cleanup"
+
+const pathCompromise = "/api/v1/keys/compromise"
 
 func (c Config) cleanup(ctx context.Context, caller identity.Caller, rid string, q approved) (cleanupObject, error) {
 	n, err := c.Backend.Cleanup(ctx, caller, rid, q.Approvals)
@@ -163,6 +168,15 @@ func answer[A any](c Config, d identity.Duty, do func(context.Context, *exchange
 		}
 		x.write(http.StatusOK, body)
 	}
+}
+
+// story tells of the key that the path names.
+func (c Config) story(ctx context.Context, x *exchange) (KeyStory, error) {
+	id, err := key.ParseID(chi.URLParam(x.r, "id"))
+	if err != nil {
+		return KeyStory{}, refusal{&problem.Error{Kind: problem.Invalid, Detail: "that is no key_ID", Err: err}}
+	}
+	return c.Backend.KeyStory(ctx, x.caller, x.rid, id)
 }
 
 func (c Config) metrics(w http.ResponseWriter, r *http.Request) {

@@ -23,6 +23,7 @@ import (
 	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/pki"
 )
 
@@ -103,6 +104,14 @@ func (s *script) History(_ context.Context, _ identity.Caller, _, link string, f
 		}
 	}
 	return list, s.err
+}
+
+func (s *script) KeyStory(_ context.Context, c identity.Caller, rid string, id key.ID) (admin.KeyStory, error) {
+	return admin.KeyStory{ID: id.String(), State: "SERVED", Events: []admin.Event{{Node: "a", Seq: 7, Action: "enc_keys"}}}, s.saw(c, rid)
+}
+
+func (s *script) Compromise(_ context.Context, c identity.Caller, rid string, what admin.Suspicion) (admin.Compromised, error) {
+	return admin.Compromised{From: what.Since, To: what.Until, Burned: 7, Voided: 2, Untold: []string{what.Link}}, s.saw(c, rid)
 }
 
 func (s *script) Epochs(_ context.Context, c identity.Caller, rid string) (admin.Epochs, error) {

@@ -54,6 +54,9 @@ const (
 	KEKMade Action = "kek-created"
 	KEKGone Action = "kek-destroyed"
 
+	KeyShown   Action = "key-shown"  // an operator was told the story of Keys, without their bytes
+	Compromise Action = "compromise" // keys that somebody may know are burned at both ends: Reason says which
+
 	EpochSealed   Action = "epoch-sealed"    // no key comes into it any more
 	EpochDraining Action = "epoch-draining"  // no key in it lives: copies of its KEKs are given up
 	CopyClosed    Action = "kek-copy-closed" // this node has no copy of the KEK in its session any more

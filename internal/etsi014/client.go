@@ -157,7 +157,11 @@ func keyRequestBody(r KeyRequest) []byte {
 	}
 	if r.Provenance != "" {
 		value, _ := jsontext.AppendQuote(nil, string(r.Provenance)) // what cannot be quoted is no provenance
-		o.Mandatory = extensions{{provenanceName: value}}
+		o.Mandatory = append(o.Mandatory, map[string]jsontext.Value{provenanceName: value})
+	}
+	if r.TTL != 0 {
+		value := jsontext.Value(strconv.FormatInt(int64(r.TTL/time.Second), 10))
+		o.Mandatory = append(o.Mandatory, map[string]jsontext.Value{ttlName: value})
 	}
 	body, _ := json.Marshal(o)
 	return body

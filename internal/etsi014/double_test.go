@@ -7,6 +7,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/identity"
@@ -91,7 +92,7 @@ func (d at) begin(rid string, c identity.Caller, others ...identity.SAE) error {
 }
 
 func (d at) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128, MaxSAEs: 32, Strict: d.kme == "km2"}
+	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128, MaxSAEs: 32, MaxTTL: 24 * time.Hour, Strict: d.kme == "km2"}
 }
 
 func (d at) Status(_ context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {

@@ -14,6 +14,7 @@ package etsi014
 
 import (
 	"context"
+	"time"
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
@@ -49,6 +50,10 @@ type KeyRequest struct {
 	// Provenance is what the keys must be of, "" if it does not matter: our own member
 	// of extension_mandatory, qkm_provenance. What cannot be met is Unmet.
 	Provenance key.Provenance
+	// TTL is how long the slaves may take the keys, in whole seconds; 0 for the KME's
+	// default. It is our own member of both extensions, qkm_ttl_s: what is out of bounds
+	// is Unmet in extension_mandatory, and not heeded in extension_optional.
+	TTL time.Duration
 }
 
 // Status is a Status (clause 6.1). Sizes are in bits. What the standard gives as
@@ -69,11 +74,12 @@ type Status struct {
 
 // Limits is what the door holds requests to, in the words of Status.
 type Limits struct {
-	KeySize       int // bits; default of a request without a size
-	MinSize       int // bits
-	MaxSize       int // bits
-	MaxPerRequest int // keys
-	MaxSAEs       int // additional slaves; 0 is no multicast
+	KeySize       int           // bits; default of a request without a size
+	MinSize       int           // bits
+	MaxSize       int           // bits
+	MaxPerRequest int           // keys
+	MaxSAEs       int           // additional slaves; 0 is no multicast
+	MaxTTL        time.Duration // the longest that a request may name
 
 	// Strict refuses what the standard's data model leaves to goodwill: null for a
 	// member that may be left out, and an additional_slave_SAE_IDs that names nobody.

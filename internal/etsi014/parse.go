@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -92,15 +93,18 @@ func parseKeyRequest(body []byte, master, slave identity.SAE, l Limits) (KeyRequ
 	if slices.ContainsFunc(o.Mandatory, isNull) || slices.ContainsFunc(o.Optional, isNull) {
 		return KeyRequest{}, problem.New(problem.Invalid, "extension_mandatory and extension_optional shall be arrays of objects")
 	}
-	provenance, err := o.Mandatory.provenance()
+	wanted, err := o.Mandatory.wishes(l)
 	if err != nil {
 		return KeyRequest{}, err
+	}
+	if wanted.ttl == 0 {
+		wanted.ttl = o.Optional.ttl(l)
 	}
 	additional, err := parseAdditional(o.Additional, master, slave, l)
 	if err != nil {
 		return KeyRequest{}, err
 	}
-	return KeyRequest{Number: number, Bits: size, AdditionalSlaves: additional, Provenance: provenance}, checkAmount(number, size, l)
+	return KeyRequest{Number: number, Bits: size, AdditionalSlaves: additional, Provenance: wanted.provenance, TTL: wanted.ttl}, checkAmount(number, size, l)
 }
 
 // checkStrictly refuses what is otherwise taken as absent.
@@ -281,34 +285,64 @@ func checkAmount(number, size int, l Limits) error {
 
 func isNull(object map[string]jsontext.Value) bool { return object == nil }
 
-// provenance is what extension_mandatory asks for: it knows one name, and the value
-// must be one of our words. Members of other names are not supported; two values,
-// or one that is no such word, cannot be met.
-func (x extensions) provenance() (key.Provenance, error) {
-	var wanted key.Provenance
+// wishes are what extension_mandatory asks for.
+type wishes struct {
+	provenance key.Provenance
+	ttl        time.Duration
+}
+
+// wishes reads extension_mandatory: it knows two names. Members of other names are not
+// supported; two values of one, or a value that is none, cannot be met.
+func (x extensions) wishes(l Limits) (w wishes, err error) {
 	var names []string
 	met := true
 	for _, object := range x {
 		for name, value := range object {
-			var p key.Provenance
-			switch {
-			case name != provenanceName:
-				names = append(names, name)
-			case json.Unmarshal(value, &p) != nil || p == "" || wanted != "" && p != wanted:
-				met = false
+			switch name {
+			case provenanceName:
+				var p key.Provenance
+				met = met && json.Unmarshal(value, &p) == nil && p != "" && (w.provenance == "" || p == w.provenance)
+				w.provenance = p
+			case ttlName:
+				ttl := lifetime(value, l)
+				met = met && ttl > 0 && (w.ttl == 0 || ttl == w.ttl)
+				w.ttl = ttl
 			default:
-				wanted = p
+				names = append(names, name)
 			}
 		}
 	}
 	if len(names) > 0 {
 		slices.Sort(names)
-		return "", &problem.Error{Kind: problem.Invalid, Detail: msgMandatory, Err: unsupported(slices.Compact(names))}
+		return wishes{}, &problem.Error{Kind: problem.Invalid, Detail: msgMandatory, Err: unsupported(slices.Compact(names))}
 	}
 	if !met {
-		return "", Unmet(errors.New("no provenance is like that"))
+		return wishes{}, Unmet(errors.New("no provenance, or no lifetime that may be asked for, is like that"))
 	}
-	return wanted, nil
+	return w, nil
+}
+
+// ttl is the lifetime that extension_optional asks for; 0 if it asks for none, for two,
+// or for one that cannot be had.
+func (x extensions) ttl(l Limits) (ttl time.Duration) {
+	for _, object := range x {
+		if value, ok := object[ttlName]; ok {
+			if ttl != 0 {
+				return 0
+			}
+			ttl = lifetime(value, l)
+		}
+	}
+	return ttl
+}
+
+// lifetime reads a number of seconds that may be asked for; 0 if it is none.
+func lifetime(value jsontext.Value, l Limits) time.Duration {
+	var seconds int64
+	if json.Unmarshal(value, &seconds) != nil || seconds < 1 || seconds > int64(l.MaxTTL/time.Second) {
+		return 0
+	}
+	return time.Duration(seconds) * time.Second
 }
 
 // Unmet is the standard's answer to a member of extension_mandatory that is known and

@@ -98,6 +98,10 @@ func wireError(err error, rid string) (status int, o errorObject, after time.Dur
 // ends in an underscore (clause 6.2).
 const provenanceName = "qkm_provenance"
 
+// ttlName is our member of extension_mandatory and extension_optional: for how many
+// seconds the slaves may take the keys.
+const ttlName = "qkm_ttl_s"
+
 // appendContainer appends the Key container object (clause 6.3) of c. Key bytes go
 // straight into dst: give it the capacity of containerSize, or its growth leaves
 // copies behind that nobody wipes.

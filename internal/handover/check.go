@@ -245,6 +245,17 @@ func (b Burned) Check() error {
 	return nil
 }
 
+// Check says what is wrong with c, nil if nothing is.
+func (c Compromise) Check() error {
+	if err := checkName("link", c.Link); err != nil {
+		return fmt.Errorf("compromise: %w", err)
+	}
+	if c.Act < 1 || c.First < 0 || c.Last < c.First || c.Session < 0 || c.Block < 0 {
+		return fmt.Errorf("compromise %d of epochs %d to %d, up to block %d of session %d", c.Act, c.First, c.Last, c.Block, c.Session)
+	}
+	return nil
+}
+
 // Check says what is wrong with a, nil if nothing is.
 func (a BurnedAnswer) Check() error {
 	if len(a.Links) > MaxLinks {

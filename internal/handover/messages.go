@@ -261,6 +261,18 @@ type BurnedAnswer struct {
 	Links []LinkSession `json:"links"`
 }
 
+// Compromise says that somebody may know the keys of a link whose IDs are of some
+// epochs, those of blocks up to one: neither end may hand them out any more. What the
+// sender has assigned of them is taken back.
+type Compromise struct {
+	Act     int64  `json:"act"` // its number at the sender
+	Link    string `json:"link"`
+	First   int64  `json:"first_epoch"`
+	Last    int64  `json:"last_epoch"`
+	Session int64  `json:"session"` // of the last block that is meant
+	Block   int64  `json:"block"`
+}
+
 // LinkSession is the highest session that an end has opened on a link.
 type LinkSession struct {
 	Link    string `json:"link"`

@@ -75,7 +75,7 @@ func (l *link) even(ctx context.Context) error {
 	if mine.calm.Load() > 0 && time.Since(mine.looked) < restTimes*mine.took {
 		return nil
 	}
-	from, began := k.usable(), time.Now()
+	from, began := l.usable(), time.Now()
 	b, err := k.Store.Balance(ctx, l.ID, from)
 	mine.looked, mine.took = began, time.Since(began)
 	if err != nil {

@@ -230,7 +230,7 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 
 // Limits are what this KME serves. The largest request is askAtoms in an announce.
 func (k *KME) Limits() etsi014.Limits {
-	return etsi014.Limits{KeySize: key.AtomBits, MinSize: handover.MinBits, MaxSize: handover.MaxBits, MaxPerRequest: 128, MaxSAEs: 32, Strict: k.Strict}
+	return etsi014.Limits{KeySize: key.AtomBits, MinSize: handover.MinBits, MaxSize: handover.MaxBits, MaxPerRequest: 128, MaxSAEs: 32, MaxTTL: k.MaxTTL, Strict: k.Strict}
 }
 
 // Refused records what a door itself turned away after TLS, and returns what to answer.

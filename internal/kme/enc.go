@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,9 +20,9 @@ import (
 type order struct {
 	slaves []identity.SAE // at least one, no two alike
 	number int
-	bits   int // size of each key
-	ttl    time.Duration
-	reread bool // the slaves may read the keys again (legacy)
+	bits   int           // size of each key
+	ttl    time.Duration // 0 until it is known whose default holds
+	reread bool          // the slaves may read the keys again (legacy)
 
 	provenance key.Provenance // that the keys must have; "" for any
 }
@@ -44,7 +45,7 @@ type issue struct {
 // EncKeys is Get key of 014, 5.3: new keys for the caller (master) and its slaves.
 func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave identity.SAE, r etsi014.KeyRequest) (etsi014.Container, error) {
 	slaves := append([]identity.SAE{slave}, r.AdditionalSlaves...)
-	o := order{slaves: slaves, number: r.Number, bits: r.Bits, ttl: k.DefaultTTL, provenance: r.Provenance}
+	o := order{slaves: slaves, number: r.Number, bits: r.Bits, ttl: r.TTL, provenance: r.Provenance}
 	call := k.begin(c, rid, audit.EncKeys, slave)
 	got, err := k.initiate(ctx, call, o)
 	k.counted(call, err)
@@ -60,6 +61,12 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	}
 	if err != nil {
 		return issue{}, c.refuse(ctx, err)
+	}
+	if o.ttl == 0 {
+		o.ttl = k.DefaultTTL
+		if w.link != nil {
+			o.ttl = cmp.Or(w.link.TTL, k.DefaultTTL)
+		}
 	}
 	if err := k.spend(c.sae, o.number*((o.bits+key.AtomBits-1)/key.AtomBits)); err != nil {
 		return issue{}, c.refuse(ctx, err)

@@ -274,7 +274,11 @@ func (n *ending) drop(ctx context.Context, e store.Epoch) (bool, error) {
 // It has been sealed under the KEK of the epoch in which it was made, whose keys are
 // stored for PoolTTL after that epoch, and of the epoch in which it was to expire.
 func (k *KME) unrecoverableAfter() time.Duration {
-	return k.EpochLength + max(k.PoolTTL, k.MaxTTL+sealSlack) + endTime
+	longest := max(k.PoolTTL, k.MaxTTL+sealSlack)
+	for id := range k.links {
+		longest = max(longest, k.poolTTL(id))
+	}
+	return k.EpochLength + longest + endTime
 }
 
 // endTime is for the steps themselves: what expires is looked for every ten seconds,

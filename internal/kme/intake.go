@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"runtime"
@@ -129,6 +130,7 @@ func (k *KME) tellPeers(ctx context.Context) {
 			silent[v.Peer] = true // the others' turn
 		}
 	}
+	k.tellCompromises(ctx)
 	for id := range k.Peers {
 		if err := k.tellGrants(ctx, id); err != nil {
 			k.Log.Debug("telling of granted chunks", "peer", id.String(), "err", err)
@@ -157,15 +159,23 @@ func (l *link) tellHeld(ctx context.Context, h handover.Held) error {
 	return nil
 }
 
-// oldest is the first epoch whose atoms are still used.
-func (k *KME) oldest() key.Epoch {
-	return key.EpochAt(k.Now().Add(-k.PoolTTL), k.EpochLength)
+// poolTTL is how long unassigned atoms of a link stay useful.
+func (k *KME) poolTTL(link string) time.Duration {
+	if l := k.links[link]; l != nil {
+		return cmp.Or(l.PoolTTL, k.PoolTTL)
+	}
+	return k.PoolTTL // it was taken out of network.yaml
+}
+
+// oldest is the first epoch whose atoms are still used, of a link.
+func (k *KME) oldest(link string) key.Epoch {
+	return key.EpochAt(k.Now().Add(-k.poolTTL(link)), k.EpochLength)
 }
 
 // usable is the first epoch whose atoms may be announced: a little before the peer
 // expires them, so that none is announced in vain.
-func (k *KME) usable() key.Epoch {
-	return key.EpochAt(k.Now().Add(epochSlack+requestTime-k.PoolTTL), k.EpochLength)
+func (l *link) usable() key.Epoch {
+	return key.EpochAt(l.k.Now().Add(epochSlack+requestTime-l.k.poolTTL(l.ID)), l.k.EpochLength)
 }
 
 // expire ends what has outlived its time.
@@ -178,7 +188,13 @@ func (k *KME) expire(ctx context.Context) {
 	if _, err := k.expireDue(ctx); err != nil {
 		k.Log.Warn("expiring assigned keys", "err", err)
 	}
-	if _, err := k.Store.ExpirePool(ctx, k.oldest(), k.poolExpired); err != nil {
+	links, err := k.Store.Links(ctx)
+	for _, id := range links {
+		if _, err = k.Store.ExpirePool(ctx, id, k.oldest(id), k.poolExpired); err != nil {
+			break
+		}
+	}
+	if err != nil {
 		k.Log.Warn("expiring the pool", "err", err)
 	}
 }

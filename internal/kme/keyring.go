@@ -61,7 +61,11 @@ func (r *keyring) verify(ctx context.Context) error {
 // that no request waits for one.
 func (r *keyring) prepare(ctx context.Context) error {
 	now := key.EpochAt(r.k.Now(), r.k.EpochLength)
-	last := key.EpochAt(r.k.Now().Add(r.k.DefaultTTL), r.k.EpochLength) + 1
+	ttl := r.k.DefaultTTL
+	for _, l := range r.k.links {
+		ttl = max(ttl, l.TTL)
+	}
+	last := key.EpochAt(r.k.Now().Add(ttl), r.k.EpochLength) + 1
 	for e := now; e <= last; e++ {
 		if _, err := r.forEpoch(ctx, e); err != nil && !errors.Is(err, store.ErrExpired) {
 			return err

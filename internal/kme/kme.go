@@ -11,6 +11,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -86,6 +87,7 @@ type KME struct {
 	hsmDown atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
 	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
 	greeted atomic.Int64 // how often all peers were
+	known   compromises
 	alarms  alarms
 	outage  *outage
 	debts   debts
@@ -149,6 +151,9 @@ func New(c Config) (*KME, error) {
 	k.hsmDown.Store("")
 	k.keks = newKeyring(k)
 	for _, lc := range c.Links {
+		if lc.TTL < 0 || lc.TTL > c.MaxTTL || lc.PoolTTL != 0 && lc.PoolTTL < c.EpochLength {
+			return nil, fmt.Errorf("configuring the KME: link %s: a ttl of %v and a pool_ttl of %v: at most max_ttl (%v), and at least an epoch (%v)", lc.ID, lc.TTL, lc.PoolTTL, c.MaxTTL, c.EpochLength)
+		}
 		if c.Peers[lc.Peer] == nil {
 			return nil, fmt.Errorf("configuring the KME: link %s: no client for peer %s", lc.ID, lc.Peer)
 		}
@@ -333,11 +338,13 @@ func (k *KME) beat(ctx context.Context) {
 	} else {
 		k.clear(ctx, "database")
 		k.watchPast(ctx)
+		k.watchCompromises(ctx)
 		k.summarise(ctx)
 		if err := k.Store.LookAtUntaken(ctx); err != nil {
 			k.Log.Warn("looking at what waits to be taken", "err", err) // what was read before still counts
 		}
 	}
+	k.watchZeroized(ctx)
 	took, err := k.heartbeat(ctx)
 	if ctx.Err() != nil {
 		return // the node stops: that is no fault of the HSM
@@ -486,7 +493,7 @@ func (k *KME) hello(ctx context.Context, to identity.KME, s store.Standing) hand
 		if err != nil {
 			continue // the database is away: the rest of the hello still says that we live
 		}
-		h.Links = append(h.Links, handover.HelloLink{Link: l.ID, Session: session, TTL: k.DefaultTTL.Milliseconds(), Pool: k.PoolLimit})
+		h.Links = append(h.Links, handover.HelloLink{Link: l.ID, Session: session, TTL: cmp.Or(l.TTL, k.DefaultTTL).Milliseconds(), Pool: k.PoolLimit})
 	}
 	h.Clock = k.Now().UnixMilli()
 	return h

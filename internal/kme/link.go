@@ -28,6 +28,8 @@ type LinkConfig struct {
 	End        handover.End
 	Profile    distill.Params
 	Provenance key.Provenance                              // of the keys that it makes
+	TTL        time.Duration                               // lifetime of an assigned key that nobody asked to be another; 0 for the node's DefaultTTL
+	PoolTTL    time.Duration                               // how long an unassigned atom stays useful; 0 for the node's
 	Interval   time.Duration                               // least time from the start of a block to that of the next
 	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
 	Dial       func(context.Context) (*peer.Stream, error) // Alice's end only: the classical channel
@@ -71,7 +73,7 @@ func newLink(k *KME, c LinkConfig) *link {
 	l.pool = pool{
 		lease: func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
 		free:  func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
-		fresh: func(e key.Epoch) bool { return e >= k.usable() },
+		fresh: func(e key.Epoch) bool { return e >= l.usable() },
 		nodes: k.alive,
 
 		wanting: make(chan struct{}, 1),

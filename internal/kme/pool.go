@@ -190,6 +190,15 @@ func (p *pool) add(h *held) int {
 	return at
 }
 
+// drop takes out of hand the leases that are meant: their atoms are burned.
+func (p *pool) drop(meant func(store.Lease) bool) {
+	p.stocking.Lock()
+	defer p.stocking.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.leases = slices.DeleteFunc(p.leases, func(h *held) bool { return meant(h.Lease) })
+}
+
 // forget drops all leases: their atoms are not in the database any more.
 func (p *pool) forget() {
 	p.mu.Lock()

@@ -72,6 +72,9 @@ func (k *KME) Recover(ctx context.Context, burn bool, out io.Writer) error {
 		return err
 	}
 	say("keys: %d burned in the pool, %d ended that waited to be taken", pool, due)
+	if err := k.endZeroized(ctx); err != nil {
+		return err
+	}
 	if err := k.endRecovery(ctx, w); err != nil {
 		return err
 	}

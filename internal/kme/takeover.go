@@ -39,7 +39,11 @@ func (k *KME) beginRun(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("beginning a run: %w", err)
 	}
-	if why := cmp.Or(now.Suspended, k.restored(now, inToken, inFile)); why == "" {
+	zeroized, err := k.zeroized(ctx)
+	if err != nil {
+		return err
+	}
+	if why := cmp.Or(zeroized, now.Suspended, k.restored(now, inToken, inFile)); why == "" {
 		k.Store.Witness().Start(now.Origin)
 	} else if err := k.suspend(ctx, why); err != nil {
 		return fmt.Errorf("beginning a run: %w: %s", err, why)

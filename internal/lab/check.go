@@ -370,6 +370,7 @@ const (
 	consume, cleanup                    = "consume", "cleanup"
 	assign, burn, expire, lost          = "assign", "burn", "expire", "block-lost"
 	recovery                            = "recover"
+	compromised, shown                  = "compromise", "key-shown"
 )
 
 // checkOutcomes is I4: a request that a handler saw has exactly one outcome event.
@@ -378,7 +379,7 @@ func (e *evidence) checkOutcomes(r *Report) {
 	outcomes := make(map[string]int)
 	for _, ev := range e.events {
 		switch ev.Action {
-		case encKeys, decKeys, status, malformed, consume, cleanup:
+		case encKeys, decKeys, status, malformed, consume, cleanup, compromised, shown:
 			if ev.Request != "" {
 				outcomes[ev.Request]++
 			}

@@ -126,6 +126,13 @@ func (c *Client) Checkpoint(ctx context.Context, s audit.Submission) (audit.Cosi
 	return call[audit.Cosigned](ctx, c, pathCheckpoint, s, maxBody)
 }
 
+// Compromise has the peer burn keys that somebody may know. It may be said any number
+// of times.
+func (c *Client) Compromise(ctx context.Context, m handover.Compromise) error {
+	_, err := call[done](ctx, c, pathCompromise, m, maxBody)
+	return err
+}
+
 // Grant gives chunks to the peer. It may be said any number of times.
 func (c *Client) Grant(ctx context.Context, g handover.Grant) (handover.GrantAnswer, error) {
 	return call[handover.GrantAnswer](ctx, c, pathGrant, g, maxBody)

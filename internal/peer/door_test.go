@@ -73,6 +73,10 @@ func (s *site) Checkpoint(_ context.Context, from identity.KME, c audit.Submissi
 	return audit.Cosigned{Size: c.Old, Line: "line"}, s.note(from, c)
 }
 
+func (s *site) Compromise(_ context.Context, from identity.KME, c handover.Compromise) error {
+	return s.note(from, c)
+}
+
 func (s *site) Burned(_ context.Context, from identity.KME, b handover.Burned) (handover.BurnedAnswer, error) {
 	return handover.BurnedAnswer{Links: []handover.LinkSession{{Link: "l1", Session: 7}}}, s.note(from, b)
 }
@@ -176,7 +180,11 @@ func TestEveryMessageArrives(t *testing.T) {
 	if got, err := c.Burned(ctx, burned); err != nil || len(got.Links) != 1 || got.Links[0] != (handover.LinkSession{Link: "l1", Session: 7}) {
 		t.Errorf("Burned: %+v, %v", got, err)
 	}
-	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, burned}, s.asked, unexported); diff != "" {
+	compromise := handover.Compromise{Act: 3, Link: "l1", First: 492204, Last: 492205, Session: 2, Block: 9}
+	if err := c.Compromise(ctx, compromise); err != nil {
+		t.Errorf("Compromise: %v", err)
+	}
+	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, burned, compromise}, s.asked, unexported); diff != "" {
 		t.Errorf("what the Backend was asked (-want +got):\n%s", diff)
 	}
 	if s.from != mustKME(t, "km1") {

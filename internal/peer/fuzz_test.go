@@ -45,6 +45,7 @@ var parsers = map[string]func(*testing.T, []byte) bool{
 	"announce":        reparse[handover.Announce],
 	"announce-answer": reparse[handover.AnnounceAnswer],
 	"void":            reparse[handover.Void],
+	"compromise":      reparse[handover.Compromise],
 	"burned":          reparse[handover.Burned],
 	"burned-answer":   reparse[handover.BurnedAnswer],
 	"submission":      reparse[audit.Submission],
@@ -106,6 +107,7 @@ func FuzzHeldAnswer(f *testing.F)     { fuzz(f, "held-answer") }
 func FuzzAnnounce(f *testing.F)       { fuzz(f, "announce") }
 func FuzzAnnounceAnswer(f *testing.F) { fuzz(f, "announce-answer") }
 func FuzzVoid(f *testing.F)           { fuzz(f, "void") }
+func FuzzCompromise(f *testing.F)     { fuzz(f, "compromise") }
 func FuzzBurned(f *testing.F)         { fuzz(f, "burned") }
 func FuzzSubmission(f *testing.F)     { fuzz(f, "submission") }
 func FuzzBurnedAnswer(f *testing.F)   { fuzz(f, "burned-answer") }

@@ -84,6 +84,9 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 		rows, err := b.Run(ctx, from, run)
 		return runAnswer{rows}, err
 	}))
+	r.Post(pathCompromise, serve(d, pathCompromise, func(ctx context.Context, from identity.KME, c handover.Compromise) (done, error) {
+		return done{}, b.Compromise(ctx, from, c)
+	}))
 	r.Post(pathBurned, serve(d, pathBurned, b.Burned))
 	r.Post(pathCheckpoint, serve(d, pathCheckpoint, b.Checkpoint))
 	r.Post(pathGrant, serve(d, pathGrant, func(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {

@@ -44,6 +44,8 @@ type Backend interface {
 	Void(ctx context.Context, from identity.KME, v handover.Void) error
 	// Burned drops what was shared with a site that was recovered. It is idempotent.
 	Burned(ctx context.Context, from identity.KME, b handover.Burned) (handover.BurnedAnswer, error)
+	// Compromise burns keys of a link that somebody may know. It is idempotent.
+	Compromise(ctx context.Context, from identity.KME, c handover.Compromise) error
 	// Grant makes chunks this end's, and acknowledges all of them. It is idempotent.
 	Grant(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error)
 	// Run hears of a node's new run and lists what lower runs were assigned.

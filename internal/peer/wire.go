@@ -24,6 +24,7 @@ const (
 	pathBurned   = "/peer/v1/burned"
 
 	pathCheckpoint = "/peer/v1/checkpoint"
+	pathCompromise = "/peer/v1/compromise"
 )
 
 // heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.

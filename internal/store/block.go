@@ -33,6 +33,16 @@ func (db *DB) EnsureLink(ctx context.Context, id string, peer identity.KME, end 
 	return nil
 }
 
+// Links lists the links that there ever were.
+func (db *DB) Links(ctx context.Context) ([]string, error) {
+	rows, _ := db.pool.Query(ctx, "SELECT id FROM link ORDER BY id")
+	links, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, away("listing links", err)
+	}
+	return links, nil
+}
+
 // LastBlock is the link's highest session, and when its last block was held or, if it
 // has none yet, when it was opened. The session is 0 if there is none.
 func (db *DB) LastBlock(ctx context.Context, link string) (session int64, at time.Time, err error) {

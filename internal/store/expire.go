@@ -103,13 +103,13 @@ func (w *expire) settle(_ context.Context, a *attempt) error {
 // expireChunks bounds the chunks of one ExpirePool.
 const expireChunks = 256
 
-// ExpirePool deletes atoms of epochs before the given one, of chunks that nobody
+// ExpirePool deletes atoms of a link, of epochs before the given one, of chunks that nobody
 // leases or this run does, of up to 256 chunks, and returns how many. event makes
 // the event of those of one link. The caller lends no such atom any more; of one
 // that is lent already the Serve is short.
-func (db *DB) ExpirePool(ctx context.Context, before key.Epoch, event func(link string, atoms []audit.Atoms) audit.Event) (n int, err error) {
+func (db *DB) ExpirePool(ctx context.Context, link string, before key.Epoch, event func(link string, atoms []audit.Atoms) audit.Event) (n int, err error) {
 	var old int
-	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM chunk WHERE epoch < $1 AND (node IS NULL OR node = $2) AND remaining > 0", before, db.cfg.Node).Scan(&old)
+	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM chunk WHERE link = $3 AND epoch < $1 AND (node IS NULL OR node = $2) AND remaining > 0", before, db.cfg.Node, link).Scan(&old)
 	if err != nil {
 		return 0, away("looking for old chunks", err)
 	}
@@ -117,8 +117,8 @@ func (db *DB) ExpirePool(ctx context.Context, before key.Epoch, event func(link 
 		return 0, nil
 	}
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		chunks, err := lockChunks(ctx, a, `epoch < $1 AND remaining > 0 AND (node IS NULL OR node = $3 AND run = $4)
-			ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks, a.c.db.cfg.Node, a.c.run)
+		chunks, err := lockChunks(ctx, a, `link = $5 AND epoch < $1 AND remaining > 0 AND (node IS NULL OR node = $3 AND run = $4)
+			ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks, a.c.db.cfg.Node, a.c.run, link)
 		if err != nil {
 			return err
 		}

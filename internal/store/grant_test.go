@@ -287,7 +287,7 @@ func TestGrantsGoWithTheirEpoch(t *testing.T) {
 	s.give(db, 1)
 	e := s.epoch()
 	s.step(hour)
-	if _, err := db.ExpirePool(t.Context(), s.epoch(), func(link string, atoms []audit.Atoms) audit.Event {
+	if _, err := db.ExpirePool(t.Context(), linkName, s.epoch(), func(link string, atoms []audit.Atoms) audit.Event {
 		return audit.Event{Action: audit.Expire, Outcome: audit.Done, Link: link, Atoms: atoms}
 	}); err != nil {
 		t.Fatal(err)

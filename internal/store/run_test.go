@@ -260,7 +260,7 @@ func TestExpirePool(t *testing.T) {
 	s.step(hour)
 	s.fill(db, 64, mine)
 	var gone []audit.Atoms
-	n, err := db.ExpirePool(ctx, s.epoch(), func(link string, atoms []audit.Atoms) audit.Event {
+	n, err := db.ExpirePool(ctx, linkName, s.epoch(), func(link string, atoms []audit.Atoms) audit.Event {
 		gone = atoms
 		return audit.Event{Action: audit.Expire, Outcome: audit.Done, Link: link, Atoms: atoms}
 	})
@@ -268,7 +268,7 @@ func TestExpirePool(t *testing.T) {
 	if diff := cmp.Diff(want, gone); diff != "" || n != 191 || err != nil {
 		t.Errorf("expired %d, %v (-want +got):\n%s", n, err, diff)
 	}
-	n, err = db.ExpirePool(ctx, s.epoch(), func(string, []audit.Atoms) audit.Event {
+	n, err = db.ExpirePool(ctx, linkName, s.epoch(), func(string, []audit.Atoms) audit.Event {
 		t.Error("an event of nothing")
 		return audit.Event{}
 	})
