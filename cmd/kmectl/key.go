@@ -14,7 +14,7 @@ import (
 
 // keyCommands are about keys, for operators.
 type keyCommands struct {
-	Show       storyCommand       `cmd:"" help:"See the story of a key, without its bytes (auditors)."`
+	Show       storyCommand      `cmd:"" help:"See the story of a key, without its bytes (auditors)."`
 	Compromise compromiseCommand `cmd:"" help:"Have all keys burned, at both ends, that were made at some time and that somebody may know (security officers)."`
 }
 

@@ -1,7 +1,8 @@
 // Package admin is the operator API of a KME node: what it says on the wire, the
 // door that serves it and the client that calls it. It shows how the node, its
-// links, its alarms and its callers stand; whoever has the duty may shut callers out,
-// let them in again, have policies read anew and overdue keys ended.
+// links, its epochs, its alarms and its callers stand; whoever has the duty may shut
+// callers out, let them in again, have policies read anew, and end keys: those that are
+// overdue, and those that somebody may know.
 //
 // The door promises that a Backend sees only requests of an operator whom a
 // certificate names, and acts only of one who has the duty that they take, and that
@@ -9,7 +10,8 @@
 // /readyz alone ask for no name: any certificate of the operators' CA may ask whether
 // the node lives and serves.
 //
-// It must never show key material, wrapped or plain, or who shares keys with whom.
+// It must never show key material, wrapped or plain; nor who shares keys with whom, but
+// to an auditor who asks for one key, which is recorded.
 package admin
 
 import (

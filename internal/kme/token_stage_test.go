@@ -75,11 +75,15 @@ func openToken(t testing.TB, dir string) *hsm.Token {
 func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 	s.t.Helper()
 	rules, _ := core(s.t)
+	nodeKey, err := audit.OpenNodeKey(filepath.Join(s.data, "audit.key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	c := Config{
 		Self: kmeID(s.t, "km1"), Node: "a", Store: s.connect(), Token: openToken(s.t, dir), Policies: rules.Policies,
 		Log: slog.New(slog.DiscardHandler), Now: s.now, DataDir: s.data,
 		EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: time.Hour, PoolLimit: 1000,
-		Quota: Quota{Rate: 1e6, Burst: 1e6, Untaken: 1e6},
+		Quota: Quota{Rate: 1e6, Burst: 1e6, Untaken: 1e6}, Trail: Trail{TrustDomain: "lab.test", NodeKey: nodeKey},
 	}
 	for _, f := range change {
 		f(&c)
