@@ -2,6 +2,7 @@ package kme
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"os"
@@ -15,8 +16,10 @@ import (
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
 )
 
 const (
@@ -81,6 +84,10 @@ func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 	}
 	c := Config{
 		Self: kmeID(s.t, "km1"), Node: "a", Store: s.connect(), Token: openToken(s.t, dir), Policies: rules.Policies,
+		Live: policies.NewCurrent(rules.Policies()), LoadPolicies: func() (*policies.Set, error) { return rules.Policies(), nil },
+		Officer: func(*x509.Certificate, time.Time) (identity.Caller, error) {
+			return identity.Caller{}, errors.New("there are no officers")
+		},
 		Log: slog.New(slog.DiscardHandler), Now: s.now, DataDir: s.data,
 		EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: time.Hour, PoolLimit: 1000,
 		Quota: Quota{Rate: 1e6, Burst: 1e6, Untaken: 1e6}, Trail: Trail{TrustDomain: "lab.test", NodeKey: nodeKey},
