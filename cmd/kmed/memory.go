@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"net"
 	"net/http"
 	"runtime"
 	"strings"
@@ -57,6 +58,14 @@ func (s *sweeper) watch(h http.Handler) http.Handler {
 		defer s.left.Store(sweeps)
 		h.ServeHTTP(w, r)
 	})
+}
+
+// connection notes the end of a connection: its buffers, with the last answers that it
+// carried, are garbage from then on.
+func (s *sweeper) connection(_ net.Conn, state http.ConnState) {
+	if state == http.StateClosed {
+		s.left.Store(sweeps)
+	}
 }
 
 // run sweeps until ctx ends.

@@ -592,6 +592,7 @@ type door struct {
 	handler http.Handler
 	log     *slog.Logger
 	raw     func(context.Context, net.Listener) error // instead of gate and handler
+	state   func(net.Conn, http.ConnState)            // told of each connection; may be nil
 }
 
 // doors makes the four doors. A certificate of one role cannot reach a route of
@@ -640,7 +641,7 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	}
 
 	return []door{
-		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: n.sweeper.watch(door014.Handler(doorOld.Mount)), log: n.log},
+		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: n.sweeper.watch(door014.Handler(doorOld.Mount)), state: n.sweeper.connection, log: n.log},
 		{name: "assign", address: e.Assign, gate: gateAssign, handler: peer.Handler(core.PeerDoor(), gateAssign.Identify, n.log), log: n.log},
 		{name: "operator", address: e.Operator, gate: gateOperator, handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
@@ -692,7 +693,7 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 		_ = watch.Wait() // it has no errors
 	}()
 	s := &http.Server{
-		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ConnContext: d.gate.ConnContext, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
+		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ConnContext: d.gate.ConnContext, ConnState: d.state, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
 	}

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -121,7 +122,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	}
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
-		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Sequencer": s.DSN("kme_seq"), "Reader": s.DSN("kme_auditor"), "Module": softHSM, "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
+		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Sequencer": s.DSN("kme_seq"), "Reader": s.DSN("kme_auditor"), "Module": cmp.Or(s.lab.Module[s.Name], softHSM), "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
 		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Limits": s.lab.Limits,
 		"Policies": s.policies(), "SAECRL": s.lab.Ports.crl("sae"), "KMECRL": s.lab.Ports.crl("kme"), "OperatorCRL": s.lab.Ports.crl("operator"),
 	}); err != nil {

@@ -59,6 +59,10 @@ type Config struct {
 	// Proxy puts one in front of each node's peer doors, to make trouble with.
 	Proxy bool
 
+	// Module, by site, is the PKCS#11 library instead of SoftHSM's: one that passes on to
+	// it and misbehaves when a test says so.
+	Module map[string]string
+
 	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
 
