@@ -16,7 +16,7 @@ import (
 // and act, light and dark, by the keyboard, judged by axe-core. Screenshots go to
 // KME_SCREENSHOTS.
 func TestConsole(t *testing.T) {
-	l := start(t, nil)
+	l := start(t, func(c *Config) { c.PoolLimit = 1_000_000 }) // a link that rests shows nothing new
 	keysStored(t, l, 100)
 	conn, err := pgx.Connect(t.Context(), l.KM1.DSN("kme_app"))
 	if err != nil {
