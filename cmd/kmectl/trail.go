@@ -254,19 +254,41 @@ func signedBy(names []string) string {
 }
 
 type proveCommand struct {
-	Leaf int64  `arg:"" help:"The event's number in the log."`
-	Out  string `default:"-" placeholder:"FILE" help:"Where to write it (standard output)."`
+	Leaf   int64  `arg:"" help:"The event's number in the log."`
+	Out    string `default:"-" placeholder:"FILE" help:"Where to write it (standard output)."`
+	Bundle string `type:"existingfile" placeholder:"FILE" help:"Make it of this bundle, and ask no KME."`
+}
+
+// proof asks a KME for it, or makes it of a bundle.
+func (c proveCommand) proof(ctx context.Context, s *session) (audit.Proof, error) {
+	if c.Bundle == "" {
+		p, client, err := s.operator()
+		if err != nil {
+			return audit.Proof{}, err
+		}
+		proof, err := client.Proof(ctx, c.Leaf)
+		if err != nil {
+			return proof, p.explain(err, p.unlisted())
+		}
+		return proof, nil
+	}
+	b, f, err := audit.OpenBundleFile(c.Bundle)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	key, err := audit.ParseLogKey(b.Key)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	return b.Prove(c.Leaf, key)
 }
 
 // Run writes a proof.
 func (c proveCommand) Run(ctx context.Context, s *session) error {
-	p, client, err := s.operator()
+	proof, err := c.proof(ctx, s)
 	if err != nil {
 		return err
-	}
-	proof, err := client.Proof(ctx, c.Leaf)
-	if err != nil {
-		return p.explain(err, p.unlisted())
 	}
 	text, err := json.Marshal(proof)
 	if err != nil {
@@ -330,7 +352,7 @@ type verifyCommand struct {
 	Part    bool   `help:"The bundle may be of a part of the log."`
 	Origin  int64  `help:"The log of this origin (the present one)."`
 	Also    string `placeholder:"URL" help:"Ask the operator door of the other KME what it has witnessed of this log."`
-	Head    string `placeholder:"NODE:EVENT:HASH" help:"What the witness file of a node says, as kmed witness prints it."`
+	Head    string `placeholder:"NODE:EVENT:HASH" help:"A head of a node's chain that is known from elsewhere, such as an alarm of the other KME; the hash in hex."`
 }
 
 // Run verifies the log. Its error names the first event that is not as it was recorded.

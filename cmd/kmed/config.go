@@ -10,12 +10,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/kme"
+	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/pki"
 )
 
@@ -87,6 +89,12 @@ type AuditConfig struct {
 	// PeerKeys are the verifier keys of the logs of other KMEs, by their IDs. Of one that
 	// is not there the first key that is seen is kept.
 	PeerKeys map[string]string `yaml:"peer_keys"`
+	// Sinks are where the log is sent to, all of it, in order. They need Reader.
+	Sinks []SinkConfig `yaml:"sinks"`
+	// Keep is how long events stay in the database, at least 168h; 0 (the default) keeps
+	// them for ever. Older ones are in bundles in the folder Archive. It needs Reader.
+	Keep    time.Duration `yaml:"keep"`
+	Archive string        `yaml:"archive"`
 	// Witnesses are those beside the other KMEs that checkpoints are submitted to.
 	Witnesses []WitnessConfig `yaml:"witnesses"`
 }
@@ -95,6 +103,14 @@ type AuditConfig struct {
 type WitnessConfig struct {
 	URL string `yaml:"url"` // of add-checkpoint
 	Key string `yaml:"key"` // its verifier key
+}
+
+// SinkConfig is a place that the audit log is sent to.
+type SinkConfig struct {
+	Name   string `yaml:"name"`   // unique: where the sink has got to is kept under it
+	Format string `yaml:"format"` // jsonl, syslog (RFC 5424) or ocsf
+	To     string `yaml:"to"`     // file:PATH, tls:HOST:PORT (syslog: RFC 5425) or tcp:HOST:PORT
+	CA     string `yaml:"ca"`     // of tls: the root that the sink's certificate must chain to, a PEM file
 }
 
 // The values of AuditConfig.Fork.
@@ -243,9 +259,12 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 
 // paths are the members that are files or folders.
 func (c *Config) paths() []*string {
-	ps := []*string{&c.Data, &c.Policies, &c.HSM.Module, &c.HSM.PINFile, &c.Certificates.Dir, &c.Certificates.TokenFile}
+	ps := []*string{&c.Audit.Archive, &c.Data, &c.Policies, &c.HSM.Module, &c.HSM.PINFile, &c.Certificates.Dir, &c.Certificates.TokenFile}
 	for i := range c.Links {
 		ps = append(ps, &c.Links[i].Socket, &c.Links[i].SecretFile, &c.Links[i].AuthFile)
+	}
+	for i := range c.Audit.Sinks {
+		ps = append(ps, &c.Audit.Sinks[i].CA)
 	}
 	return ps
 }
@@ -353,6 +372,21 @@ func (c *AuditConfig) check(k *checker) {
 		_, err = audit.ParseLogKey(c.PeerKeys[id])
 		k.must(err == nil, "audit.peer_keys."+id, "%v", err)
 	}
+	seen := make(map[string]bool)
+	for i, s := range c.Sinks {
+		at := fmt.Sprintf("audit.sinks[%d].", i)
+		if k.has(at+"name", s.Name) {
+			k.must(!seen[s.Name], at+"name", "%s is there twice", s.Name)
+			seen[s.Name] = true
+		}
+		k.must(siem.Formats[s.Format] != nil, at+"format", "is %q: %v", s.Format, slices.Sorted(maps.Keys(siem.Formats)))
+		kind, place, _ := strings.Cut(s.To, ":")
+		k.must(slices.Contains([]string{"file", "tls", "tcp"}, kind) && place != "", at+"to", "is %q: file:PATH, tls:HOST:PORT or tcp:HOST:PORT", s.To)
+		k.must((kind == "tls") == (s.CA != ""), at+"ca", "goes with tls:, and only with it")
+	}
+	k.must(c.Reader != "" || len(c.Sinks) == 0 && c.Keep == 0, "audit.reader", "is missing: sinks and keep need it")
+	k.must(c.Keep == 0 || c.Keep >= 7*24*time.Hour, "audit.keep", "is %v: at least 168h, or 0", c.Keep)
+	k.must((c.Keep > 0) == (c.Archive != ""), "audit.archive", "goes with keep, and only with it")
 	for i, w := range c.Witnesses {
 		at := fmt.Sprintf("audit.witnesses[%d].", i)
 		u, err := url.Parse(w.URL)

@@ -4,6 +4,7 @@
 //
 //	kmed serve --config kmed.yaml      as the daemon's database role
 //	kmed migrate --database DSN        once per release, as the schema's owner
+//	kmed sequencer --config kmed.yaml  as the sequencer's database role, if no node has it
 //	kmed recover --config kmed.yaml    after the site's database was restored to the past
 //	kmed zeroize --config kmed.yaml    in an emergency: destroys every key of the HSM's token
 //	kmed hsm init|status|selftest|auth-secret    the key ceremony (hsm/README.md)
@@ -34,11 +35,12 @@ import (
 )
 
 type commands struct {
-	Serve   serveCommand   `cmd:"" help:"Run a node until SIGTERM."`
-	Migrate migrateCommand `cmd:"" help:"Bring the database's schema up to date, as its owner."`
-	Recover recoverCommand `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
-	Zeroize zeroizeCommand `cmd:"" help:"In an emergency: destroy every key of the token, and with it all that the site has stored. Works without the database and beside nodes that run."`
-	Config  configCommand  `cmd:"" help:"Check a configuration, or print one with every member there is."`
+	Serve     serveCommand     `cmd:"" help:"Run a node until SIGTERM."`
+	Migrate   migrateCommand   `cmd:"" help:"Bring the database's schema up to date, as its owner."`
+	Recover   recoverCommand   `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
+	Zeroize   zeroizeCommand   `cmd:"" help:"In an emergency: destroy every key of the token, and with it all that the site has stored. Works without the database and beside nodes that run."`
+	Config    configCommand    `cmd:"" help:"Check a configuration, or print one with every member there is."`
+	Sequencer sequencerCommand `cmd:"" help:"Fold the site's events into the audit log's tree, in a process of its own."`
 
 	HSM hsmCommands `cmd:"" name:"hsm" help:"The key ceremony, and questions to the token."`
 
@@ -62,6 +64,10 @@ type recoverCommand struct {
 type zeroizeCommand struct {
 	Config  string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
 	Destroy bool   `name:"destroy-every-key" help:"Do it. There is no way back: what is stored is lost at this site, and kmed recover --burn begins anew."`
+}
+
+type sequencerCommand struct {
+	Config string `required:"" type:"existingfile" help:"The configuration file: of it only kme, policies, hsm and audit.sequencer are used."`
 }
 
 type configCommand struct {
@@ -124,6 +130,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return serve(ctx, c.Serve.Config, log)
 	case "zeroize":
 		return zeroize(ctx, c.Zeroize, stdout, log)
+	case "sequencer":
+		return sequence(ctx, c.Sequencer.Config, log)
 	case "recover":
 		return recoverSite(ctx, c.Recover, stdout, log)
 	case "config check":

@@ -41,6 +41,7 @@ import (
 	"github.com/qutemail/kme/internal/legacy"
 	"github.com/qutemail/kme/internal/peer"
 	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/pki"
 	"github.com/qutemail/kme/policies"
@@ -374,6 +375,10 @@ func (n *node) reloadCertificates() error {
 
 // core makes the KME with its peers and links.
 func (n *node) core() (*kme.KME, error) {
+	trail, err := n.trail()
+	if err != nil {
+		return nil, err
+	}
 	cfg := kme.Config{
 		Self: n.self, Node: n.cfg.Node, Store: n.db, Token: n.token, Log: n.log, Now: failpoint.Now,
 		Live: n.live, LoadPolicies: n.reload, Officer: n.officer,
@@ -382,7 +387,7 @@ func (n *node) core() (*kme.KME, error) {
 		Examine:     n.examine,
 		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
-		Trail: n.trail(),
+		Trail: trail,
 		Quota: kme.Quota{Rate: float64(n.cfg.Limits.AtomsPerSecond), Burst: n.cfg.Limits.Burst, Untaken: n.cfg.Limits.Untaken},
 	}
 	cfg.Watched = append(cfg.Watched, kme.Watched{Alarm: "certificate", Trouble: n.renewal.Trouble})
@@ -404,10 +409,10 @@ func (n *node) core() (*kme.KME, error) {
 }
 
 // trail is how the audit log is kept. What stands in the configuration was checked.
-func (n *node) trail() kme.Trail {
+func (n *node) trail() (kme.Trail, error) {
 	c := n.cfg.Audit
 	t := kme.Trail{
-		TrustDomain: n.set.TrustDomain, NodeKey: n.auditKey, Sequencer: c.Sequencer, ForkAlarmOnly: c.Fork == forkAlarm,
+		Reader: n.reader, Keep: c.Keep, Archive: c.Archive, TrustDomain: n.set.TrustDomain, NodeKey: n.auditKey, Sequencer: c.Sequencer, ForkAlarmOnly: c.Fork == forkAlarm,
 		Facts:    audit.Facts{Build: build(), Config: hex.EncodeToString(n.cfg.digest[:])},
 		PeerKeys: make(map[identity.KME]string),
 	}
@@ -421,7 +426,18 @@ func (n *node) trail() kme.Trail {
 			t.Witnesses = append(t.Witnesses, kme.OtherWitness{URL: w.URL, Key: key})
 		}
 	}
-	return t
+	for _, s := range c.Sinks {
+		sink := siem.Config{Name: s.Name, Format: siem.Formats[s.Format], To: s.To, Framed: s.Format == "syslog", Every: time.Second, Log: n.log}
+		if s.CA != "" {
+			roots, err := pki.LoadPool(s.CA)
+			if err != nil {
+				return t, fmt.Errorf("audit sink %s: %w", s.Name, err)
+			}
+			sink.TLS = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+		}
+		t.Sinks = append(t.Sinks, sink)
+	}
+	return t, nil
 }
 
 // build names this program: its version, and the source that it was made from.

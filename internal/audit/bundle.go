@@ -332,3 +332,20 @@ func OpenBundleFile(name string) (*Bundle, *os.File, error) {
 	}
 	return b, f, nil
 }
+
+// Prove proves that the log has a leaf that the bundle has, by the bundle's checkpoint.
+func (b *Bundle) Prove(leaf int64, key LogKey) (p Proof, err error) {
+	c, _, err := OpenCheckpoint(b.Signed, key)
+	if err != nil {
+		return p, err
+	}
+	p = Proof{Leaf: leaf, Checkpoint: string(b.Signed)}
+	if p.Proof, err = ProveLeaf(c, leaf, b); err != nil {
+		return p, err
+	}
+	err = b.Rows(context.Background(), leaf, leaf+1, func(r Row) error { p.Text = string(r.Body); return nil })
+	if err == nil && p.Text == "" {
+		err = fmt.Errorf("the bundle does not have leaf %d", leaf)
+	}
+	return p, err
+}

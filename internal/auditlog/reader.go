@@ -313,3 +313,58 @@ func (l *Snapshot) Prove(ctx context.Context, leaf int64, key audit.LogKey) (p a
 	})
 	return p, err
 }
+
+// Leaves calls do for up to limit leaves of the log of an origin, from first on; origin
+// 0 is the first log that there is. It returns the log's state, and the origin of the
+// log that follows it, 0 if none does.
+func (r *Reader) Leaves(ctx context.Context, origin, first int64, limit int, do func(audit.Row) error) (state LogState, following int64, err error) {
+	logs, err := r.Logs(ctx)
+	if err != nil || len(logs) == 0 {
+		return LogState{}, 0, err
+	}
+	at := 0
+	for i, l := range logs {
+		if l.Origin == origin {
+			at = i
+		}
+	}
+	state = logs[at]
+	if at+1 < len(logs) {
+		following = logs[at+1].Origin
+	}
+	err = r.Snapshot(ctx, state.Origin, func(l *Snapshot) error {
+		return l.Rows(ctx, first, min(first+int64(limit), l.Size), do)
+	})
+	return state, following, err
+}
+
+// Day is a day of the audit log and the leaves that its events are among.
+type Day struct {
+	Day         time.Time
+	First, Last int64
+}
+
+// Days lists the days whose events are in the database and all in the log, oldest
+// first, before one.
+func (l *Snapshot) Days(ctx context.Context, before time.Time) ([]Day, error) {
+	rows, _ := l.tx.Query(ctx, `SELECT r.day, min(r.first), max(r.first + r.n - 1) FROM audit_range r
+		WHERE r.origin = $1 AND r.day < $2 AND NOT EXISTS (SELECT FROM audit_archive a WHERE a.origin = r.origin AND a.day = r.day)
+			AND NOT EXISTS (SELECT FROM audit_range o WHERE o.origin <> r.origin AND o.day = r.day)
+		GROUP BY r.day ORDER BY r.day`, l.Origin, before)
+	days, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Day])
+	if err != nil {
+		return nil, fmt.Errorf("listing the audit log's days: %w", err)
+	}
+	return days, nil
+}
+
+// Kept is the first leaf whose event, and that of each after it, is in the database:
+// those before it are in bundles.
+func (l *Snapshot) Kept(ctx context.Context) (leaf int64, err error) {
+	err = l.tx.QueryRow(ctx, `SELECT coalesce(max(r.first + r.n), 0) FROM audit_range r JOIN audit_archive a ON a.origin = r.origin AND a.day = r.day
+		WHERE r.origin = $1`, l.Origin).Scan(&leaf)
+	if err != nil {
+		return 0, fmt.Errorf("reading what of the audit log is kept: %w", err)
+	}
+	return leaf, nil
+}

@@ -29,6 +29,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/policies"
 )
@@ -105,6 +106,7 @@ type KME struct {
 	past past
 
 	trail     trail
+	sinks     []*siem.Forwarder
 	facts     audit.Facts // those that do not change while the process lives
 	told      audit.Facts // those last recorded
 	clockSeen clockLook
@@ -130,6 +132,9 @@ func New(c Config) (*KME, error) {
 	if c.Trail.TrustDomain == "" || c.Trail.NodeKey == nil {
 		return nil, errors.New("configuring the KME: the audit log has no name, or the node no key for it")
 	}
+	if c.Trail.Reader == nil && (len(c.Trail.Sinks) > 0 || c.Trail.Keep > 0) {
+		return nil, errors.New("configuring the KME: the audit log's sinks and archive need a reader of it")
+	}
 	if c.Store.Witness() == nil {
 		return nil, errors.New("configuring the KME: the store keeps no witness file")
 	}
@@ -150,6 +155,9 @@ func New(c Config) (*KME, error) {
 	k.noPIN = make(chan error, 1)
 	k.hsmDown.Store("")
 	k.keks = newKeyring(k)
+	for _, s := range c.Trail.Sinks {
+		k.sinks = append(k.sinks, siem.New(s))
+	}
 	for _, lc := range c.Links {
 		if lc.TTL < 0 || lc.TTL > c.MaxTTL || lc.PoolTTL != 0 && lc.PoolTTL < c.EpochLength {
 			return nil, fmt.Errorf("configuring the KME: link %s: a ttl of %v and a pool_ttl of %v: at most max_ttl (%v), and at least an epoch (%v)", lc.ID, lc.TTL, lc.PoolTTL, c.MaxTTL, c.EpochLength)
@@ -211,6 +219,12 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.watchTrail) })
 	g.Go(func() error { return k.every(ctx, time.Hour, nil, k.openDays) })
 	g.Go(func() error { return k.Store.Lead(ctx, "audit witnesses", k.publish) })
+	if len(k.sinks) > 0 {
+		g.Go(func() error { return k.Store.Lead(ctx, "audit sinks", k.forward) })
+	}
+	if k.Trail.Keep > 0 {
+		g.Go(func() error { return k.Store.Lead(ctx, "audit archive", k.retain) })
+	}
 	if k.Trail.Sequencer != "" {
 		g.Go(func() error { return k.sequence(ctx) })
 	}

@@ -113,6 +113,8 @@ var (
 	wrapsDesc   = prometheus.NewDesc("kme_hsm_wraps_left", "Blobs that the KEK of an epoch may still seal before another one takes its place.", []string{"epoch"}, nil)
 	lagDesc     = prometheus.NewDesc("kme_audit_lag_events", "Events that are not in the audit log's tree yet.", nil, nil)
 	lagTimeDesc = prometheus.NewDesc("kme_audit_lag_seconds", "Age of the tree's last checkpoint while events wait; 0 while none do.", nil, nil)
+	leavesDesc  = prometheus.NewDesc("kme_audit_leaves", "Leaves of the audit log's tree.", nil, nil)
+	sinkLagDesc = prometheus.NewDesc("kme_audit_sink_lag_events", "Leaves that a sink of the audit log has not been sent, where this node sends.", []string{"sink"}, nil)
 	alarmDesc   = prometheus.NewDesc("kme_alarm", "1 for each alarm that stands.", []string{"about"}, nil)
 )
 
@@ -121,7 +123,7 @@ func (k *KME) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		buildDesc, runDesc, storedDesc, limitDesc, emptyDesc, stateDesc, blockDesc, bitsDesc, lastDesc, givenDesc, takenDesc, qberDesc, fDesc,
 		keyQBERDesc, gainDesc, siftedDesc, gatesDesc, leakDesc, lengthDesc, padsDesc, epsilonDesc,
-		hsmDesc, dbDesc, readyDesc, suspendDesc, peerDesc, clockDesc, wrapsDesc, lagDesc, lagTimeDesc, alarmDesc,
+		hsmDesc, dbDesc, readyDesc, suspendDesc, peerDesc, clockDesc, wrapsDesc, lagDesc, lagTimeDesc, leavesDesc, sinkLagDesc, alarmDesc,
 	} {
 		ch <- d
 	}
@@ -144,6 +146,12 @@ func (k *KME) Collect(ch chan<- prometheus.Metric) {
 	for _, a := range k.Alarms() {
 		alarms[a.Name] = true
 		m.gauge(alarmDesc, 1, a.Name)
+	}
+	if lag := k.lag.Load(); lag != nil {
+		m.gauge(leavesDesc, float64(lag.Folded))
+	}
+	for _, f := range k.sinks {
+		m.gauge(sinkLagDesc, float64(f.Lag()), f.Name())
 	}
 	for id := range k.Peers {
 		m.is(peerDesc, !alarms[peerAlarm(id)], id.String())

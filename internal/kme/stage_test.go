@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/goleak"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/store"
@@ -103,8 +104,12 @@ func (s *site) connect() *store.DB {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	key, err := audit.OpenNodeKey(filepath.Join(s.data, "audit.key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	db, err := store.Open(s.t.Context(), store.Config{
-		DSN: cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: "a", EpochLength: time.Hour, Now: s.now, Witness: w,
+		DSN: cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: "a", EpochLength: time.Hour, Now: s.now, Witness: w, Key: key,
 	})
 	if err != nil {
 		s.t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/auditlog"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/siem"
 )
 
 // Trail says how the audit log is kept, beyond the events themselves.
@@ -26,6 +27,15 @@ type Trail struct {
 	// Sequencer is the DSN of the role kme_seq, with which this node folds events into
 	// the tree if no other does; "" leaves it to kmed sequencer.
 	Sequencer string
+	// Reader reads the log for the sinks and the archive; nil if there are none. Whoever
+	// made it closes it.
+	Reader *auditlog.Reader
+	// Sinks are where the log is sent to.
+	Sinks []siem.Config
+	// Keep is how long events stay in the database; 0: for ever. Older ones are in bundles
+	// in the folder Archive.
+	Keep    time.Duration
+	Archive string
 	// ForkAlarmOnly has a log that was forged, forked or rewound be an alarm and no more.
 	// Otherwise nothing is delivered any more, or not with that peer.
 	ForkAlarmOnly bool
@@ -48,9 +58,11 @@ type trail struct {
 	chosen  map[string]int64        // by witness: the size that it has last seen, as far as we know
 }
 
-// The keys of a site's audit log and of its witness, in its token.
-func logKeyLabel(self identity.KME) string     { return "kme-audit-log-" + self.String() }
+// witnessKeyLabel is the label of the key with which a KME cosigns.
 func witnessKeyLabel(self identity.KME) string { return "kme-audit-witness-" + self.String() }
+
+// LogKeyLabel is the label of the log's key in the token of a KME.
+func LogKeyLabel(kme string) string { return "kme-audit-log-" + kme }
 
 // openTrailKey opens a signing key of the site in the token, and makes it if it is not
 // there: the nodes of a site take turns.
@@ -71,7 +83,7 @@ func (k *KME) openTrailKey(ctx context.Context, label string) (audit.Key, error)
 // openTrail opens the keys and fills in what this node's events rest on.
 func (k *KME) openTrail(ctx context.Context) error {
 	var err error
-	if k.trail.logKey, err = k.openTrailKey(ctx, logKeyLabel(k.Self)); err != nil {
+	if k.trail.logKey, err = k.openTrailKey(ctx, LogKeyLabel(k.Self.String())); err != nil {
 		return err
 	}
 	if k.trail.witnessKey, err = k.openTrailKey(ctx, witnessKeyLabel(k.Self)); err != nil {

@@ -214,7 +214,11 @@ func (d TrailDoor) Bundle(ctx context.Context, c identity.Caller, rid string, or
 			}
 			spec := audit.BundleSpec{Key: d.k.logKeyText(l.Origin), Signed: signed, Checkpoint: cp, First: first, End: end, At: d.k.Now()}
 			if end == 0 {
-				spec.End, spec.Tail = cp.Size, true
+				kept, err := l.Kept(ctx)
+				if err != nil {
+					return err
+				}
+				spec.First, spec.End, spec.Tail = max(first, kept), cp.Size, true // what is before is in archives
 			}
 			if spec.First > spec.End || spec.End > cp.Size {
 				return problem.New(problem.Invalid, "leaves %d to %d: the log has %d", spec.First, spec.End, cp.Size)

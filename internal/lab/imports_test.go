@@ -30,6 +30,7 @@ var rings = map[string]int{
 
 	"internal/store":          2,
 	"internal/auditlog":       2,
+	"internal/siem":           2,
 	"internal/qlink":          2,
 	"internal/peer":           2,
 	"internal/etsi014":        2,

@@ -2,8 +2,11 @@ package store
 
 import (
 	"context"
+	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -56,16 +59,8 @@ func benchmarkServe(b *testing.B, number int) {
 		for pb.Next() {
 			i := int(next.Add(int64(number))) - number
 			mine := atoms[i : i+number]
-			ev := audit.Event{
-				Action: audit.EncKeys, Outcome: audit.Done, Request: "0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11", Route: "POST /api/v1/keys/{slave}/enc_keys",
-				Actor: audit.Actor{
-					Role: "sae", ID: "alice", Rule: "lab-sae", Serial: "123456789012345678901234567890",
-					Issuer:      "00112233445566778899aabbccddeeff00112233",
-					Fingerprint: "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff", Remote: "127.0.0.1:40000",
-				},
-				Policy: []string{"alice-bob"}, Link: linkName, Master: "alice", Slaves: []string{"bob"}, Keys: ids(mine), Bits: 256, Provenance: key.Simulated, Batch: 1,
-				Atoms: rangeOf(blocks[i/most].BlockRef, i%most, number),
-			}
+			ev := requestEvent(ids(mine))
+			ev.Atoms = rangeOf(blocks[i/most].BlockRef, i%most, number)
 			if err := db.Serve(context.Background(), ServeJob{Atoms: ids(mine), Events: []audit.Event{ev}}); err != nil {
 				b.Error(err)
 				return
@@ -76,6 +71,77 @@ func benchmarkServe(b *testing.B, number int) {
 	commits = ask[int64](s, "SELECT mark FROM node_run") - commits
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "req/s")
 	b.ReportMetric(float64(b.N)/float64(commits), "req/commit")
+}
+
+// BenchmarkAuditCost is what the audit costs those who ask for keys: 64 clients that
+// ask for one key at a time, in turns with events, chained and signed, and without.
+// of-unaudited is the rate with the audit against that without it: of the part that
+// is the database's, which is the one that the audit adds to.
+func BenchmarkAuditCost(b *testing.B) {
+	s := newSite(b)
+	open := func(node string) *DB {
+		cfg := s.config(node)
+		cfg.Witness = witnessAt(b, filepath.Join(b.TempDir(), "witness"), node)
+		cfg.Witness.Start(1)
+		var err error
+		if cfg.Key, err = audit.OpenNodeKey(filepath.Join(b.TempDir(), "key")); err != nil {
+			b.Fatal(err)
+		}
+		return s.openWith(cfg)
+	}
+	const round = 2048 // requests in one turn
+	with, without := open("n1"), open("n2")
+	without.unaudited = true
+	var took [2]time.Duration
+	for b.Loop() {
+		for i, db := range []*DB{with, without} {
+			b.StopTimer()
+			block := s.fill(db, round, mine)
+			b.StartTimer()
+			began := time.Now()
+			serveAll(b, db, block)
+			took[i] += time.Since(began)
+		}
+	}
+	b.ReportMetric(took[1].Seconds()/took[0].Seconds(), "of-unaudited")
+	b.ReportMetric(float64(round*b.N)/took[0].Seconds(), "req/s")
+}
+
+// serveAll asks for the atoms of a block one by one, for 64 clients.
+func serveAll(b *testing.B, db *DB, block Block) {
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for range clients {
+		all.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(block.Atoms) {
+					return
+				}
+				mine := block.Atoms[i : i+1]
+				ev := requestEvent(ids(mine))
+				ev.Atoms = rangeOf(block.BlockRef, i, 1)
+				if err := db.Serve(context.Background(), ServeJob{Atoms: ids(mine), Events: []audit.Event{ev}}); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// requestEvent is the event of a request for keys.
+func requestEvent(keys []key.ID) audit.Event {
+	return audit.Event{
+		Action: audit.EncKeys, Outcome: audit.Done, Request: "0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11", Route: "POST /api/v1/keys/{slave}/enc_keys",
+		Actor: audit.Actor{
+			Role: "sae", ID: "alice", Rule: "lab-sae", Serial: "123456789012345678901234567890",
+			Issuer:      "00112233445566778899aabbccddeeff00112233",
+			Fingerprint: "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff", Remote: "127.0.0.1:40000",
+		},
+		Policy: []string{"alice-bob"}, Link: linkName, Master: "alice", Slaves: []string{"bob"}, Keys: keys, Bits: 256, Provenance: key.Simulated, Batch: 1,
+	}
 }
 
 // BenchmarkTake is 64 clients that take one key at a time, looked for beforehand.

@@ -136,3 +136,48 @@ func (db *DB) EnsureAuditDays(ctx context.Context, days int) error {
 }
 
 var _ audit.TileSource = LogTiles{}
+
+// Cursor is where a sink of the audit log has got to: the first leaf of the log of an
+// origin that it has not been sent. Origin 0 says that it has been sent nothing.
+type Cursor struct{ Origin, Next int64 }
+
+// Cursor reads it.
+func (db *DB) Cursor(ctx context.Context, sink string) (c Cursor, err error) {
+	err = db.pool.QueryRow(ctx, "SELECT origin, next FROM audit_cursor WHERE sink = $1", sink).Scan(&c.Origin, &c.Next)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return c, away("reading where a sink has got to", err)
+	}
+	return c, nil
+}
+
+// MoveCursor keeps it.
+func (db *DB) MoveCursor(ctx context.Context, sink string, c Cursor) error {
+	_, err := db.pool.Exec(ctx, `INSERT INTO audit_cursor (sink, origin, next) VALUES ($1, $2, $3)
+		ON CONFLICT (sink) DO UPDATE SET origin = excluded.origin, next = excluded.next`, sink, c.Origin, c.Next)
+	if err != nil {
+		return away("keeping where a sink has got to", err)
+	}
+	return nil
+}
+
+// Archived is a day of the audit log that is in a bundle.
+type Archived struct {
+	Origin      int64
+	Day         time.Time
+	First, Last int64 // leaves
+	File        string
+	Sum         [32]byte // SHA-256 of the file
+}
+
+// DropAuditDay drops the events of a day that were written to a bundle and verified
+// there. event says so, and is recorded first: no dropping without its record.
+func (db *DB) DropAuditDay(ctx context.Context, a Archived, event audit.Event) error {
+	if err := db.Record(ctx, event); err != nil {
+		return err
+	}
+	_, err := db.pool.Exec(ctx, "SELECT drop_audit_day($1, $2, $3, $4, $5, $6)", a.Origin, a.Day, a.First, a.Last, a.File, a.Sum[:])
+	if err != nil {
+		return away("dropping a day of the audit log", err)
+	}
+	return nil
+}

@@ -14,9 +14,9 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 )
 
-func witnessAt(t *testing.T, path string) *Witness {
+func witnessAt(t testing.TB, path, node string) *Witness {
 	t.Helper()
-	w, err := OpenWitness(path, "a")
+	w, err := OpenWitness(path, node)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,10 +33,10 @@ func known(origin, run, seq int64, head byte) handover.Figures {
 func TestWitnessFile(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "witness")
-	w := witnessAt(t, path)
+	w := witnessAt(t, path, "a")
 	w.note(1, audit.Head{Seq: 1}, nil) // not started: nothing is written
 	w.Start(3)
-	if got := witnessAt(t, path).Known(); got.Origin != 0 {
+	if got := witnessAt(t, path, "a").Known(); got.Origin != 0 {
 		t.Errorf("a file without records knows of %v", got)
 	}
 	for seq := range int64(5) {
@@ -102,7 +102,7 @@ func TestWitnessOfCommits(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "witness")
 	for run := int64(1); run <= 2; run++ {
 		cfg := s.config("a")
-		cfg.Witness = witnessAt(t, path)
+		cfg.Witness = witnessAt(t, path, "a")
 		cfg.Witness.Start(1)
 		db := s.openWith(cfg)
 		for range 3 {
@@ -113,7 +113,7 @@ func TestWitnessOfCommits(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(now.Figures, witnessAt(t, path).Known()); diff != "" {
+			if diff := cmp.Diff(now.Figures, witnessAt(t, path, "a").Known()); diff != "" {
 				t.Fatalf("run %d: database and file (-database +file):\n%s", run, diff)
 			}
 		}

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/auditlog"
+	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/kme"
+	"github.com/qutemail/kme/policies"
+)
+
+// sequence is kmed sequencer: a process that folds the site's events into the audit
+// log's tree and signs its checkpoints, and does nothing else. It needs of the
+// configuration the folder of policies, the token and audit.sequencer, and runs as a
+// user who may read no key's blob. Its end with an audit.BadLeaf says that the log was
+// tampered with.
+func sequence(ctx context.Context, path string, log *slog.Logger) error {
+	env, err := ReadEnvironment(os.Getenv)
+	if err != nil {
+		return err
+	}
+	cfg, err := LoadConfig(path, env)
+	if err != nil {
+		return err
+	}
+	if cfg.Audit.Sequencer == "" {
+		return errors.New("audit.sequencer is missing: the DSN of the role kme_seq")
+	}
+	set, err := policies.Load(cfg.Policies)
+	if err != nil {
+		return err
+	}
+	token, err := hsm.Open(ctx, cfg.token(log))
+	if err != nil {
+		return fmt.Errorf("opening the HSM: %w", err)
+	}
+	defer func() { _ = token.Close() }() // nothing is under way
+	key, err := token.OpenSigningKey(ctx, kme.LogKeyLabel(cfg.KME))
+	if errors.Is(err, hsm.ErrNoSigningKey) {
+		return fmt.Errorf("%w: the first kmed of the site makes it", err)
+	}
+	if err != nil {
+		return err
+	}
+	q, err := auditlog.NewSequencer(auditlog.Config{
+		DSN: cfg.Audit.Sequencer, TrustDomain: set.TrustDomain, Site: cfg.KME, Key: key, Now: failpoint.Now, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		f, err := q.Step(ctx)
+		var bad *audit.BadLeaf
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.As(err, &bad):
+			return err
+		case err != nil:
+			log.Warn("folding audit events", "err", err)
+		case f.More:
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,415 @@
+package kme
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/auditlog"
+	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/siem"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// softKey is the key of a log or a witness whose token is this test.
+type softKey struct{ ed25519.PrivateKey }
+
+func newSoftKey(t testing.TB) softKey {
+	t.Helper()
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return softKey{private}
+}
+
+func (k softKey) Public() ed25519.PublicKey { return k.PrivateKey.Public().(ed25519.PublicKey) }
+
+func (k softKey) Sign(_ context.Context, message []byte) ([]byte, error) {
+	return ed25519.Sign(k.PrivateKey, message), nil
+}
+
+// otherLog is the log of a peer, which may say whatever it likes.
+type otherLog struct {
+	t      *testing.T
+	signer *audit.LogSigner
+	leaves []tlog.Hash // hashes stored, as tlog has them
+	size   int64
+}
+
+func newOtherLog(t *testing.T, key softKey, origin int64) *otherLog {
+	t.Helper()
+	signer, err := audit.NewLogSigner(audit.LogName("qutemail.example", "km2", origin), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &otherLog{t: t, signer: signer}
+}
+
+// ReadHashes implements tlog.HashReader.
+func (l *otherLog) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
+	hashes := make([]tlog.Hash, len(indexes))
+	for i, x := range indexes {
+		hashes[i] = l.leaves[x]
+	}
+	return hashes, nil
+}
+
+func (l *otherLog) add(texts ...string) *otherLog {
+	l.t.Helper()
+	for _, text := range texts {
+		more, err := tlog.StoredHashes(l.size, []byte(text), l)
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		l.leaves = append(l.leaves, more...)
+		l.size++
+	}
+	return l
+}
+
+func (l *otherLog) fork() *otherLog {
+	return &otherLog{t: l.t, signer: l.signer, leaves: append([]tlog.Hash(nil), l.leaves...), size: l.size}
+}
+
+// submission is what the log asks its witness, which it believes to have seen old.
+func (l *otherLog) submission(old int64) audit.Submission {
+	l.t.Helper()
+	root, err := tlog.TreeHash(l.size, l)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	signed, err := note.Sign(&note.Note{Text: audit.Checkpoint{Origin: l.signer.Name(), Size: l.size, Root: root}.Text()}, l.signer)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	s := audit.Submission{Key: l.signer.VerifierKey(), Old: old, Note: string(signed)}
+	if old > 0 && old < l.size {
+		if s.Proof, err = tlog.ProveTree(l.size, old, l); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	return s
+}
+
+// A witness signs what follows all that it has signed before, once it is kept; what
+// does not is an alarm, and the end of deliveries with that peer.
+func TestWitness(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	k.Trail.TrustDomain = "qutemail.example"
+	k.trail.witnessKey = newSoftKey(t)
+	km2, key := kmeID(t, "km2"), newSoftKey(t)
+	ask := func(sub audit.Submission) (audit.Cosigned, error) {
+		return k.PeerDoor().Checkpoint(t.Context(), km2, sub)
+	}
+
+	log := newOtherLog(t, key, 1).add("a", "b", "c")
+	answer, err := ask(log.submission(0))
+	if err != nil || answer.Size != 3 {
+		t.Fatalf("the first checkpoint: %+v, %v", answer, err)
+	}
+	me, err := audit.NewWitness(answer.Witness)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err := audit.CheckCosignature(log.submission(0).Note, answer.Line, me); err != nil || c.Size != 3 {
+		t.Errorf("its cosignature: %+v, %v", c, err)
+	}
+	for _, test := range []struct {
+		name string
+		sub  audit.Submission
+		size int64 // that the witness has seen after it
+		line bool
+	}{
+		{"the same again", log.submission(3), 3, true},
+		{"one that grew", log.add("d", "e").submission(3), 5, true},
+		{"an old size that is wrong", log.add("f").submission(2), 5, false},
+		{"and then right", log.submission(5), 6, true},
+		{"what is long past", newOtherLog(t, key, 1).add("a", "b").submission(0), 6, false},
+		{"the log of a later origin", newOtherLog(t, key, 2).add("x").submission(0), 1, true},
+	} {
+		answer, err := ask(test.sub)
+		if err != nil || answer.Size != test.size || (answer.Line != "") != test.line {
+			t.Errorf("%s: %+v, %v", test.name, answer, err)
+		}
+	}
+	if err := k.servingPeer(km2); err != nil {
+		t.Fatalf("before any fork: %v", err)
+	}
+	foreign := newOtherLog(t, key, 1)
+	foreign.signer, _ = audit.NewLogSigner("qutemail.example/km3/audit/1", key)
+	if _, err := ask(foreign.add("a").submission(0)); problem.KindOf(err) != problem.Invalid {
+		t.Errorf("the log of another KME: %v", err)
+	}
+	for name, sub := range map[string]audit.Submission{
+		"another tree of that size": log.fork().add().forge("f2").submission(6),
+		"another past":              newOtherLog(t, key, 1).add("a", "b", "c", "d", "e", "F", "g").submission(6),
+		"another key":               newOtherLog(t, newSoftKey(t), 1).add("a").submission(0),
+	} {
+		k.trail.peers = nil
+		_, err := ask(sub)
+		if problem.KindOf(err) != problem.Forbidden {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := k.servingPeer(km2); problem.KindOf(err) != problem.Unavailable {
+			t.Errorf("after %s, keys are shared with the peer: %v", name, err)
+		}
+		k.Trail.ForkAlarmOnly = true
+		if err := k.servingPeer(km2); err != nil {
+			t.Errorf("after %s, where that is an alarm only: %v", name, err)
+		}
+		k.Trail.ForkAlarmOnly = false
+	}
+	if alarms := k.Alarms(); len(alarms) != 1 || alarms[0].Name != "audit-log-km2" {
+		t.Errorf("alarms: %+v", alarms)
+	}
+}
+
+// forge replaces the log's last leaf.
+func (l *otherLog) forge(text string) *otherLog {
+	l.size--
+	l.leaves = l.leaves[:tlog.StoredHashCount(l.size)]
+	return l.add(text)
+}
+
+// trailed is a node whose log is kept: it has a run, keys, a sequencer and a reader.
+func (s *site) trailed() (*KME, *auditlog.Sequencer) {
+	s.t.Helper()
+	nodeKey, err := audit.OpenNodeKey(filepath.Join(s.data, "audit.key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	k := s.node()
+	key := newSoftKey(s.t)
+	k.trail.logKey, k.trail.witnessKey = key, key
+	k.Trail = Trail{TrustDomain: "qutemail.example", NodeKey: nodeKey}
+	if k.Trail.Reader, err = auditlog.NewReader(s.t.Context(), cluster.DSN(store.AuditorRole, s.name)); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(k.Trail.Reader.Close)
+	voucher, err := audit.NewLogSigner(audit.VouchName(k.logName(1)), key)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ev := k.own(audit.Start)
+	if ev.Facts.Key, err = audit.SignNodeKey(voucher, "a", nodeKey.Public()); err != nil {
+		s.t.Fatal(err)
+	}
+	k.note(s.t.Context(), ev)
+	q, err := auditlog.NewSequencer(auditlog.Config{
+		DSN: cluster.DSN(store.SequencerRole, s.name), TrustDomain: "qutemail.example", Site: "km1", Key: key, Now: s.now,
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(q.Close)
+	return k, q
+}
+
+// Days that are old enough go into bundles, not before every sink has them; what was in
+// them can still be proved, and the log be verified from there on.
+func TestRetention(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	k.Trail.Keep, k.Trail.Archive = 7*24*time.Hour, t.TempDir()
+	fold := func() {
+		t.Helper()
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 3 {
+		for range 5 {
+			k.note(t.Context(), k.own(audit.Alarm))
+		}
+		fold()
+		s.step(24 * time.Hour)
+	}
+	s.step(6 * 24 * time.Hour) // the first two days are older than a week
+	k.sinks = []*siem.Forwarder{siem.New(siem.Config{Name: "soc"})}
+	if err := k.archiveDays(t.Context()); err == nil || !strings.Contains(err.Error(), "sink soc") {
+		t.Fatalf("a day that a sink has not been sent: %v", err)
+	}
+	if err := k.Store.MoveCursor(t.Context(), "soc", store.Cursor{Origin: 1, Next: 100}); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.archiveDays(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	fold()
+	names, err := filepath.Glob(filepath.Join(k.Trail.Archive, "*"))
+	if err != nil || len(names) != 2 || filepath.Base(names[0]) != "km1-1-2026-03-01.bundle" {
+		t.Fatalf("bundles %q, error %v", names, err)
+	}
+	key, err := audit.ParseLogKey(k.logKeyText(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, f, err := audit.OpenBundleFile(names[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if r, _, _, err := audit.VerifyBundle(t.Context(), key, nil, audit.Known{}, false, b); err != nil || r.Leaves != 6 {
+		t.Errorf("the first day's bundle: %+v, %v", r, err)
+	}
+	p, err := b.Prove(3, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e, _, _, err := p.Verify(key); err != nil || e.Seq != 4 {
+		t.Errorf("the proof of an event that is in a bundle: %+v, %v", e, err)
+	}
+	err = k.Trail.Reader.Snapshot(t.Context(), 1, func(l *auditlog.Snapshot) error {
+		kept, err := l.Kept(t.Context())
+		if err != nil || kept != 11 {
+			t.Errorf("kept from leaf %d on, error %v", kept, err)
+		}
+		signed, err := l.Checkpoint(t.Context(), 0)
+		if err != nil {
+			return err
+		}
+		c, _, err := audit.OpenCheckpoint(signed, key)
+		if err != nil {
+			return err
+		}
+		var bad *audit.BadLeaf
+		if _, err := audit.Verify(t.Context(), key, c, 0, audit.Known{}, l); !errors.As(err, &bad) || bad.Leaf != 0 {
+			t.Errorf("the whole log, of which a part is away: %v", err)
+		}
+		_, err = audit.Verify(t.Context(), key, c, kept, audit.Known{}, l)
+		return err
+	})
+	if err != nil {
+		t.Errorf("the rest of the log: %v", err)
+	}
+}
+
+// A third party's witness that speaks C2SP tlog-witness is asked, told of growth, and
+// believed when it finds a fork.
+func TestOtherWitness(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	key := newSoftKey(t)
+	me, err := audit.NewCosigner("witness.example", key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := audit.NewWitness(me.VerifierKey())
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := audit.ParseLogKey(k.logKeyText(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen audit.Checkpoint
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		head, signed, _ := strings.Cut(string(body), "\n\n")
+		lines := strings.Split(head, "\n")
+		c, _, err := audit.OpenCheckpoint([]byte(signed), log)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusForbidden)
+			return
+		}
+		if lines[0] != fmt.Sprintf("old %d", seen.Size) {
+			w.Header().Set("Content-Type", "text/x.tlog.size")
+			w.WriteHeader(http.StatusConflict)
+			fmt.Fprintf(w, "%d\n", seen.Size)
+			return
+		}
+		var proof tlog.TreeProof
+		for _, line := range lines[1:] {
+			h, err := base64.StdEncoding.DecodeString(line)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			proof = append(proof, tlog.Hash(h))
+		}
+		if err := audit.CheckGrowth(seen, c, proof); err != nil {
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+			return
+		}
+		line, err := me.Cosign(r.Context(), c, time.Now())
+		if err != nil {
+			t.Error(err)
+		}
+		seen = c
+		_, _ = io.WriteString(w, line)
+	}))
+	defer server.Close()
+	other := OtherWitness{URL: server.URL, Key: pub}
+	publish := func() store.Signed {
+		t.Helper()
+		k.note(t.Context(), k.own(audit.Alarm))
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		now, err := k.Store.LastCheckpoint(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.submit(t.Context(), "witness.example", now, other.add)
+		return now
+	}
+	publish()
+	now := publish()
+	k.trail.chosen = nil // as after a restart
+	now = publish()
+	err = k.Trail.Reader.Snapshot(t.Context(), 1, func(l *auditlog.Snapshot) error {
+		signed, err := l.Checkpoint(t.Context(), now.Size)
+		if err != nil {
+			return err
+		}
+		_, names, err := audit.OpenCheckpoint(signed, log, pub)
+		if len(names) != 1 || names[0] != "witness.example" {
+			t.Errorf("cosigned by %q", names)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen.Root[0] ^= 1
+	publish()
+	if why := k.distrusted(); why == "" || k.trailWell() == nil {
+		t.Errorf("a witness that has seen another tree: distrusted %q", why)
+	}
+}
+
+// The checkpoints of a day are in a file, each whole.
+func TestCheckpointFile(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, _ := s.trailed()
+	for _, text := range []string{"one\n\n— a b\n", "two\n\n— a c\n"} {
+		if err := k.keepCheckpoint(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(filepath.Join(s.data, "checkpoints", "2026-03-01"))
+	if want := "one\n\n— a b\n\ntwo\n\n— a c\n\n"; err != nil || string(got) != want {
+		t.Errorf("%q, %v", got, err)
+	}
+}

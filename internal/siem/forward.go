@@ -1,0 +1,288 @@
+package siem
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/qutemail/kme/internal/audit"
+)
+
+// Source is where leaves are read from, and where it is kept what a sink has got.
+type Source interface {
+	// Leaves calls do for up to limit leaves of the log of an origin from first on. An
+	// origin of 0 is that of the first log.
+	Leaves(ctx context.Context, origin, first int64, limit int, do func(audit.Row) error) (Log, error)
+	// Cursor is where a sink has got to: 0 and 0 if nowhere.
+	Cursor(ctx context.Context, sink string) (origin, next int64, err error)
+	MoveCursor(ctx context.Context, sink string, origin, next int64) error
+}
+
+// Log is a log that leaves are read from.
+type Log struct {
+	Name      string
+	Origin    int64 // 0: there is no log yet
+	Size      int64
+	Following int64 // the origin of the log after it; 0: it is the present one
+}
+
+// Config is one sink. Everything but TLS must be set.
+type Config struct {
+	Name   string        // of the sink, and of its cursor
+	Format Format        //
+	To     string        // "file:PATH", which is appended to, or "tcp:HOST:PORT", or "tls:HOST:PORT"
+	Framed bool          // each message is preceded by its length (RFC 5425, 4.3); otherwise it ends with a line feed
+	TLS    *tls.Config   // of tls:
+	Every  time.Duration // how often it is looked for new leaves
+	Log    *slog.Logger
+}
+
+// Forwarder sends the log to one sink.
+type Forwarder struct {
+	c      Config
+	conn   writer
+	recent []mark // where the cursor was in the last resendTime
+
+	lag   atomic.Int64 // leaves that are in the log and not sent yet
+	sent  atomic.Int64
+	wrong atomic.Value // why the sink takes nothing, as text
+}
+
+// mark is where the cursor was at a moment.
+type mark struct {
+	at     time.Time
+	origin int64
+	next   int64
+}
+
+// writer is a sink that is open.
+type writer interface {
+	Write([]byte) (int, error)
+	Close() error
+}
+
+const (
+	batchSize = 512 // leaves sent before the cursor moves
+	sinkTime  = 10 * time.Second
+	// resendTime is how far back it is begun again when a connection has broken: what
+	// was sent on it may never have been read. Whoever reads knows the leaves by number.
+	resendTime = 10 * time.Second
+)
+
+// New returns a forwarder that has opened nothing yet.
+func New(c Config) *Forwarder {
+	f := &Forwarder{c: c}
+	f.wrong.Store("")
+	return f
+}
+
+// Name is the sink's.
+func (f *Forwarder) Name() string { return f.c.Name }
+
+// Lag is how many leaves of the present log were not sent yet, when it was last looked.
+func (f *Forwarder) Lag() int64 { return f.lag.Load() }
+
+// Sent is how many leaves were sent since the start.
+func (f *Forwarder) Sent() int64 { return f.sent.Load() }
+
+// Trouble is why the sink takes nothing, "" while it does.
+func (f *Forwarder) Trouble() string { return f.wrong.Load().(string) }
+
+// Run sends what there is, and what comes, until ctx ends.
+func (f *Forwarder) Run(ctx context.Context, src Source) error {
+	defer f.close()
+	t := time.NewTicker(f.c.Every)
+	defer t.Stop()
+	for {
+		more, err := f.step(ctx, src)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			if err := f.goBack(ctx, src); err != nil {
+				f.c.Log.Warn("audit sink: going back", "sink", f.c.Name, "err", err)
+			}
+			if f.wrong.Swap(err.Error()) == "" {
+				f.c.Log.Warn("audit sink", "sink", f.c.Name, "err", err)
+			}
+		default:
+			f.wrong.Store("")
+		}
+		if more && err == nil {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+	}
+}
+
+// step sends the next leaves and moves the cursor once the sink has taken them. If the
+// process dies between the two, they are sent again.
+func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error) {
+	origin, next, err := src.Cursor(ctx, f.c.Name)
+	if err != nil {
+		return false, err
+	}
+	var rows []audit.Row
+	log, err := src.Leaves(ctx, origin, next, batchSize, func(r audit.Row) error {
+		rows = append(rows, r)
+		return nil
+	})
+	if err != nil || log.Origin == 0 {
+		return false, err
+	}
+	f.lag.Store(log.Size - next)
+	if len(rows) == 0 {
+		if log.Following > 0 && next >= log.Size { // the log of this origin has ended
+			return true, src.MoveCursor(ctx, f.c.Name, log.Following, 0)
+		}
+		return false, nil
+	}
+	text, err := f.write(log, rows)
+	if err == nil {
+		err = f.send(ctx, text)
+	}
+	if err != nil {
+		return false, err
+	}
+	f.remember(mark{time.Now(), log.Origin, next})
+	next = rows[len(rows)-1].Leaf + 1
+	if err := src.MoveCursor(ctx, f.c.Name, log.Origin, next); err != nil {
+		return false, err
+	}
+	f.sent.Add(int64(len(rows)))
+	f.lag.Store(log.Size - next)
+	return true, nil
+}
+
+// write puts rows into the sink's format.
+func (f *Forwarder) write(log Log, rows []audit.Row) ([]byte, error) {
+	var out, text []byte
+	for _, r := range rows {
+		e, err := audit.ParseEvent(r.Body)
+		if err != nil {
+			return nil, err
+		}
+		if text, err = f.c.Format(text[:0], Record{Log: log.Name, Leaf: r.Leaf, Text: r.Body, Event: e}); err != nil {
+			return nil, err
+		}
+		if f.c.Framed {
+			out = append(strconv.AppendInt(out, int64(len(text)), 10), ' ')
+			out = append(out, text...)
+		} else {
+			out = append(append(out, text...), '\n')
+		}
+	}
+	return out, nil
+}
+
+// remember keeps where the cursor was, for as long as it may be needed.
+func (f *Forwarder) remember(m mark) {
+	old := 0
+	for old < len(f.recent) && m.at.Sub(f.recent[old].at) > resendTime {
+		old++
+	}
+	f.recent = append(f.recent[old:], m)
+}
+
+// goBack closes the sink, and moves the cursor back if it was a connection.
+func (f *Forwarder) goBack(ctx context.Context, src Source) error {
+	_, connected := f.conn.(net.Conn)
+	f.close()
+	recent := f.recent
+	f.recent = nil
+	if !connected || len(recent) == 0 {
+		return nil
+	}
+	return src.MoveCursor(ctx, f.c.Name, recent[0].origin, recent[0].next)
+}
+
+func (f *Forwarder) send(ctx context.Context, text []byte) error {
+	if f.conn == nil {
+		if err := f.open(ctx); err != nil {
+			return err
+		}
+	}
+	if conn, ok := f.conn.(net.Conn); ok {
+		if err := conn.SetDeadline(time.Now().Add(sinkTime)); err != nil {
+			return err
+		}
+	}
+	w := bufio.NewWriterSize(f.conn, 64<<10)
+	if _, err := w.Write(text); err != nil {
+		return err
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if file, ok := f.conn.(*os.File); ok {
+		return file.Sync()
+	}
+	return nil
+}
+
+func (f *Forwarder) open(ctx context.Context) (err error) {
+	kind, place, _ := strings.Cut(f.c.To, ":")
+	ctx, cancel := context.WithTimeout(ctx, sinkTime)
+	defer cancel()
+	switch kind {
+	case "file":
+		f.conn, err = openFile(place)
+	case "tcp":
+		var d net.Dialer
+		f.conn, err = opened(d.DialContext(ctx, "tcp", place))
+	case "tls":
+		d := tls.Dialer{Config: f.c.TLS}
+		f.conn, err = opened(d.DialContext(ctx, "tcp", place))
+	default:
+		return fmt.Errorf("%q is nowhere to send to", f.c.To)
+	}
+	return err
+}
+
+// openFile opens a file to be appended to; what a crash has left of a last line is
+// ended, so that it spoils no other.
+func openFile(name string) (writer, error) {
+	file, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	if err == nil && info.Size() > 0 {
+		last := make([]byte, 1)
+		if _, err = file.ReadAt(last, info.Size()-1); err == nil && last[0] != '\n' {
+			_, err = file.Write([]byte{'\n'})
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}
+
+// opened is conn, but nil as a writer if there is none.
+func opened(conn net.Conn, err error) (writer, error) {
+	if err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+func (f *Forwarder) close() {
+	if f.conn != nil {
+		_ = f.conn.Close() // what it has taken was counted
+		f.conn = nil
+	}
+}
