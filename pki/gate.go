@@ -91,7 +91,11 @@ func (g *Gate) config() *tls.Config {
 	base.NextProtos = g.cfg.Protocols
 	base.Time = g.cfg.Now
 	base.VerifyConnection = func(state tls.ConnectionState) error {
-		return g.cfg.Revocations.Check(state.VerifiedChains[0][0], g.cfg.Now())
+		err := g.cfg.Revocations.Check(state.VerifiedChains[0][0], g.cfg.Now())
+		if err != nil { // with the certificate, for the record
+			err = &tls.CertificateVerificationError{UnverifiedCertificates: state.PeerCertificates, Err: err}
+		}
+		return err
 	}
 	outer := base.Clone()
 	outer.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {

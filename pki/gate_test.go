@@ -174,6 +174,9 @@ func (d *door) reasons() string {
 	var all []string
 	for _, r := range d.recorded {
 		all = append(all, fmt.Sprintf("handshake %s %d", r.Reason, r.Count))
+		if r.Certificate.Serial == "" && slices.Contains([]string{identity.Revoked, identity.Expired, pki.TooMany}, r.Reason) {
+			d.t.Errorf("%s: nobody knows which certificate", r.Reason)
+		}
 	}
 	for _, reason := range d.denied {
 		all = append(all, "request "+reason)
