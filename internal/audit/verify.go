@@ -165,9 +165,8 @@ type verification struct {
 	seen   map[int64]tlog.Hash // roots, by size
 
 	size, first, next int64
-	tile              int64 // the one whose hashes are in hashes; the rows of it that came are in rows
+	tile              int64 // the one whose hashes are in hashes
 	hashes            []tlog.Hash
-	rows              []Row
 }
 
 func (v *verification) leaf(row Row) error {

@@ -9,21 +9,11 @@ import (
 
 	"github.com/go-json-experiment/json"
 
-	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 )
 
 var wide = Limits{KeySize: 256, MinSize: 8, MaxSize: 4096, TTL: time.Hour, MaxTTL: 24 * time.Hour}
-
-func parsed(t testing.TB, id string) identity.SAE {
-	t.Helper()
-	s, err := identity.ParseSAE(id)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
 
 // checkRefusal holds every refusal of a parser to what the door tells callers.
 func checkRefusal(t *testing.T, err error) {
