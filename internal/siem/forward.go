@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -50,7 +51,8 @@ type Config struct {
 type Forwarder struct {
 	c      Config
 	conn   writer
-	recent []mark // where the cursor was in the last resendTime
+	recent []mark        // where the cursor was in the last resendTime
+	broken chan struct{} // of a connection: closed when its other end has gone; a goroutine of its own closes it
 
 	lag   atomic.Int64 // leaves that are in the log and not sent yet
 	sent  atomic.Int64
@@ -75,7 +77,9 @@ const (
 	sinkTime  = 10 * time.Second
 	// resendTime is how far back it is begun again when a connection has broken: what
 	// was sent on it may never have been read. Whoever reads knows the leaves by number.
-	resendTime = 10 * time.Second
+	// It is longer than a connection can be dead without being known to be.
+	resendTime = time.Minute
+	deadTime   = 30 * time.Second
 )
 
 // New returns a forwarder that has opened nothing yet.
@@ -131,6 +135,13 @@ func (f *Forwarder) Run(ctx context.Context, src Source) error {
 // step sends the next leaves and moves the cursor once the sink has taken them. If the
 // process dies between the two, they are sent again.
 func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error) {
+	if f.conn != nil && f.broken != nil {
+		select {
+		case <-f.broken:
+			return false, errors.New("the sink has closed the connection")
+		default:
+		}
+	}
 	origin, next, err := src.Cursor(ctx, f.c.Name)
 	if err != nil {
 		return false, err
@@ -233,7 +244,7 @@ func (f *Forwarder) send(ctx context.Context, text []byte) error {
 		}
 	}
 	if conn, ok := f.conn.(net.Conn); ok {
-		if err := conn.SetDeadline(time.Now().Add(sinkTime)); err != nil {
+		if err := conn.SetWriteDeadline(time.Now().Add(sinkTime)); err != nil {
 			return err
 		}
 	}
@@ -251,6 +262,9 @@ func (f *Forwarder) send(ctx context.Context, text []byte) error {
 }
 
 func (f *Forwarder) open(ctx context.Context) (err error) {
+	dialer := &net.Dialer{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: deadTime / 3, Interval: deadTime / 6, Count: 4}, Control: limitUnacknowledged,
+	}
 	kind, place, _ := strings.Cut(f.c.To, ":")
 	ctx, cancel := context.WithTimeout(ctx, sinkTime)
 	defer cancel()
@@ -258,11 +272,10 @@ func (f *Forwarder) open(ctx context.Context) (err error) {
 	case "file":
 		f.conn, err = openFile(place)
 	case "tcp":
-		var d net.Dialer
-		f.conn, err = opened(d.DialContext(ctx, "tcp", place))
+		err = f.watch(dialer.DialContext(ctx, "tcp", place))
 	case "tls":
-		d := tls.Dialer{Config: f.c.TLS}
-		f.conn, err = opened(d.DialContext(ctx, "tcp", place))
+		d := tls.Dialer{NetDialer: dialer, Config: f.c.TLS}
+		err = f.watch(d.DialContext(ctx, "tcp", place))
 	default:
 		return fmt.Errorf("%q is nowhere to send to", f.c.To)
 	}
@@ -289,17 +302,26 @@ func openFile(name string) (writer, error) {
 	return file, nil
 }
 
-// opened is conn, but nil as a writer if there is none.
-func opened(conn net.Conn, err error) (writer, error) {
+// watch takes a connection that was made, and notices when its other end goes, also
+// while there is nothing to send: a sink says nothing else.
+func (f *Forwarder) watch(conn net.Conn, err error) error {
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return conn, nil
+	f.conn, f.broken = conn, make(chan struct{})
+	go func(gone chan struct{}) {
+		defer close(gone)
+		_, _ = io.Copy(io.Discard, conn) // until it ends, or close ends it
+	}(f.broken)
+	return nil
 }
 
 func (f *Forwarder) close() {
 	if f.conn != nil {
 		_ = f.conn.Close() // what it has taken was counted
-		f.conn = nil
+		if f.broken != nil {
+			<-f.broken
+		}
+		f.conn, f.broken = nil, nil
 	}
 }
