@@ -49,5 +49,9 @@ func beginAgain() error {
 	if env == nil {
 		return nil
 	}
-	return unix.Exec("/proc/self/exe", os.Args, env)
+	self, err := os.Executable() // not /proc/self/exe: the process would be called exe
+	if err != nil {
+		return err
+	}
+	return unix.Exec(self, os.Args, env)
 }

@@ -159,7 +159,7 @@ func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error)
 		if log.Following > 0 && next >= log.Size { // the log of this origin has ended
 			return true, src.MoveCursor(ctx, f.c.Name, log.Following, 0)
 		}
-		return false, f.alive()
+		return false, nil
 	}
 	text, err := f.write(log, rows)
 	if err == nil {
@@ -218,23 +218,6 @@ func (f *Forwarder) goBack(ctx context.Context, src Source) error {
 		return nil
 	}
 	return src.MoveCursor(ctx, f.c.Name, recent[0].origin, recent[0].next)
-}
-
-// alive looks, while there is nothing to send, whether the sink has closed the
-// connection: what it had not read yet would otherwise be missed only by the next event.
-func (f *Forwarder) alive() error {
-	conn, ok := f.conn.(net.Conn)
-	if !ok {
-		return nil
-	}
-	if err := conn.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
-		return err
-	}
-	var said [64]byte // a sink has nothing to say: it is not heard
-	if _, err := conn.Read(said[:]); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("the sink has closed the connection: %w", err)
-	}
-	return nil
 }
 
 func (f *Forwarder) send(ctx context.Context, text []byte) error {
