@@ -67,11 +67,12 @@ func (o *outage) save() {
 	}
 }
 
-// keep writes a number that is not in the file yet, and says why if it cannot.
+// keep writes a number that is not in the file yet, or may not be since the last write
+// failed, and says why if it cannot.
 func (o *outage) keep() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.n != o.kept {
+	if o.n != o.kept || o.err != nil {
 		o.save()
 	}
 	return o.err

@@ -26,7 +26,7 @@ type Signed struct {
 // LastCheckpoint is the newest of the site's log; of origin 0 if there is none yet.
 func (db *DB) LastCheckpoint(ctx context.Context) (s Signed, err error) {
 	err = db.pool.QueryRow(ctx, `SELECT c.origin, c.size, c.note FROM audit_log l JOIN audit_checkpoint c ON c.origin = l.origin AND c.size = l.size
-		ORDER BY l.origin DESC LIMIT 1`).Scan(&s.Origin, &s.Size, &s.Note)
+		WHERE l.origin = (SELECT origin FROM settings)`).Scan(&s.Origin, &s.Size, &s.Note)
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return s, away("reading the last checkpoint", err)
 	}

@@ -176,6 +176,10 @@ func (w *Witness) note(run int64, head audit.Head, sig []byte) {
 // Sync makes what was written durable, and returns what went wrong since.
 func (w *Witness) Sync() error {
 	w.mu.Lock()
+	if w.err != nil && w.origin != 0 { // perhaps the disk has room again
+		_, w.err = w.f.WriteAt(w.format(), int64(w.count%2)*witnessSlot)
+		w.dirty = true
+	}
 	dirty, err := w.dirty, w.err
 	w.dirty = false
 	w.mu.Unlock()
