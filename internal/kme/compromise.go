@@ -45,13 +45,8 @@ func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid str
 	done := call.ev
 	done.Outcome, done.Link = audit.Done, s.Link
 	done.Reason = fmt.Sprintf("keys made from %s to %s", answer.From.Format(time.RFC3339), answer.To.Format(time.RFC3339))
-	if what, err = k.Store.BeginCompromise(ctx, what, done); err != nil {
-		call.pending = errors.Is(err, store.ErrDoubt)
-		return answer, call.refuse(ctx, err)
-	}
-	// From here on it is decided and recorded, whatever the caller is told.
-	if answer.Burned, answer.Voided, err = k.burnCompromised(ctx, what); err != nil {
-		return answer, k.classify(err)
+	if err := k.compromise(ctx, call, what, done, &answer); err != nil {
+		return answer, err
 	}
 	k.tellCompromises(ctx)
 	pending, err := k.Store.CompromisesOut(ctx)
@@ -64,6 +59,22 @@ func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid str
 	slices.Sort(answer.Untold)
 	answer.Untold = slices.Compact(answer.Untold)
 	return answer, nil
+}
+
+// compromise records a compromise and burns what there is here of it. Nobody else of
+// this node does so meanwhile: the officer is told of all of it.
+func (k *KME) compromise(ctx context.Context, call *call, what store.Compromise, done audit.Event, answer *admin.Compromised) (err error) {
+	k.burning.Lock()
+	defer k.burning.Unlock()
+	if what, err = k.Store.BeginCompromise(ctx, what, done); err != nil {
+		call.pending = errors.Is(err, store.ErrDoubt)
+		return call.refuse(ctx, err)
+	}
+	// From here on it is decided and recorded, whatever the caller is told.
+	if answer.Burned, answer.Voided, err = k.burnCompromised(ctx, what); err != nil {
+		return k.classify(err)
+	}
+	return nil
 }
 
 // suspicion is what an officer means, in epochs.
@@ -136,18 +147,9 @@ func (k *KME) watchCompromises(ctx context.Context) {
 // tellCompromises goes on with compromises that a process has left half done, and tells
 // the peers of those that they have not acknowledged.
 func (k *KME) tellCompromises(ctx context.Context) {
-	all, err := k.Store.Compromises(ctx, 0)
-	if err != nil {
+	if err := k.endCompromises(ctx); err != nil {
+		k.Log.Warn("burning compromised keys", "err", err)
 		return
-	}
-	for _, c := range all {
-		if c.Done {
-			continue
-		}
-		if _, _, err := k.burnCompromised(ctx, c); err != nil {
-			k.Log.Warn("burning compromised keys", "err", err)
-			return
-		}
 	}
 	pending, err := k.Store.CompromisesOut(ctx)
 	if err != nil {
@@ -170,6 +172,25 @@ func (k *KME) tellCompromises(ctx context.Context) {
 			silent[p.Peer] = true
 		}
 	}
+}
+
+// endCompromises goes on with compromises that were left half done.
+func (k *KME) endCompromises(ctx context.Context) error {
+	k.burning.Lock()
+	defer k.burning.Unlock()
+	all, err := k.Store.Compromises(ctx, 0)
+	if err != nil {
+		return err
+	}
+	for _, c := range all {
+		if c.Done {
+			continue
+		}
+		if _, _, err := k.burnCompromised(ctx, c); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Compromise burns our part of keys of a link that the peer suspects: it could as well

@@ -89,6 +89,7 @@ type KME struct {
 	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
 	greeted atomic.Int64 // how often all peers were
 	known   compromises
+	burning sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
 	alarms  alarms
 	outage  *outage
 	debts   debts

@@ -102,7 +102,9 @@ func (k *KME) watchZeroized(ctx context.Context) {
 	if k.suspended() != "" {
 		return
 	}
-	why, err := k.zeroized(ctx)
+	asking, cancel := context.WithTimeout(ctx, time.Second) // a library may never return: the heartbeat says so
+	why, err := k.zeroized(asking)
+	cancel()
 	if err != nil || why == "" {
 		return // a token that does not answer has its own alarm
 	}
