@@ -49,6 +49,8 @@ type pool struct {
 
 	mu      sync.Mutex
 	leases  []*held
+	newest  int64         // the highest chunk that ever was in hand
+	burned  int64         // chunks below this one are not in the database any more
 	used    time.Time     // last time that somebody asked
 	low     int           // atoms in hand below which more are leased ahead of need
 	wanting chan struct{} // there are fewer: to whoever stocks
@@ -183,6 +185,7 @@ func (p *pool) more(ctx context.Context, atoms int) ([]store.Lease, error) {
 
 // add puts a chunk into its place, oldest epoch first. The caller holds mu.
 func (p *pool) add(h *held) int {
+	p.newest = max(p.newest, h.Chunk)
 	at, _ := slices.BinarySearchFunc(p.leases, h, func(a, b *held) int {
 		return cmp.Or(cmp.Compare(a.Epoch, b.Epoch), cmp.Compare(a.Chunk, b.Chunk))
 	})
@@ -199,11 +202,15 @@ func (p *pool) drop(meant func(store.Lease) bool) {
 	p.leases = slices.DeleteFunc(p.leases, func(h *held) bool { return meant(h.Lease) })
 }
 
-// forget drops all leases: their atoms are not in the database any more.
+// forget drops all leases, also one that is being made: their atoms are not in the
+// database any more. Nor are those that requests have in hand, and may yet give back.
 func (p *pool) forget() {
+	p.stocking.Lock()
+	defer p.stocking.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leases = nil
+	p.burned = p.newest + 1
 }
 
 // give takes atoms back that were lent and not used.
@@ -215,6 +222,9 @@ func (p *pool) give(atoms []lent) {
 
 func (p *pool) put(atoms []lent) {
 	for _, a := range atoms {
+		if a.from.Chunk < p.burned {
+			continue
+		}
 		i := slices.IndexFunc(p.leases, func(h *held) bool { return h.Chunk == a.from.Chunk })
 		if i < 0 { // its chunk was emptied meanwhile and dropped from the list
 			i = p.add(&held{Lease: *a.from})

@@ -359,3 +359,26 @@ func TestPoolOfManyRequests(t *testing.T) {
 		t.Errorf("not all atoms are there at the end: %v", err)
 	}
 }
+
+// TestForget: what was burned does not come back, though a request had it in hand.
+func TestForget(t *testing.T) {
+	t.Parallel()
+	f := newFibre()
+	f.grow(1, ^uint64(0))
+	f.grow(1, ^uint64(0))
+	got, err := f.pool.take(t.Context(), 3, 1)
+	if err != nil || len(got) != 3 {
+		t.Fatalf("take: %d atoms, %v", len(got), err)
+	}
+	f.pool.forget()
+	f.pool.give(got)
+	if again, short := f.pool.lend(nil, 1, 1); short != 1 {
+		t.Errorf("%d atoms that were burned are lent", len(again))
+	}
+	f.chunks = nil
+	f.grow(1, ^uint64(0))
+	f.chunks[0].Chunk = 7 // a new one
+	if got, err = f.pool.take(t.Context(), 1, 1); err != nil || len(got) != 1 || got[0].from.Chunk != 7 {
+		t.Errorf("take from a new chunk: %v, %v", got, err)
+	}
+}
