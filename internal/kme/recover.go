@@ -298,6 +298,8 @@ func (k *KME) forgetBurned(ctx context.Context, peer identity.KME) {
 			l.pool.forget()
 		}
 	}
+	k.trail.trust(peer) // its log goes on in another origin; the one that ended where it was set back is no sign any more
+	k.clear(ctx, "audit-log-"+peer.String())
 }
 
 // mayOpen says whether the link may open a session: not while the peer has not

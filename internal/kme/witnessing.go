@@ -173,6 +173,13 @@ func (t *trail) peerBroken(id identity.KME) string {
 	return t.peers[id]
 }
 
+// trust ends what was held against the log of a peer, which has been recovered since.
+func (t *trail) trust(id identity.KME) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.peers, id)
+}
+
 // Checkpoint cosigns a checkpoint of a peer's log, if it follows what was seen of it.
 func (d PeerDoor) Checkpoint(ctx context.Context, from identity.KME, s audit.Submission) (audit.Cosigned, error) {
 	k := d.k
