@@ -45,9 +45,17 @@ func (r *keyring) verify(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listing KEKs: %w", err)
 	}
+	epochs, err := r.k.Store.Epochs(ctx)
+	if err != nil {
+		return fmt.Errorf("listing epochs: %w", err)
+	}
+	ending := make(map[key.Epoch]bool) // whose KEKs may be gone from the token, which a dead process has not recorded
+	for _, e := range epochs {
+		ending[e.Epoch] = e.State == store.EpochDraining
+	}
 	var keks []hsm.KEKInfo
 	for _, row := range rows {
-		if (row.State == store.KEKOpen || row.State == store.KEKSealed) && len(row.CheckValue) == 3 {
+		if (row.State == store.KEKOpen || row.State == store.KEKSealed) && !ending[row.Epoch] && len(row.CheckValue) == 3 {
 			keks = append(keks, hsm.KEKInfo{Label: row.Label, ID: row.PKCS11ID, CheckValue: [3]byte(row.CheckValue)})
 		}
 	}
