@@ -130,7 +130,7 @@ func New(c Config) (*KME, error) {
 	if c.Quota.Rate <= 0 || c.Quota.Burst < MinBurst || c.Quota.Untaken <= 0 {
 		return nil, fmt.Errorf("configuring the KME: the quota must be positive, and its burst at least %d", MinBurst)
 	}
-	if c.Trail.TrustDomain == "" || c.Trail.NodeKey == nil {
+	if c.Trail.TrustDomain == "" || c.Store.Key() == nil {
 		return nil, errors.New("configuring the KME: the audit log has no name, or the node no key for it")
 	}
 	if c.Trail.Reader == nil && (len(c.Trail.Sinks) > 0 || c.Trail.Keep > 0) {

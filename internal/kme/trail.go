@@ -20,9 +20,8 @@ import (
 
 // Trail says how the audit log is kept, beyond the events themselves.
 type Trail struct {
-	TrustDomain string         // names the log
-	NodeKey     *audit.NodeKey // the one that Store signs with
-	Facts       audit.Facts    // of the build and the configuration; the rest is filled in
+	TrustDomain string      // names the log
+	Facts       audit.Facts // of the build and the configuration; the rest is filled in
 
 	// Sequencer is the DSN of the role kme_seq, with which this node folds events into
 	// the tree if no other does; "" leaves it to kmed sequencer.
@@ -94,7 +93,7 @@ func (k *KME) openTrail(ctx context.Context) error {
 		return err
 	}
 	k.facts.Build, k.facts.Config = k.Trail.Facts.Build, k.Trail.Facts.Config
-	k.facts.Key, err = audit.SignNodeKey(voucher, k.Node, k.Trail.NodeKey.Public())
+	k.facts.Key, err = audit.SignNodeKey(voucher, k.Node, k.Store.Key().Public())
 	return err
 }
 

@@ -192,14 +192,11 @@ func (l *otherLog) forge(text string) *otherLog {
 // trailed is a node whose log is kept: it has a run, keys, a sequencer and a reader.
 func (s *site) trailed() (*KME, *auditlog.Sequencer) {
 	s.t.Helper()
-	nodeKey, err := audit.OpenNodeKey(filepath.Join(s.data, "audit.key"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	k := s.node()
 	key := newSoftKey(s.t)
 	k.trail.logKey, k.trail.witnessKey = key, key
-	k.Trail = Trail{TrustDomain: "qutemail.example", NodeKey: nodeKey}
+	k.Trail = Trail{TrustDomain: "qutemail.example"}
+	var err error
 	if k.Trail.Reader, err = auditlog.NewReader(s.t.Context(), cluster.DSN(store.AuditorRole, s.name)); err != nil {
 		s.t.Fatal(err)
 	}
@@ -209,7 +206,7 @@ func (s *site) trailed() (*KME, *auditlog.Sequencer) {
 		s.t.Fatal(err)
 	}
 	ev := k.own(audit.Start)
-	if ev.Facts.Key, err = audit.SignNodeKey(voucher, "a", nodeKey.Public()); err != nil {
+	if ev.Facts.Key, err = audit.SignNodeKey(voucher, "a", k.Store.Key().Public()); err != nil {
 		s.t.Fatal(err)
 	}
 	k.note(s.t.Context(), ev)

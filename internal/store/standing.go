@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 )
@@ -116,6 +117,9 @@ func (db *DB) SetBack() string { return db.committer.back }
 
 // Witness is what Config named.
 func (db *DB) Witness() *Witness { return db.cfg.Witness }
+
+// Key is what Config named: the node's signature over its audit chain.
+func (db *DB) Key() *audit.NodeKey { return db.cfg.Key }
 
 // checkPast says, after a new connection was made or the node was fenced, whether
 // the node's row has fallen below this process's last commit.
