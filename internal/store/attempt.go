@@ -320,7 +320,7 @@ func (a *attempt) queueRemoved(b *pgx.Batch) {
 // queueEvents completes the events, chains them, signs the chain's head and writes them:
 // the signature stands with the last of them.
 func (a *attempt) queueEvents(b *pgx.Batch) {
-	if len(a.events) == 0 || a.c.db.unaudited {
+	if len(a.events) == 0 {
 		return
 	}
 	cfg := a.c.db.cfg

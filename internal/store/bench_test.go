@@ -90,16 +90,15 @@ func BenchmarkAuditCost(b *testing.B) {
 		return s.openWith(cfg)
 	}
 	const round = 2048 // requests in one turn
-	with, without := open("n1"), open("n2")
-	without.unaudited = true
+	db := open("n1")
 	var took [2]time.Duration
 	for b.Loop() {
-		for i, db := range []*DB{with, without} {
+		for i, events := range []func(Block, int) []audit.Event{eventOf, nil} {
 			b.StopTimer()
 			block := s.fill(db, round, mine)
 			b.StartTimer()
 			began := time.Now()
-			serveAll(b, db, block)
+			serveBlock(b, db, block, events)
 			took[i] += time.Since(began)
 		}
 	}
@@ -107,8 +106,9 @@ func BenchmarkAuditCost(b *testing.B) {
 	b.ReportMetric(float64(round*b.N)/took[0].Seconds(), "req/s")
 }
 
-// serveAll asks for the atoms of a block one by one, for 64 clients.
-func serveAll(b *testing.B, db *DB, block Block) {
+// serveBlock asks for the atoms of a block one by one, for 64 clients, each with its
+// events; nil: there are none.
+func serveBlock(b *testing.B, db *DB, block Block, events func(Block, int) []audit.Event) {
 	var next atomic.Int64
 	var all sync.WaitGroup
 	for range clients {
@@ -119,9 +119,11 @@ func serveAll(b *testing.B, db *DB, block Block) {
 					return
 				}
 				mine := block.Atoms[i : i+1]
-				ev := requestEvent(ids(mine))
-				ev.Atoms = rangeOf(block.BlockRef, i, 1)
-				if err := db.Serve(context.Background(), ServeJob{Atoms: ids(mine), Events: []audit.Event{ev}}); err != nil {
+				job := ServeJob{Atoms: ids(mine)}
+				if events != nil {
+					job.Events = events(block, i)
+				}
+				if err := db.Serve(context.Background(), job); err != nil {
 					b.Error(err)
 					return
 				}
@@ -129,6 +131,13 @@ func serveAll(b *testing.B, db *DB, block Block) {
 		})
 	}
 	all.Wait()
+}
+
+// eventOf is the event of a request for one atom of a block.
+func eventOf(block Block, i int) []audit.Event {
+	ev := requestEvent(ids(block.Atoms[i : i+1]))
+	ev.Atoms = rangeOf(block.BlockRef, i, 1)
+	return []audit.Event{ev}
 }
 
 // requestEvent is the event of a request for keys.

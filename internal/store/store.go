@@ -84,8 +84,6 @@ type DB struct {
 	late      sync.WaitGroup // calls of Late under way
 	ends      sync.Map       // link ID -> handover.End: ours, of the links that EnsureLink has registered
 
-	unaudited bool // nothing is written of events: for BenchmarkAuditCost alone, and no configuration can say so
-
 	mu        sync.Mutex
 	unclaimed map[string][]int64 // by link: chunks leased by this run whose Lease had failed to return them
 }
