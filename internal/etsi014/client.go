@@ -1,16 +1,13 @@
 package etsi014
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -18,6 +15,7 @@ import (
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/nodes"
 )
 
 // maxAnswer is the most that a Client reads of an answer, in bytes. 128 keys of
@@ -28,21 +26,14 @@ const maxAnswer = 16 << 20
 // client names. It repeats nothing: a request whose answer was lost may have
 // taken its keys. (net/http itself repeats a GET on a kept connection that breaks;
 // the methods that POST are not concerned.)
-type Client struct {
-	bases []string
-	http  *http.Client
-}
+type Client struct{ nodes *nodes.Client }
 
 // NewClient returns a Client of the KME at base, such as https://kme.example:8443.
 // more are its other nodes: each is tried when none before it can be connected to, in
 // which case nothing was asked for yet. hc presents the SAE's certificate and trusts
 // the KME's CA.
 func NewClient(base string, hc *http.Client, more ...string) *Client {
-	c := &Client{http: hc}
-	for _, b := range append([]string{base}, more...) {
-		c.bases = append(c.bases, strings.TrimRight(b, "/"))
-	}
-	return c
+	return &Client{nodes.New(hc, base, more...)}
 }
 
 // APIError is an answer other than 200.
@@ -224,7 +215,7 @@ func parseContainer(body []byte) (Container, error) {
 
 // call returns the body of a 200, which the caller wipes.
 func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	resp, err := c.send(ctx, method, path, body)
+	resp, err := c.nodes.Send(ctx, method, path, body)
 	if err != nil {
 		return nil, err
 	}
@@ -237,29 +228,6 @@ func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]
 		return nil, apiError(resp, got)
 	}
 	return got, nil
-}
-
-// send says a request to the first node that can be connected to.
-func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
-	var errs []error
-	for _, base := range c.bases {
-		req, err := http.NewRequestWithContext(ctx, method, base+path, bytes.NewReader(body))
-		if err != nil {
-			return nil, err
-		}
-		if body != nil {
-			req.Header.Set("Content-Type", "application/json")
-		}
-		resp, err := c.http.Do(req)
-		if err == nil {
-			return resp, nil
-		}
-		errs = append(errs, err)
-		if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "dial" || ctx.Err() != nil {
-			break // it may have been heard
-		}
-	}
-	return nil, errors.Join(errs...)
 }
 
 // readAnswer reads a body. A buffer that it outgrows is wiped, so that no copy of

@@ -19,6 +19,7 @@ var rings = map[string]int{
 	"internal/identity":  0,
 	"internal/problem":   0,
 	"internal/approval":  0,
+	"internal/nodes":     0,
 	"internal/failpoint": 0,
 	"internal/pgdev":     0,
 

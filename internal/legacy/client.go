@@ -1,22 +1,20 @@
 package legacy
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/nodes"
 )
 
 // maxAnswer is the most that a Client reads of an answer, in bytes.
@@ -24,21 +22,14 @@ const maxAnswer = 64 << 10
 
 // Client calls the routes of one KME for the SAE that the certificate of its HTTP
 // client names. It repeats nothing by itself.
-type Client struct {
-	bases []string
-	http  *http.Client
-}
+type Client struct{ nodes *nodes.Client }
 
 // NewClient returns a Client of the KME at base, such as https://kme.example:8443.
 // more are its other nodes: each is tried when none before it can be connected to, in
 // which case nothing was asked for yet. hc presents the SAE's certificate and trusts
 // the KME's CA.
 func NewClient(base string, hc *http.Client, more ...string) *Client {
-	c := &Client{http: hc}
-	for _, b := range append([]string{base}, more...) {
-		c.bases = append(c.bases, strings.TrimRight(b, "/"))
-	}
-	return c
+	return &Client{nodes.New(hc, base, more...)}
 }
 
 // APIError is an answer other than 200. The seed's clients tell 403, 404 and 410
@@ -182,7 +173,7 @@ func parseKey(body []byte) (keyObject, error) {
 // call returns the body of an answer, which the caller wipes, with an *APIError if
 // it is not a 200.
 func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	resp, err := c.send(ctx, method, path, body)
+	resp, err := c.nodes.Send(ctx, method, path, body)
 	if err != nil {
 		return nil, err
 	}
@@ -200,29 +191,6 @@ func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]
 		return buf[:n], apiError(resp, buf[:n])
 	}
 	return buf[:n], nil
-}
-
-// send says a request to the first node that can be connected to.
-func (c *Client) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
-	var errs []error
-	for _, base := range c.bases {
-		req, err := http.NewRequestWithContext(ctx, method, base+path, bytes.NewReader(body))
-		if err != nil {
-			return nil, err
-		}
-		if body != nil {
-			req.Header.Set("Content-Type", "application/json")
-		}
-		resp, err := c.http.Do(req)
-		if err == nil {
-			return resp, nil
-		}
-		errs = append(errs, err)
-		if op, ok := errors.AsType[*net.OpError](err); !ok || op.Op != "dial" || ctx.Err() != nil {
-			break // it may have been heard
-		}
-	}
-	return nil, errors.Join(errs...)
 }
 
 func apiError(resp *http.Response, body []byte) error {
