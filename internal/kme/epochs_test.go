@@ -147,6 +147,19 @@ func (s *site) backup() (rows []blob) {
 	return rows
 }
 
+// until calls do every so often, until ctx ends.
+func until(ctx context.Context, every time.Duration, do func()) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		do()
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
 // TestRotation: an epoch a second, and KEKs that are replaced every few dozen blobs:
 // whoever asks for keys and takes them notices nothing, and no blob is left under a KEK
 // that is gone.
@@ -162,14 +175,10 @@ func TestRotation(t *testing.T) {
 	defer cancel()
 	var all sync.WaitGroup
 	all.Go(func() { // sixty minutes a second
-		for ; over.Err() == nil; time.Sleep(time.Second / 60) {
-			s.step(time.Minute)
-		}
+		until(over, time.Second/60, func() { s.step(time.Minute) })
 	})
 	all.Go(func() {
-		for ; over.Err() == nil; time.Sleep(time.Second / 10) {
-			k.expire(t.Context())
-		}
+		until(over, time.Second/10, func() { k.expire(t.Context()) })
 	})
 	var served atomic.Int64
 	for range 4 {

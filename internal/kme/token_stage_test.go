@@ -78,10 +78,6 @@ func openToken(t testing.TB, dir string) *hsm.Token {
 func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 	s.t.Helper()
 	rules, _ := core(s.t)
-	nodeKey, err := audit.OpenNodeKey(filepath.Join(s.data, "audit.key"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
 	c := Config{
 		Self: kmeID(s.t, "km1"), Node: "a", Store: s.connect(), Token: openToken(s.t, dir), Policies: rules.Policies,
 		Live: policies.NewCurrent(rules.Policies()), LoadPolicies: func() (*policies.Set, error) { return rules.Policies(), nil },
@@ -90,7 +86,7 @@ func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 		},
 		Log: slog.New(slog.DiscardHandler), Now: s.now, DataDir: s.data,
 		EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: time.Hour, PoolLimit: 1000,
-		Quota: Quota{Rate: 1e6, Burst: 1e6, Untaken: 1e6}, Trail: Trail{TrustDomain: "lab.test", NodeKey: nodeKey},
+		Quota: Quota{Rate: 1e6, Burst: 1e6, Untaken: 1e6}, Trail: Trail{TrustDomain: "lab.test"},
 	}
 	for _, f := range change {
 		f(&c)
@@ -183,8 +179,13 @@ func copyInToken(t *testing.T, kek hsm.KEKInfo, label string) []byte {
 // eventually waits for what must come.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); !is(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(time.Minute)
+	for !is() {
+		select {
+		case <-tick.C:
+		case <-late:
 			t.Fatalf("waited a minute for %s", what)
 		}
 	}
