@@ -108,9 +108,5 @@ func (c cleanupCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	if s.JSON {
-		return s.printJSON(map[string]int{"removed_count": n})
-	}
-	_, err = fmt.Fprintf(s.stdout, "%d expired keys removed\n", n)
-	return err
+	return s.say(map[string]int{"removed_count": n}, "%d expired keys removed\n", n)
 }

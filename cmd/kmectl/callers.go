@@ -93,11 +93,7 @@ func (s *session) turn(ctx context.Context, do func(*admin.Client) error, done s
 	if err := do(client); err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	if s.JSON {
-		return s.printJSON(map[string]string{"status": "done"})
-	}
-	_, err = fmt.Fprintf(s.stdout, done, args...)
-	return err
+	return s.say(map[string]string{"status": "done"}, done, args...)
 }
 
 type policyReloadCommand struct {
@@ -118,9 +114,5 @@ func (c policyReloadCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	if s.JSON {
-		return s.printJSON(got)
-	}
-	_, err = fmt.Fprintf(s.stdout, "policies %s are in force at this node\n", got.Digest)
-	return err
+	return s.say(got, "policies %s are in force at this node\n", got.Digest)
 }

@@ -108,10 +108,15 @@ func (versionCommand) Run(s *session) error {
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		v.Version = info.Main.Version
 	}
+	return s.say(v, "kmectl %s %s %s/%s\n", v.Version, v.Go, runtime.GOOS, runtime.GOARCH)
+}
+
+// say prints a value as JSON if that was asked for, and otherwise a sentence.
+func (s *session) say(v any, sentence string, args ...any) error {
 	if s.JSON {
 		return s.printJSON(v)
 	}
-	_, err := fmt.Fprintf(s.stdout, "kmectl %s %s %s/%s\n", v.Version, v.Go, runtime.GOOS, runtime.GOARCH)
+	_, err := fmt.Fprintf(s.stdout, sentence, args...)
 	return err
 }
 

@@ -1,0 +1,362 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/audit"
+)
+
+// trusted are the public keys that an auditor was given.
+type trusted struct {
+	Vkey    string   `name:"vkey" placeholder:"KEY" help:"The log's verifier key, from somebody you trust."`
+	Witness []string `name:"witness" placeholder:"KEY" help:"The verifier key of a witness; all that are given must have signed. Repeatable."`
+}
+
+// keys reads them. Without the log's key the one that the log itself names is taken,
+// which proves that the log hangs together, and not whose it is.
+func (t trusted) keys(s *session, named string) (key audit.LogKey, witnesses []audit.Witness, err error) {
+	vkey := t.Vkey
+	if vkey == "" {
+		vkey = named
+		fmt.Fprintf(s.stderr, "kmectl: no --vkey: taking the key that the log names itself, %s\n", printable(vkey))
+	}
+	if key, err = audit.ParseLogKey(vkey); err != nil {
+		return key, nil, err
+	}
+	for _, text := range t.Witness {
+		w, err := audit.NewWitness(text)
+		if err != nil {
+			return key, nil, err
+		}
+		witnesses = append(witnesses, w)
+	}
+	return key, witnesses, nil
+}
+
+// cosigned says whether all witnesses that were asked for have signed.
+func cosignedByAll(names []string, witnesses []audit.Witness) error {
+	for _, w := range witnesses {
+		if !strings.Contains("\n"+strings.Join(names, "\n")+"\n", "\n"+w.Name()+"\n") {
+			return fmt.Errorf("witness %s has not signed the checkpoint", w.Name())
+		}
+	}
+	return nil
+}
+
+// namedKey asks for the key that the log names, if none was given.
+func namedKey(ctx context.Context, client *admin.Client, t trusted) (string, error) {
+	if t.Vkey != "" {
+		return "", nil
+	}
+	trail, err := client.Trail(ctx)
+	if err != nil || len(trail.Logs) == 0 {
+		return "", err
+	}
+	return trail.Logs[len(trail.Logs)-1].Key, nil
+}
+
+// print verifies a proof and prints its event.
+func (t trusted) print(s *session, proof audit.Proof, named string) error {
+	key, witnesses, err := t.keys(s, named)
+	if err != nil {
+		return err
+	}
+	_, c, names, err := proof.Verify(key, witnesses...)
+	if err == nil {
+		err = cosignedByAll(names, witnesses)
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(s.stdout, proof.Text); err != nil {
+		return err
+	}
+	fmt.Fprintf(s.stderr, "proved: leaf %d of %d of %s%s\n", proof.Leaf, c.Size, c.Origin, signedBy(names))
+	return nil
+}
+
+func signedBy(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	return ", signed by " + strings.Join(names, " and ")
+}
+
+type proveCommand struct {
+	Leaf   int64  `arg:"" help:"The event's number in the log."`
+	Out    string `default:"-" placeholder:"FILE" help:"Where to write it (standard output)."`
+	Bundle string `type:"existingfile" placeholder:"FILE" help:"Make it of this bundle, and ask no KME."`
+}
+
+// proof asks a KME for it, or makes it of a bundle.
+func (c proveCommand) proof(ctx context.Context, s *session) (audit.Proof, error) {
+	if c.Bundle == "" {
+		p, client, err := s.operator()
+		if err != nil {
+			return audit.Proof{}, err
+		}
+		proof, err := client.Proof(ctx, c.Leaf)
+		if err != nil {
+			return proof, p.explain(err, p.unlisted())
+		}
+		return proof, nil
+	}
+	b, f, err := audit.OpenBundleFile(c.Bundle)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	key, err := audit.ParseLogKey(b.Key)
+	if err != nil {
+		return audit.Proof{}, err
+	}
+	return b.Prove(c.Leaf, key)
+}
+
+// Run writes a proof.
+func (c proveCommand) Run(ctx context.Context, s *session) error {
+	proof, err := c.proof(ctx, s)
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(proof)
+	if err != nil {
+		return err
+	}
+	if c.Out == "-" {
+		_, err = fmt.Fprintf(s.stdout, "%s\n", text)
+		return err
+	}
+	return os.WriteFile(c.Out, append(text, '\n'), 0o644)
+}
+
+type checkCommand struct {
+	trusted
+	File string `arg:"" type:"existingfile" help:"The proof."`
+}
+
+// Run verifies a proof.
+func (c checkCommand) Run(s *session) error {
+	if c.Vkey == "" {
+		return errors.New("--vkey is missing: a proof says nothing without the log's key")
+	}
+	text, err := os.ReadFile(c.File)
+	if err != nil {
+		return err
+	}
+	proof, err := audit.ParseProof(text)
+	if err != nil {
+		return err
+	}
+	return c.print(s, proof, "")
+}
+
+type exportCommand struct {
+	Out    string `arg:"" help:"The file to write."`
+	Origin int64  `help:"The log of this origin (the present one)."`
+	First  int64  `help:"From this leaf on."`
+	End    int64  `help:"Up to, and without, this leaf (all, and what is not in the log yet)."`
+}
+
+// Run writes a bundle.
+func (c exportCommand) Run(ctx context.Context, s *session) error {
+	p, client, err := s.operator()
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(c.Out, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(client.Bundle(ctx, f, c.Origin, c.First, c.End), f.Close())
+	if err != nil {
+		return errors.Join(p.explain(err, p.unlisted()), os.Remove(c.Out))
+	}
+	return nil
+}
+
+type verifyCommand struct {
+	trusted
+	Offline string `type:"existingfile" placeholder:"FILE" help:"Verify this bundle, and ask no KME."`
+	Part    bool   `help:"The bundle may be of a part of the log."`
+	Origin  int64  `help:"The log of this origin (the present one)."`
+	Also    string `placeholder:"URL" help:"Ask the operator door of the other KME what it has witnessed of this log."`
+	Head    string `placeholder:"NODE:EVENT:HASH" help:"A head of a node's chain that is known from elsewhere, such as an alarm of the other KME; the hash in hex."`
+}
+
+// Run verifies the log. Its error names the first event that is not as it was recorded.
+func (c verifyCommand) Run(ctx context.Context, s *session) error {
+	f, err := s.fetch(ctx, c.Offline, "", c.Origin)
+	if err != nil {
+		return err
+	}
+	defer f.close()
+	key, witnesses, err := c.keys(s, f.bundle.Key)
+	if err != nil {
+		return err
+	}
+	known, err := c.known(ctx, s, key)
+	if err != nil {
+		return err
+	}
+	r, cp, names, err := audit.VerifyBundle(ctx, key, witnesses, known, !c.Part, f.bundle)
+	if err == nil {
+		err = cosignedByAll(names, witnesses)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(s.stdout, "verified: leaves %d to %d of %s, whose checkpoint has %d%s; %d events beyond it, signed by their nodes\n",
+		f.bundle.First, f.bundle.First+r.Leaves-1, cp.Origin, cp.Size, signedBy(names), r.Tail)
+	return err
+}
+
+// known gathers what is known from elsewhere.
+func (c verifyCommand) known(ctx context.Context, s *session, key audit.LogKey) (k audit.Known, err error) {
+	if c.Head != "" {
+		var h audit.Head
+		parts := strings.Split(c.Head, ":")
+		if len(parts) == 3 {
+			var hash []byte
+			hash, err = hex.DecodeString(parts[2])
+			_, serr := fmt.Sscan(parts[1], &h.Seq)
+			if err = errors.Join(err, serr); err == nil && len(hash) == len(h.Hash) {
+				h.Hash = [32]byte(hash)
+				k.Heads = map[string]audit.Head{parts[0]: h}
+			}
+		}
+		if k.Heads == nil {
+			return k, fmt.Errorf("--head %q is not NODE:EVENT:HASH", c.Head)
+		}
+	}
+	if c.Also == "" {
+		return k, nil
+	}
+	other := *s
+	other.KME = []string{c.Also}
+	p, client, err := other.operator()
+	if err != nil {
+		return k, err
+	}
+	t, err := client.Trail(ctx)
+	if err != nil {
+		return k, p.explain(err, p.unlisted())
+	}
+	for _, w := range t.Witnessed {
+		if w.Log != key.Name() {
+			continue
+		}
+		cp, _, err := audit.OpenCheckpoint([]byte(w.Checkpoint), key)
+		if err != nil {
+			return k, fmt.Errorf("what %s has witnessed: %w", c.Also, err)
+		}
+		k.Checkpoints = append(k.Checkpoints, cp)
+	}
+	if len(k.Checkpoints) == 0 {
+		return k, fmt.Errorf("%s has witnessed nothing of %s", c.Also, key.Name())
+	}
+	return k, nil
+}
+
+// fetched is a bundle in a file.
+type fetched struct {
+	bundle *audit.Bundle
+	file   *os.File
+	temp   bool
+}
+
+func (f fetched) close() {
+	_ = f.file.Close()
+	if f.temp {
+		_ = os.Remove(f.file.Name())
+	}
+}
+
+// fetch opens a bundle, or asks a KME for one of the whole log: the one of the profile,
+// or that at url.
+func (s *session) fetch(ctx context.Context, file, url string, origin int64) (f fetched, err error) {
+	if file != "" {
+		f.bundle, f.file, err = audit.OpenBundleFile(file)
+		return f, err
+	}
+	at := *s
+	if url != "" {
+		at.KME = []string{url}
+	}
+	p, client, err := at.operator()
+	if err != nil {
+		return f, err
+	}
+	if f.file, err = os.CreateTemp("", "kmectl-bundle-"); err != nil {
+		return f, err
+	}
+	f.temp = true
+	err = client.Bundle(ctx, f.file, origin, 0, 0)
+	if err != nil {
+		err = p.explain(err, p.unlisted())
+	} else if _, err = f.file.Seek(0, io.SeekStart); err == nil {
+		f.bundle, err = audit.OpenBundle(f.file)
+	}
+	if err != nil {
+		f.close()
+	}
+	return f, err
+}
+
+type reconcileCommand struct {
+	A string `arg:"" help:"A bundle of the log of the one KME, or the URL of its operator door."`
+	B string `arg:"" help:"The same of the other, taken after it."`
+}
+
+// Run compares two logs. Each is verified, by the key that it names, before it is
+// believed.
+func (c reconcileCommand) Run(ctx context.Context, s *session) error {
+	var accounts [2]*audit.Account
+	for i, from := range []string{c.A, c.B} {
+		file, url := from, ""
+		if strings.HasPrefix(from, "https://") {
+			file, url = "", from
+		}
+		f, err := s.fetch(ctx, file, url, 0)
+		if err != nil {
+			return err
+		}
+		defer f.close()
+		key, err := audit.ParseLogKey(f.bundle.Key)
+		if err != nil {
+			return err
+		}
+		if _, _, _, err := audit.VerifyBundle(ctx, key, nil, audit.Known{}, true, f.bundle); err != nil {
+			return fmt.Errorf("%s: %w", from, err)
+		}
+		accounts[i] = audit.NewAccount()
+		add := func(r audit.Row) error {
+			e, err := audit.ParseEvent(r.Body)
+			accounts[i].Add(e)
+			return err
+		}
+		if err := errors.Join(f.bundle.Rows(ctx, 0, 1<<62, add), f.bundle.Tail(ctx, add)); err != nil {
+			return fmt.Errorf("%s: %w", from, err)
+		}
+	}
+	findings := audit.Reconcile(accounts[0], accounts[1])
+	for _, f := range findings {
+		fmt.Fprintln(s.stdout, printable(f))
+	}
+	if len(findings) > 0 {
+		return fmt.Errorf("%d findings", len(findings))
+	}
+	_, err := fmt.Fprintf(s.stdout, "%s and %s agree: %d and %d requests, %d and %d keys given to masters, %d and %d to slaves\n",
+		accounts[0].Site, accounts[1].Site, accounts[0].Requests(), accounts[1].Requests(), accounts[0].Served(), accounts[1].Served(),
+		accounts[0].Taken(), accounts[1].Taken())
+	return err
+}
