@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -164,6 +165,46 @@ func TestPackage(t *testing.T) {
 	for _, line := range strings.Split(string(out), "\n") {
 		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kme-ca@")) && !strings.Contains(line, "/bin/kill") { // which is not ours
 			t.Errorf("systemd-analyze verify: %s (%v)", line, err)
+		}
+	}
+}
+
+// raised are the places in internal/kme where an alarm is named.
+var raised = regexp.MustCompile(`(?:raise|suspect|incident|judgeStrays)\(ctx, "([a-z-]+)"`)
+
+// TestAlarms: every alarm has its row in DEGRADED.md, and its page for whoever is on call.
+func TestAlarms(t *testing.T) {
+	t.Parallel()
+	names := make(map[string]bool)
+	files, err := filepath.Glob("../internal/kme/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range raised.FindAllStringSubmatch(string(text), -1) {
+			names[m[1]] = true
+		}
+	}
+	if len(names) < 20 {
+		t.Errorf("found %d alarms in internal/kme", len(names))
+	}
+	for _, file := range []string{"DEGRADED.md", "runbooks/alarms.md"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name := range names {
+			// One of a part is named with the part in capitals: link-LINK.
+			if whole := regexp.MustCompile("`" + name + "[A-Z]*`"); !whole.Match(text) {
+				t.Errorf("%s says nothing of the alarm %s", file, name)
+			}
 		}
 	}
 }

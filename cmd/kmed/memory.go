@@ -14,8 +14,8 @@ import (
 // buffers of the standard library (HTTP, TLS) that nobody can reach, and whatever the
 // garbage collector has freed keeps its bytes until the memory is used for something
 // else. So the collector overwrites what it frees (clobberFree), and it is made to run
-// soon after keys were handed out (sweeper). What remains is named in the threat model:
-// the last answers of connections that are open, in the buffers of those.
+// soon after keys were handed out (sweeper). That is not all of it: hsm/README.md has what
+// was still found.
 
 // clobberFree has Go's runtime overwrite memory that the garbage collector frees. It is
 // read once, when a process begins: main begins again with it.
