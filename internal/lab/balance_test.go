@@ -131,7 +131,7 @@ func askUntil(t *testing.T, master, slave *Person, victim *Site) {
 func balanced(t *testing.T, l *Lab) {
 	t.Helper()
 	settled(t, l)
-	check(t, l)
+	check(t, l, l.checkTables)
 	comparePools(t, l, time.Time{})
 	compareOwners(t, l)
 }

@@ -64,22 +64,23 @@ func (e *evidence) open(ctx context.Context, ids []key.ID) ([][]byte, error) {
 		return nil, err
 	}
 	defer token.Close()
-	opened := make(map[int64]*hsm.KEK)
+	opened := make(map[int64]*hsm.KEK) // nil: its epoch is over
 	secrets := make([][]byte, len(ids))
 	for i, id := range ids {
 		p := e.keys[id]
-		kek := opened[p.kek]
-		if kek == nil {
+		kek, known := opened[p.kek]
+		if !known {
 			kek, err = token.OpenKEK(ctx, keks[p.kek])
 			if errors.Is(err, hsm.ErrNoKEK) {
-				if err = e.site.over(ctx, p.kek); err == nil {
-					continue
-				}
+				err = e.site.over(ctx, p.kek)
 			}
 			if err != nil {
 				return nil, err
 			}
 			opened[p.kek] = kek
+		}
+		if kek == nil {
+			continue
 		}
 		aad := kme.AtomAAD(nil, e.site.KME(), p.kek, p.ref, p.index, id, e.blocks[p.ref].provenance)
 		if len(p.iv) != hsm.IVBytes {

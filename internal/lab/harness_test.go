@@ -101,7 +101,7 @@ func start(t testing.TB, change func(*Config)) *Lab {
 		t.Fatalf("starting the lab: %v", err)
 	}
 	t.Cleanup(func() {
-		check(t, l)
+		check(t, l, l.Check)
 		if err := l.Down(); err != nil {
 			t.Errorf("stopping the lab: %v", err)
 		}
@@ -131,8 +131,8 @@ func shortDir(t testing.TB) string {
 	return dir
 }
 
-// check holds the invariants against the lab now.
-func check(t testing.TB, l *Lab) Report {
+// check holds the invariants against the lab now: all of them, or those of the tables.
+func check(t testing.TB, l *Lab, invariants func(context.Context) (Report, error)) Report {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -142,7 +142,7 @@ func check(t testing.TB, l *Lab) Report {
 			return Report{}
 		}
 	}
-	r, err := l.Check(ctx)
+	r, err := invariants(ctx)
 	if err != nil {
 		t.Errorf("checking the invariants: %v", err)
 	}

@@ -47,21 +47,32 @@ type route struct {
 	asked             chan []key.ID
 	served, taken     atomic.Int64 // requests answered with keys
 	unserved, untaken atomic.Int64 // requests that ended otherwise
+	busy              atomic.Int64 // of them, those that the peer did not answer in time
 }
 
 // client is one of a person's programs: it stays with a node as long as that serves it.
 type client struct {
 	nodes []*Person
 	at    int
+	wait  time.Duration // before its next request, beside the pace of the traffic
 }
 
-func newClient(nodes []*Person) *client { return &client{nodes, rand.IntN(len(nodes))} }
+func newClient(nodes []*Person) *client {
+	return &client{nodes: nodes, at: rand.IntN(len(nodes))}
+}
 
 func (c *client) person() *Person { return c.nodes[c.at] }
+
+// patience is how long a client waits after it was refused: a daemon that starts again
+// needs the machine more than twenty clients that ask whether it has.
+const patience = 50 * time.Millisecond
 
 // answered has the client turn to the next node after no answer, or a 503, and now
 // and then for no reason.
 func (c *client) answered(err error) {
+	if c.wait = 0; err != nil {
+		c.wait = patience
+	}
 	if err == nil && rand.IntN(50) == 0 {
 		c.at = (c.at + 1) % len(c.nodes)
 	}
@@ -96,7 +107,7 @@ type mix struct {
 }
 
 // light leaves room for the daemons to start again beside it.
-var light = mix{clients: 3, number: 3, bits: []int{256}, pace: 4 * time.Millisecond}
+var light = mix{clients: 3, number: 3, bits: []int{256}, pace: 20 * time.Millisecond}
 
 // begin starts light traffic between alice and bob and between the two mail users, in
 // both directions.
@@ -159,11 +170,12 @@ func (f *traffic) end() {
 	f.ended.Wait()
 }
 
-func (f *traffic) stopped() bool {
+// stopped says whether the traffic is over, after the client's rest.
+func (f *traffic) stopped(c *client) bool {
 	select {
 	case <-f.stop:
 		return true
-	case <-time.After(f.pace):
+	case <-time.After(f.pace + c.wait):
 		return false
 	}
 }
@@ -177,7 +189,7 @@ func (f *traffic) violation(format string, args ...any) {
 // ask is a client of the master.
 func (f *traffic) ask(r *route) {
 	c := newClient(r.masters)
-	for !f.stopped() {
+	for !f.stopped(c) {
 		ids := f.askOnce(r, c)
 		if ids == nil {
 			continue
@@ -212,6 +224,9 @@ func (f *traffic) askOnce(r *route, c *client) []key.ID {
 	c.answered(err)
 	if err != nil {
 		r.unserved.Add(1)
+		if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Message == "the other KME does not answer" {
+			r.busy.Add(1)
+		}
 		if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Status != http.StatusServiceUnavailable {
 			f.violation("%v: a request for keys was answered: %v", r, err)
 		}
@@ -272,7 +287,7 @@ func (f *traffic) give(r *route, got etsi014.Container) []key.ID {
 func (f *traffic) take(r *route) {
 	c := newClient(r.slaves)
 	var waiting [][]key.ID
-	for !f.stopped() {
+	for !f.stopped(c) {
 		if len(waiting) == 0 {
 			select {
 			case ids := <-r.asked:
