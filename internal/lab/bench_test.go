@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"math/bits"
 	"net"
 	"net/http"
 	"os"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/pki"
 )
 
@@ -77,6 +79,50 @@ func BenchmarkDecKeys(b *testing.B) {
 			m.report(b, load, compared)
 		})
 	}
+}
+
+// BenchmarkLink has the lab's link make blocks as fast as it can, in its own processes:
+// qlink, and two kmed that distil over mutual TLS, wrap every key and pad with SoftHSM and
+// store them in two Postgres with fsync on, until both ends have said that they hold them.
+//
+// secret-Mbit/s is a throughput of the processing, not a rate of a link: gates are
+// simulated as fast as they can be, and sim/wall says how much faster than the link's clock
+// that was. Mbit/cpu-s is what a second of one processor makes, all processes counted.
+func BenchmarkLink(b *testing.B) {
+	params, profile := qlink.Standard()
+	r := &rig{Lab: start(b, func(c *Config) { c.Interval, c.PoolLimit = time.Millisecond, 1<<30 })}
+	op := operator(b, r.KM1)
+	b.Run(fmt.Sprintf("km=%v/clock=%vGHz/key=2^%d", params.Km, params.ClockHz/1e9, bits.Len(uint(profile.KeyBits))-1), func(b *testing.B) {
+		blocks := func(n int) (made int) {
+			eventually(b, fmt.Sprintf("%d blocks", n), func(ctx context.Context) error {
+				now, err := link(ctx, op)
+				if made = now.Blocks; err == nil && made < n {
+					err = fmt.Errorf("%d; the link is %s (%s)", made, now.State, now.Why)
+				}
+				return err
+			})
+			return made
+		}
+		first := blocks(1)
+		before, began := r.cpu(b), time.Now()
+		b.ResetTimer()
+		made := 0
+		for left := b.N; left > 0; left -= 16 { // a few at a time, each with a minute
+			made = blocks(first+b.N-left+min(left, 16)) - first
+		}
+		took, worked := time.Since(began), r.cpu(b).less(before)
+		b.StopTimer()
+		all := worked.all() + worked.fibre - worked.clients
+		secret := float64(made*profile.KeyedBits()) / 1e6
+		b.ReportMetric(secret/took.Seconds(), "secret-Mbit/s")
+		b.ReportMetric(secret/all.Seconds(), "secret-Mbit/cpu-s")
+		b.ReportMetric(float64(made)*params.Seconds(profile.Gates)/took.Seconds(), "sim/wall")
+		for name, used := range map[string]time.Duration{
+			"qlink": worked.fibre, "km1": worked.kmed[0], "km2": worked.kmed[1], "postgres": worked.postgres[0] + worked.postgres[1],
+		} {
+			b.ReportMetric(used.Seconds()*1e3/float64(made), name+"-cpu-ms/block")
+		}
+	})
 }
 
 // benchLoad is how many clients ask at once, each for how many keys.
@@ -165,8 +211,8 @@ func (r *rig) rests(b *testing.B) {
 // spent is the time that processors have worked for the parts of a lab: a sturdier
 // figure than a rate, on a machine that has other things to do.
 type spent struct {
-	kmed, postgres [2]time.Duration // of KM1 and KM2
-	clients, null  time.Duration
+	kmed, postgres       [2]time.Duration // of KM1 and KM2
+	clients, null, fibre time.Duration
 }
 
 // all is what it took to serve the clients, and them.
@@ -178,7 +224,7 @@ func (s spent) less(t spent) spent {
 	return spent{
 		[2]time.Duration{s.kmed[0] - t.kmed[0], s.kmed[1] - t.kmed[1]},
 		[2]time.Duration{s.postgres[0] - t.postgres[0], s.postgres[1] - t.postgres[1]},
-		s.clients - t.clients, s.null - t.null,
+		s.clients - t.clients, s.null - t.null, s.fibre - t.fibre,
 	}
 }
 
@@ -208,6 +254,8 @@ func (r *rig) cpu(b *testing.B) spent {
 			s.clients += used
 		case pid == r.nullPID:
 			s.null += used
+		case pid == r.fibre.cmd.Process.Pid:
+			s.fibre += used
 		case pid == r.KM1.Nodes[0].kmed.cmd.Process.Pid:
 			s.kmed[0] += used
 		case pid == r.KM2.Nodes[0].kmed.cmd.Process.Pid:

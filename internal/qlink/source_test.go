@@ -132,8 +132,7 @@ func (r *reserve) spend(_ context.Context, name distill.PadName) error {
 	return nil
 }
 
-func sourceConfig(e handover.End, ch distill.Channel, box *Box, session int64) SourceConfig {
-	_, profile := Standard()
+func sourceConfig(e handover.End, ch distill.Channel, box *Box, session int64, profile distill.Params) SourceConfig {
 	cfg := SourceConfig{
 		End: e, Link: "km1-km2", Session: session, Channel: ch, Box: box,
 		Params: profile, Random: rand.Reader, Log: slog.New(slog.DiscardHandler),
@@ -161,16 +160,25 @@ func sourceConfig(e handover.End, ch distill.Channel, box *Box, session int64) S
 func (c *channel) link(t testing.TB, session int64) *link {
 	t.Helper()
 	a, b, hangUp := newWires()
+	_, profile := Standard()
+	l := c.linkOver(t, session, a, b, profile)
+	l.hangUp = hangUp
 	t.Cleanup(hangUp)
-	l := &link{hangUp: hangUp}
+	return l
+}
+
+// linkOver is a session over a classical channel of the caller's.
+func (c *channel) linkOver(t testing.TB, session int64, a, b distill.Channel, profile distill.Params) *link {
+	t.Helper()
+	l := &link{}
 	aliceBox, bobBox := c.open(t, handover.Alice), c.open(t, handover.Bob)
 	errA, errB := both(
 		func() (err error) {
-			l.alice, err = NewSource(t.Context(), sourceConfig(handover.Alice, a, aliceBox, session))
+			l.alice, err = NewSource(t.Context(), sourceConfig(handover.Alice, a, aliceBox, session, profile))
 			return err
 		},
 		func() (err error) {
-			l.bob, err = NewSource(t.Context(), sourceConfig(handover.Bob, b, bobBox, session))
+			l.bob, err = NewSource(t.Context(), sourceConfig(handover.Bob, b, bobBox, session, profile))
 			return err
 		})
 	if err := errors.Join(errA, errB); err != nil {
@@ -345,6 +353,7 @@ func TestSourceInTheDark(t *testing.T) {
 func TestNewSourceRefuses(t *testing.T) {
 	c := newChannel(t, nil)
 	box, other := c.open(t, handover.Alice), c.open(t, handover.Bob)
+	_, profile := Standard()
 	for name, spoil := range map[string]func(*SourceConfig){
 		"no key":            func(s *SourceConfig) { s.Params.SecretBits = 0 },
 		"no end":            func(s *SourceConfig) { s.End = 'c' },
@@ -359,7 +368,7 @@ func TestNewSourceRefuses(t *testing.T) {
 	} {
 		a, _, hangUp := newWires()
 		hangUp()
-		cfg := sourceConfig(handover.Alice, a, box, 1)
+		cfg := sourceConfig(handover.Alice, a, box, 1, profile)
 		spoil(&cfg)
 		if _, err := NewSource(t.Context(), cfg); err == nil {
 			t.Errorf("%s: accepted", name)
@@ -370,6 +379,7 @@ func TestNewSourceRefuses(t *testing.T) {
 // The ends must be in the same session before the first light.
 func TestSourcesMeet(t *testing.T) {
 	c := newChannel(t, nil)
+	_, profile := Standard()
 	for name, say := range map[string]message{
 		"another session": {kindSeeded, put8(nil, 2)},
 		"another kind":    {1, put8(nil, 1)},
@@ -378,7 +388,7 @@ func TestSourcesMeet(t *testing.T) {
 		a, b, hangUp := newWires()
 		errA, _ := both(
 			func() error {
-				_, err := NewSource(t.Context(), sourceConfig(handover.Alice, a, c.open(t, handover.Alice), 1))
+				_, err := NewSource(t.Context(), sourceConfig(handover.Alice, a, c.open(t, handover.Alice), 1, profile))
 				return err
 			},
 			func() error {
@@ -392,20 +402,4 @@ func TestSourcesMeet(t *testing.T) {
 		}
 		hangUp()
 	}
-}
-
-// BenchmarkSource distils the lab's blocks: light, fibre and both ends in this
-// process, nothing stored.
-func BenchmarkSource(b *testing.B) {
-	c := newChannel(b, nil)
-	l := c.link(b, 1)
-	secret := 0
-	for b.Loop() {
-		block, _, errA, errB := l.next(b)
-		if err := errors.Join(errA, errB); err != nil {
-			b.Fatal(err)
-		}
-		secret += block.Length
-	}
-	b.ReportMetric(float64(secret)/b.Elapsed().Seconds(), "secret-bits/s")
 }
