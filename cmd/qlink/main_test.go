@@ -105,20 +105,17 @@ func exchange(path func(string) string, session int64) (clicks int, percent floa
 	if err != nil {
 		return 0, 0, err
 	}
-	gates := make([]int64, len(seen))
-	for i, d := range seen {
-		gates[i] = d.Gate
-	}
-	sent, err := alice.Sent(ctx, session, 1, gates)
+	sent, err := alice.Sent(ctx, session, 1, seen.Gates)
 	if err != nil {
 		return 0, 0, err
 	}
+	bit := func(b []byte, i int) int { return int(b[i/8] >> (i % 8) & 1) }
 	same, wrong := 0, 0
-	for i, d := range seen {
-		if sent[i].Basis == d.Basis {
+	for i := range seen.Gates.Len() {
+		if bit(sent.Bases, i) == bit(seen.Bases, i) {
 			same++
-			wrong += int(sent[i].Bit ^ d.Bit)
+			wrong += bit(sent.Bits, i) ^ bit(seen.Bits, i)
 		}
 	}
-	return len(seen), 100 * float64(wrong) / float64(same), nil
+	return seen.Gates.Len(), 100 * float64(wrong) / float64(same), nil
 }

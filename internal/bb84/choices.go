@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"math/bits"
 )
 
 // SeedSize is the size in bytes of the seed that each end gives its device.
@@ -42,7 +43,7 @@ const windowBytes = 4096
 
 // spread turns 32 random bits into the index of an intensity: as many as there are
 // bounds at or below them. It takes 2^-32 for granted as precision.
-type spread [MaxIntensities - 1]uint32
+type spread [MaxIntensities - 1]uint64
 
 // newSpread makes a spread of weights, which need not add up to 1.
 func newSpread(weights []float64) spread {
@@ -50,27 +51,24 @@ func newSpread(weights []float64) spread {
 	for _, w := range weights {
 		sum += w
 	}
-	s := spread{math.MaxUint32, math.MaxUint32}
+	s := spread{1 << 32, 1 << 32}
 	below := 0.
 	for i := range s {
 		if i >= len(weights)-1 || !(sum > 0) {
 			break
 		}
 		below += weights[i]
-		s[i] = uint32(min(math.Round(below/sum*(1<<32)), math.MaxUint32))
+		s[i] = uint64(math.Round(below / sum * (1 << 32)))
 	}
 	return s
 }
 
+// pick goes without branches, like all that is done for each click: which way they would
+// go is random, and a wrong guess of the processor costs as much as a draw.
 func (s *spread) pick(u uint32) byte {
-	var i byte
-	if u >= s[0] {
-		i = 1
-	}
-	if u >= s[1] && s[1] != math.MaxUint32 {
-		i = 2
-	}
-	return i
+	_, below0 := bits.Sub64(uint64(u), s[0], 0)
+	_, below1 := bits.Sub64(uint64(u), s[1], 0)
+	return byte(2 - below0 - below1)
 }
 
 // AliceChoices are the choices of the sending end. It keeps no reference to seed.
@@ -120,11 +118,8 @@ func (c *Choices) draw() uint64 {
 
 // choose is the basis and the bit of a draw: bit 0, and bits 1 to 31.
 func (c *Choices) choose(v uint64) (Basis, byte) {
-	basis := X
-	if uint32(v)>>1 >= c.basis {
-		basis = Z
-	}
-	return basis, byte(v & 1)
+	_, below := bits.Sub32(uint32(v)>>1, c.basis, 0)
+	return Z ^ Basis(below), byte(v & 1)
 }
 
 // Sent draws what Alice sent in a gate in which Bob's detectors did nothing.

@@ -3,6 +3,7 @@ package bb84
 import (
 	"fmt"
 	"math"
+	"math/bits"
 	"math/rand/v2"
 )
 
@@ -25,21 +26,23 @@ type Event struct {
 
 // Sampler draws the events of one block in order of their gates. The gaps between
 // clicks are geometric: floor(E / -ln(1-p)) with E exponential and p the chance of a
-// click in a live gate; so a gate without a click is never looked at. Given a click,
+// click in a live gate; so a gate without a click is never looked at. Nor is a click
+// without an afterpulse: their number up to one with it is geometric too. Given a click,
 // the intensity of its pulse is drawn, by Alice's generator, with the chances that it
 // then has; bases and bits are as they were. A Sampler is for one goroutine.
 type Sampler struct {
 	rng        *rand.Rand
 	alice, bob *Choices
-	gates      int64 // of the block
-	next       int64 // first gate not yet decided
-	rate       float64
+	gates      int64                         // of the block
+	next       int64                         // first gate not yet decided
+	apart      float64                       // mean of the exponential whose whole part is the number of gates without a click
 	clicked    spread                        // intensities of gates with a click of their own
 	dark       spread                        // and of gates without
 	light      [MaxIntensities][2]thresholds // by intensity; when the bases are equal, and when they are not
 	dead       int64
-	afterpulse uint64 // threshold on 53 bits
-	pending    bool   // an afterpulse may come in the gate next
+	pending    bool    // an afterpulse may come in the gate next
+	quiet      float64 // mean of the exponential whose whole part is the number of clicks without an afterpulse
+	until      float64 // clicks without one that are still to come; infinite if there are no afterpulses
 }
 
 // thresholds on a 53-bit number for the outcome of a gate that has a click: below
@@ -67,7 +70,7 @@ func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.
 	s := &Sampler{
 		rng:   rand.New(physics),
 		alice: alice, bob: bob, gates: gates,
-		dead: p.DeadGates, afterpulse: uint64(p.Afterpulse * unit),
+		dead: p.DeadGates, quiet: -1 / math.Log1p(-p.Afterpulse),
 	}
 	var click float64
 	with, without := make([]float64, len(p.Intensities)), make([]float64, len(p.Intensities))
@@ -77,7 +80,8 @@ func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.
 		with[k], without[k] = in.P*same.click(), in.P*(1-same.click())
 		click += with[k]
 	}
-	s.rate = -math.Log1p(-click)
+	s.apart = -1 / math.Log1p(-click) // infinite if nothing ever clicks
+	s.until = s.untilAfterpulse()
 	s.clicked, s.dark = newSpread(with), newSpread(without)
 	return s, nil
 }
@@ -96,10 +100,13 @@ func (o outcomes) thresholds() thresholds {
 // Next gives the next event, or false at the end of the block.
 func (s *Sampler) Next() (Event, bool) {
 	left := float64(s.gates - s.next)
-	gap := s.rng.ExpFloat64() / s.rate // its whole part is the number of gates without a click
-	var mask byte                      // bit 0: the detector of 0 clicked, bit 1: that of 1
-	if s.pending && s.rng.Uint64()>>11 < s.afterpulse {
-		mask = 1 + byte(s.rng.Uint64()>>63)
+	gap := s.rng.ExpFloat64() * s.apart
+	var mask byte // bit 0: the detector of 0 clicked, bit 1: that of 1
+	if s.pending {
+		if s.until--; s.until < 0 {
+			mask = 1 + byte(s.rng.Uint64()>>63)
+			s.until = s.untilAfterpulse()
+		}
 	}
 	own := mask == 0 || gap < 1 // the gate has a click of its own
 	if mask != 0 {
@@ -110,7 +117,7 @@ func (s *Sampler) Next() (Event, bool) {
 		return Event{}, false
 	}
 	gate := s.next + int64(gap)
-	s.next, s.pending = gate+1+s.dead, s.afterpulse > 0
+	s.next, s.pending = gate+1+s.dead, true
 
 	basis, coin := s.bob.choose(s.bob.draw())
 	var sent Sent
@@ -126,16 +133,14 @@ func (s *Sampler) Next() (Event, bool) {
 	return Event{Detection{Gate: gate, Basis: basis, Bit: mask >> 1}, sent}, true
 }
 
+// untilAfterpulse draws how many clicks have no afterpulse before one has.
+func (s *Sampler) untilAfterpulse() float64 { return math.Floor(s.rng.ExpFloat64() * s.quiet) }
+
 // click draws which detectors a gate's own click is in.
 func (s *Sampler) click(sent Sent, bob Basis) byte {
 	t := &s.light[sent.Intensity][sent.Basis^bob]
 	u := s.rng.Uint64() >> 11
-	switch {
-	case u < t.right:
-		return 1 << sent.Bit
-	case u < t.single:
-		return 1 << (1 - sent.Bit)
-	default:
-		return 3
-	}
+	_, right := bits.Sub64(u, t.right, 0)
+	_, single := bits.Sub64(u, t.single, 0)
+	return 1<<(sent.Bit^byte(1-right)) | 3*byte(1-single)
 }

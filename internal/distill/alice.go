@@ -111,25 +111,17 @@ func (a *aliceEnd) sift() error {
 	if err != nil {
 		return fmt.Errorf("reading Bob's detections: %w", err)
 	}
-	a.out.Detected = len(gates)
+	n := gates.Len()
+	a.out.Detected = n
 	sent, err := a.Sent(a.talk.ctx, gates)
 	if err != nil {
 		return fmt.Errorf("asking what was sent: %w", err)
 	}
-	defer clear(sent)
-	if len(sent) != len(gates) {
-		return fmt.Errorf("what was sent at %d gates came for %d", len(gates), len(sent))
+	defer sent.wipe()
+	if err := sent.validate(n, a.Intensities); err != nil {
+		return err
 	}
-	bases, values := make([]byte, len(theirBases)), make([]byte, len(theirBases))
-	defer clear(values)
-	for i, s := range sent {
-		if int(s.intensity()) >= a.Intensities {
-			return fmt.Errorf("intensity %d was sent, of %d", s.intensity(), a.Intensities)
-		}
-		setBit(bases, i, s.basis())
-		setBit(values, i, s.bit())
-	}
-	matches := equalBits(bases, theirBases, len(gates))
+	matches := equalBits(sent.Bases, theirBases, n)
 	a.out.SiftedKey, a.out.SiftedTest = tally(matches, theirBases)
 	if err := a.out.enough(a.Params); err != nil {
 		return a.talk.abort(ReasonCounts, 0, err)
@@ -138,7 +130,7 @@ func (a *aliceEnd) sift() error {
 	if m.seed, err = a.seed(); err != nil {
 		return err
 	}
-	a.sifted = sift(a.Params, m.seed, matches, theirBases, values, m.intensities)
+	a.sifted = sift(a.Params, m.seed, matches, theirBases, sent.Bits, m.intensities)
 	a.out.Key, a.out.Test = a.sifted.used.key, a.sifted.used.test
 	m.test = a.sifted.test
 	a.progress(StageSift, 1)

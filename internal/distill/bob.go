@@ -53,14 +53,12 @@ type bobEnd struct {
 	BobConfig
 	talk     *talk
 	out      Outcome
-	values   []byte    // secret: the bits of the detected gates, packed
 	sifted   *sifted   // secret
 	searches []*search // secret; of each frame, once reconciliation has begun
 }
 
 func (b *bobEnd) wipe() {
 	b.talk.auth.disarm()
-	clear(b.values)
 	if b.sifted != nil {
 		clear(b.sifted.key)
 	}
@@ -112,28 +110,20 @@ func (b *bobEnd) sift() error {
 	if err != nil {
 		return fmt.Errorf("asking what was detected: %w", err)
 	}
-	defer clear(detections)
-	if err := inOrder(detections, b.Gates); err != nil {
+	defer detections.wipe()
+	if err := detections.validate(b.Gates); err != nil {
 		return err
 	}
-	b.out.Detected = len(detections)
-	bases := make([]byte, packedBytes(len(detections)))
-	b.values = make([]byte, packedBytes(len(detections)))
-	for i, d := range detections {
-		setBit(bases, i, d.Basis)
-		setBit(b.values, i, d.Bit)
-		if d.Double {
-			b.out.Doubles++
-		}
-	}
-	if err := b.talk.send(kindDetected, encodeDetected(detections)); err != nil {
+	n, bases := detections.Gates.Len(), detections.Bases
+	b.out.Detected, b.out.Doubles = n, ones(detections.Doubles)
+	if err := b.talk.send(kindDetected, encodeDetected(detections.Gates, bases)); err != nil {
 		return err
 	}
 	_, body, err := b.talk.receive(kindSifted)
 	if err != nil {
 		return err
 	}
-	m, err := parseSifted(body, len(detections), b.Params)
+	m, err := parseSifted(body, n, b.Params)
 	if err != nil {
 		return fmt.Errorf("reading Alice's choice: %w", err)
 	}
@@ -141,22 +131,10 @@ func (b *bobEnd) sift() error {
 	if err := b.out.enough(b.Params); err != nil {
 		return fmt.Errorf("Alice chose from too few: %w", err)
 	}
-	b.sifted = sift(b.Params, m.seed, m.matches, bases, b.values, m.intensities)
+	b.sifted = sift(b.Params, m.seed, m.matches, bases, detections.Bits, m.intensities)
 	b.out.Key, b.out.Test = b.sifted.used.key, b.sifted.used.test
 	b.progress(StageSift, 1)
 	return b.estimate(m.test)
-}
-
-// inOrder checks what the receiver says.
-func inOrder(detections []Detection, gates int64) error {
-	next := int64(0)
-	for _, d := range detections {
-		if d.Gate < next || d.Gate >= gates || d.Basis > 1 || d.Bit > 1 {
-			return fmt.Errorf("detection at gate %d out of order or out of bounds", d.Gate)
-		}
-		next = d.Gate + 1
-	}
-	return nil
 }
 
 // estimate compares the test bits, and shows Alice his.

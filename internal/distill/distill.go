@@ -158,7 +158,7 @@ func (p Params) Validate() error {
 		return fmt.Errorf("%d key bits a block: must be a multiple of a frame's %d, up to 2^24", p.KeyBits, p.FrameBits)
 	case p.TestBits < 1 || p.TestBits > 1<<24:
 		return fmt.Errorf("%d test bits a block: must be 1 to 2^24", p.TestBits)
-	case p.Gates < int64(p.KeyBits)+int64(p.TestBits) || p.Gates > 1<<48:
+	case p.Gates < int64(p.KeyBits)+int64(p.TestBits) || p.Gates > MaxGates:
 		return fmt.Errorf("%d gates a block: must be at least the key and test bits and at most 2^48", p.Gates)
 	case p.Intensities != 2 && p.Intensities != 3:
 		return fmt.Errorf("%d intensities: must be 2 or 3", p.Intensities)
@@ -228,23 +228,6 @@ type Terms struct {
 // MaxOwners is the longest Terms.Owners in bytes.
 const MaxOwners = 1 << 14
 
-// Detection is a gate at which Bob's detectors clicked.
-type Detection struct {
-	Gate  int64 // counted from 0 within the block
-	Basis byte  // KeyBasis or TestBasis: Bob's choice
-	Bit   byte  // 0 or 1; of a double click, Bob's random bit
-	// Double says that both detectors clicked. It is not told to Alice.
-	Double bool
-}
-
-// Sent is what Alice's transmitter did in a gate: the bit in bit 0, the basis in bit 1,
-// the intensity from bit 2 on.
-type Sent byte
-
-func (s Sent) bit() byte       { return byte(s) & 1 }
-func (s Sent) basis() byte     { return byte(s) >> 1 & 1 }
-func (s Sent) intensity() byte { return byte(s) >> 2 }
-
 // AliceConfig is what Alice's machine needs for one block.
 type AliceConfig struct {
 	Params
@@ -252,9 +235,9 @@ type AliceConfig struct {
 	Session int64  // not negative
 	Block   int64  // not negative; Alice numbers the blocks of a session upwards
 
-	// Sent answers what was sent at each of the gates, which ascend strictly. It is
-	// called once a block; the machine owns and wipes what it returns.
-	Sent func(ctx context.Context, gates []int64) ([]Sent, error)
+	// Sent answers what was sent at each of the gates. It is called once a block; the
+	// machine owns and wipes what it returns.
+	Sent func(ctx context.Context, gates Gates) (Sent, error)
 
 	// NextPad yields the pad for this block: the lowest in the reserve that is not spent.
 	NextPad func(ctx context.Context) (Pad, error)
@@ -283,9 +266,9 @@ type BobConfig struct {
 	// last block begun in this session. A lower one is a repeat, and an error.
 	MinBlock int64
 
-	// Detections answers what the detectors saw in the block, gates ascending
-	// strictly. It is called once a block; the machine owns and wipes the answer.
-	Detections func(ctx context.Context, session, block int64) ([]Detection, error)
+	// Detections answers what the detectors saw in the block. It is called once a block;
+	// the machine owns and wipes the answer.
+	Detections func(ctx context.Context, session, block int64) (Detections, error)
 
 	// Pad yields the pad that Alice names. ErrNoPad, if it is not in the reserve or not
 	// above all that are spent, aborts the block.

@@ -45,14 +45,24 @@ func oneDecoy(p Params) Params {
 	return p
 }
 
+// click is a gate at which Bob's detectors clicked.
+type click struct {
+	gate       int64
+	basis, bit byte
+	double     bool
+}
+
+// pulse is what Alice sent in a gate.
+type pulse struct{ bit, basis, intensity byte }
+
 // light is what a block left at both ends, made without physics.
 type light struct {
-	detections []Detection
-	sent       map[int64]Sent
+	clicks []click
+	sent   map[int64]pulse
 }
 
 func shine(random *rand.Rand, p Params, detected, errorRate float64) light {
-	l := light{sent: make(map[int64]Sent)}
+	l := light{sent: make(map[int64]pulse)}
 	basis := func() byte {
 		if random.Float64() < p.PX {
 			return KeyBasis
@@ -63,30 +73,56 @@ func shine(random *rand.Rand, p Params, detected, errorRate float64) light {
 		if random.Float64() >= detected {
 			continue
 		}
-		d := Detection{Gate: gate, Basis: basis(), Bit: byte(random.Uint32() & 1), Double: random.Uint32()%1000 == 0}
+		d := click{gate, basis(), byte(random.Uint32() & 1), random.Uint32()%1000 == 0}
 		a, bit := basis(), byte(random.Uint32()&1)
-		if a == d.Basis {
-			bit = d.Bit
+		if a == d.basis {
+			bit = d.bit
 			if random.Float64() < errorRate {
 				bit ^= 1
 			}
 		}
-		l.sent[gate] = Sent(bit | a<<1 | byte(random.IntN(p.Intensities))<<2)
-		l.detections = append(l.detections, d)
+		l.sent[gate] = pulse{bit, a, byte(random.IntN(p.Intensities))}
+		l.clicks = append(l.clicks, d)
 	}
 	return l
 }
 
-func (l light) answer(_ context.Context, gates []int64) ([]Sent, error) {
-	sent := make([]Sent, len(gates))
-	for i, gate := range gates {
-		sent[i] = l.sent[gate]
+func (l light) answer(_ context.Context, gates Gates) (Sent, error) {
+	var pulses []pulse
+	for _, gate := range gates.All() {
+		pulses = append(pulses, l.sent[gate])
 	}
-	return sent, nil
+	return sentOf(pulses), nil
 }
 
-func (l light) detected(context.Context, int64, int64) ([]Detection, error) {
-	return slices.Clone(l.detections), nil
+func (l light) detected(context.Context, int64, int64) (Detections, error) {
+	return detectionsOf(l.clicks), nil
+}
+
+func sentOf(pulses []pulse) Sent {
+	size := packedBytes(len(pulses))
+	s := Sent{Bits: make([]byte, size), Bases: make([]byte, size), Low: make([]byte, size), High: make([]byte, size)}
+	for i, p := range pulses {
+		setBit(s.Bits, i, p.bit)
+		setBit(s.Bases, i, p.basis)
+		setBit(s.Low, i, p.intensity&1)
+		setBit(s.High, i, p.intensity>>1)
+	}
+	return s
+}
+
+func detectionsOf(clicks []click) Detections {
+	size := packedBytes(len(clicks))
+	d := Detections{Bases: make([]byte, size), Bits: make([]byte, size), Doubles: make([]byte, size)}
+	for i, c := range clicks {
+		d.Gates.Add(c.gate)
+		setBit(d.Bases, i, c.basis)
+		setBit(d.Bits, i, c.bit)
+		if c.double {
+			setBit(d.Doubles, i, 1)
+		}
+	}
+	return d
 }
 
 // reserve is the pads of an end: one for each number, all alike at both ends.
@@ -312,11 +348,9 @@ func TestAborts(t *testing.T) {
 				p.KeyErrors[0].Max = 20
 			}
 			all := e.alice.Sent
-			e.alice.Sent = func(ctx context.Context, gates []int64) ([]Sent, error) {
+			e.alice.Sent = func(ctx context.Context, gates Gates) (Sent, error) {
 				sent, err := all(ctx, gates)
-				for i := range sent {
-					sent[i] &= 7 // no third intensity
-				}
+				clear(sent.High) // no third intensity
 				return sent, err
 			}
 		}},
@@ -396,20 +430,21 @@ func TestBeginIsRefused(t *testing.T) {
 func TestSecretsAreWiped(t *testing.T) {
 	l := shine(rand.New(rand.NewPCG(5, 6)), small, 0.9, 0.01)
 	e := newEnds(small, l, 1)
-	var sent []Sent
-	e.alice.Sent = func(ctx context.Context, gates []int64) ([]Sent, error) {
+	var sent Sent
+	e.alice.Sent = func(ctx context.Context, gates Gates) (Sent, error) {
 		list, err := l.answer(ctx, gates)
 		sent = list
 		return list, err
 	}
-	e.bob.Detections = func(context.Context, int64, int64) ([]Detection, error) { return l.detections, nil }
+	seen := detectionsOf(l.clicks)
+	e.bob.Detections = func(context.Context, int64, int64) (Detections, error) { return seen, nil }
 	if _, _, aliceErr, bobErr := e.run(newPipe()); aliceErr != nil || bobErr != nil {
 		t.Fatalf("Alice %v, Bob %v", aliceErr, bobErr)
 	}
-	if slices.ContainsFunc(sent, func(s Sent) bool { return s != 0 }) {
+	if ones(sent.Bits)+ones(sent.Bases)+ones(sent.Low)+ones(sent.High) != 0 {
 		t.Error("Alice's bits are left in memory")
 	}
-	if slices.ContainsFunc(l.detections, func(d Detection) bool { return d.Bit != 0 }) {
+	if ones(seen.Bits) != 0 {
 		t.Error("Bob's bits are left in memory")
 	}
 }

@@ -21,7 +21,7 @@ type flown struct {
 // wrong bit is as rare as without her, with her in the other basis it comes half the time.
 func fly(t *testing.T, link bb84.Params, gates int64, fraction float64, seed uint64) flown {
 	t.Helper()
-	f := flown{light{sent: make(map[int64]Sent)}, make(map[int64]byte)}
+	f := flown{light{sent: make(map[int64]pulse)}, make(map[int64]byte)}
 	var secrets [2][bb84.SeedSize]byte
 	secrets[0][0], secrets[1][0] = byte(seed), byte(seed)+1
 	alice, err := bb84.AliceChoices(&secrets[0], 1, 1, link)
@@ -39,8 +39,8 @@ func fly(t *testing.T, link bb84.Params, gates int64, fraction float64, seed uin
 	random := rand.New(rand.NewPCG(seed, 10))
 	quiet := link.Rates(bb84.Eve{})
 	for e, ok := s.Next(); ok; e, ok = s.Next() {
-		f.detections = append(f.detections, Detection{Gate: e.Gate, Basis: byte(e.Basis), Bit: e.Bit, Double: e.Double})
-		f.sent[e.Gate] = Sent(e.Sent.Bit | byte(e.Sent.Basis)<<1 | e.Sent.Intensity<<2)
+		f.clicks = append(f.clicks, click{e.Gate, byte(e.Basis), e.Bit, e.Double})
+		f.sent[e.Gate] = pulse{e.Sent.Bit, byte(e.Sent.Basis), e.Sent.Intensity}
 		seen := 1 - quiet.Error[e.Sent.Intensity]
 		if e.Bit != e.Sent.Bit {
 			seen = 1 - seen
@@ -65,7 +65,7 @@ func (e *eve) hear(t *testing.T, p Params) func(message) []message {
 		var err error
 		switch m.kind {
 		case kindSifted:
-			e.sifted, err = parseSifted(m.body, len(e.detections), p)
+			e.sifted, err = parseSifted(m.body, len(e.clicks), p)
 		case kindClosing:
 			e.closing, err = parseClosing(m.body, p.KeyBits)
 		}
@@ -78,11 +78,11 @@ func (e *eve) hear(t *testing.T, p Params) func(message) []message {
 
 // key is the key made of the bits that bit gives for the detected gates.
 func (e *eve) key(p Params, bit func(gate int64) byte) frame {
-	n := len(e.detections)
+	n := len(e.clicks)
 	bases, values := make([]byte, packedBytes(n)), make([]byte, packedBytes(n))
-	for i, d := range e.detections {
-		setBit(bases, i, d.Basis)
-		setBit(values, i, bit(d.Gate))
+	for i, c := range e.clicks {
+		setBit(bases, i, c.basis)
+		setBit(values, i, bit(c.gate))
 	}
 	return sift(p, e.sifted.seed, e.sifted.matches, bases, values, e.sifted.intensities).key
 }
@@ -158,7 +158,7 @@ func TestEveLearnsNothing(t *testing.T) {
 			mine := make([]byte, packedBytes(out.Length))
 			copyBits(mine, secret, 8*PadBytes*p.Pads, out.Length)
 			z := deviation(mine, out.Bits, out.Length)
-			key := spy.key(p, func(gate int64) byte { return spy.sent[gate].bit() })
+			key := spy.key(p, func(gate int64) byte { return spy.sent[gate].bit })
 			zRaw := deviation(guess.bytes(), key.bytes(), p.KeyBits)
 			t.Logf("QBER %.4f, %d bits: her guess is %.1f sigma from a half; of the key before amplification %.1f", out.QBER, out.Length, z, zRaw)
 			if math.Abs(z) > 4 {

@@ -16,8 +16,20 @@ func (f frame) get(i int) byte { return byte(f[i>>6]>>(i&63)) & 1 }
 
 func (f frame) flip(i int) { f[i>>6] ^= 1 << (i & 63) }
 
-// put sets bit i, which must be 0 so far, to b.
-func (f frame) put(i int, b byte) { f[i>>6] |= uint64(b&1) << (i & 63) }
+// ones counts the bits that are set.
+func (f frame) ones() (n int) {
+	for _, w := range f {
+		n += bits.OnesCount64(w)
+	}
+	return n
+}
+
+// truncate sets the bits from n on to 0.
+func (f frame) truncate(n int) {
+	for i := n / 64; i < len(f); i++ {
+		f[i] &= 1<<max(0, n-64*i) - 1
+	}
+}
 
 // parity is the parity of the 1<<size bits from bit lo, a multiple of 1<<size.
 func (f frame) parity(lo, size int) byte {

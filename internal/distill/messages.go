@@ -27,7 +27,7 @@ const (
 )
 
 // version is that of the messages.
-const version = 2
+const version = 3
 
 // maxCount bounds numbers that have no better bound.
 const maxCount = 1 << 48
@@ -68,39 +68,20 @@ func parseBegin(body []byte) (m beginMessage, err error) {
 	return m, r.err
 }
 
-// encodeDetected is Bob's list: for each gate, how many were dark since the last one,
-// times two, plus his basis.
-func encodeDetected(detections []Detection) []byte {
-	body := make([]byte, 0, len(detections)+len(detections)/8)
-	next := int64(0)
-	for _, d := range detections {
-		body = binary.AppendUvarint(body, uint64(d.Gate-next)<<1|uint64(d.Basis))
-		next = d.Gate + 1
-	}
-	return body
+// encodeDetected is Bob's list: the gates that clicked, and his bases, packed.
+func encodeDetected(gates Gates, bases []byte) []byte {
+	return append(gates.Append(make([]byte, 0, gates.Size()+len(bases))), bases...)
 }
 
-// parseDetected reads Bob's list in a block of so many gates: the gates, ascending
-// strictly, and his bases, packed.
-func parseDetected(body []byte, gates int64) (at []int64, bases []byte, err error) {
-	r := reader{rest: body}
-	at = make([]int64, 0, len(body))
-	bases = make([]byte, packedBytes(len(body)))
-	next := int64(0)
-	for len(r.rest) > 0 {
-		v := r.uvarint(maxCount << 1)
-		gate := next + int64(v>>1)
-		if r.err == nil && gate >= gates {
-			r.err = fmt.Errorf("gate %d of %d", gate, gates)
-		}
-		if r.err != nil {
-			return nil, nil, r.err
-		}
-		setBit(bases, len(at), byte(v&1))
-		at = append(at, gate)
-		next = gate + 1
+// parseDetected reads Bob's list in a block of so many gates. What it returns shares the
+// memory of body.
+func parseDetected(body []byte, gates int64) (at Gates, bases []byte, err error) {
+	at, rest, err := ParseGates(body, gates)
+	if err != nil {
+		return Gates{}, nil, err
 	}
-	return at, bases[:packedBytes(len(at))], nil
+	bases, err = parsePacked(rest, at.Len())
+	return at, bases, err
 }
 
 type siftedMessage struct {

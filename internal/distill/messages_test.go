@@ -17,7 +17,7 @@ var parsers = map[string]func(body []byte) ([]byte, error){
 	},
 	"detected": func(body []byte) ([]byte, error) {
 		gates, bases, err := parseDetected(body, 1<<40)
-		return encodeDetected(asDetections(gates, bases)), err
+		return encodeDetected(gates, bases), err
 	},
 	"sifted": func(body []byte) ([]byte, error) {
 		m, err := parseSifted(body, 21, Params{TestBits: 13, Intensities: 3})
@@ -54,14 +54,6 @@ var parsers = map[string]func(body []byte) ([]byte, error){
 	},
 }
 
-func asDetections(gates []int64, bases []byte) []Detection {
-	detections := make([]Detection, len(gates))
-	for i, gate := range gates {
-		detections[i] = Detection{Gate: gate, Basis: bitAt(bases, i)}
-	}
-	return detections
-}
-
 // roundTrip checks that a parser accepts only what it encodes.
 func roundTrip(f *testing.F, name string, seeds ...[]byte) {
 	f.Helper()
@@ -81,7 +73,15 @@ func FuzzBegin(f *testing.F) {
 }
 
 func FuzzDetected(f *testing.F) {
-	roundTrip(f, "detected", encodeDetected([]Detection{{Gate: 0, Basis: 1}, {Gate: 1}, {Gate: 1 << 39}}), []byte{0x80, 0})
+	roundTrip(f, "detected", encodeDetected(gatesOf(0, 1, 1<<39), []byte{1}), encodeDetected(gatesOf(0, 300, 301), []byte{2}),
+		[]byte{0, 0, 0, 0, 0, 0, 0, 1, 1, 7, 0, 1})
+}
+
+func gatesOf(list ...int64) (g Gates) {
+	for _, gate := range list {
+		g.Add(gate)
+	}
+	return g
 }
 
 func FuzzSifted(f *testing.F) {
@@ -126,22 +126,31 @@ func TestParsersRefuse(t *testing.T) {
 
 func TestDetectedRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		var want []Detection
-		next := int64(0)
+		dark := rapid.SampledFrom([]int64{0, 1, 255, 256, 1<<16 - 1, 1 << 16, 1 << 32, 1 << 40}).Draw(t, "dark")
+		want := []int64{}
 		for range rapid.IntRange(0, 50).Draw(t, "count") {
-			gate := next + rapid.Int64Range(0, 1<<30).Draw(t, "dark")
-			want = append(want, Detection{Gate: gate, Basis: rapid.ByteRange(0, 1).Draw(t, "basis")})
-			next = gate + 1
+			next := int64(0)
+			if n := len(want); n > 0 {
+				next = want[n-1] + 1
+			}
+			want = append(want, next+rapid.Int64Range(0, dark).Draw(t, "gap"))
 		}
-		body := encodeDetected(want)
-		gates, bases, err := parseDetected(body, next)
-		if err != nil {
-			t.Fatal(err)
+		said := gatesOf(want...)
+		bases := make([]byte, packedBytes(len(want)))
+		for i := range want {
+			setBit(bases, i, rapid.ByteRange(0, 1).Draw(t, "basis"))
 		}
-		if diff := cmp.Diff(append([]Detection{}, want...), asDetections(gates, bases)); diff != "" {
-			t.Fatal(diff)
+		body := encodeDetected(said, bases)
+		gates, got, err := parseDetected(body, said.End())
+		if err != nil || !bytes.Equal(got, bases) || gates.Len() != len(want) || gates.End() != said.End() {
+			t.Fatalf("%d gates up to %d, bases %x: %v", gates.Len(), gates.End(), got, err)
 		}
-		if _, _, err := parseDetected(body, next-1); err == nil && len(want) > 0 {
+		for i, gate := range gates.All() {
+			if gate != want[i] {
+				t.Fatalf("gate %d: %d, want %d", i, gate, want[i])
+			}
+		}
+		if _, _, err := parseDetected(body, said.End()-1); err == nil && len(want) > 0 {
 			t.Fatal("a gate beyond the block's last was accepted")
 		}
 	})

@@ -44,27 +44,30 @@ type Pad struct {
 // zeros to a multiple of 16; so two transcripts that differ are two different polynomials.
 type authenticator struct {
 	pad Pad
-	at  element
-	sum element
+	polynomial
 }
 
 // arm begins with the pad of the block. The copy of it is wiped by disarm.
 func (a *authenticator) arm(pad Pad) {
 	a.pad = pad
-	a.at = elementFrom([16]byte(pad.Bits[:16]))
+	a.polynomial = newPolynomial([16]byte(pad.Bits[:16]))
 }
 
 func (a *authenticator) disarm() {
 	clear(a.pad.Bits[:])
-	a.at, a.sum = element{}, element{}
+	a.polynomial = polynomial{}
 }
-
-func (a *authenticator) add(e element) { a.sum = a.sum.plus(e).times(a.at) }
 
 func (a *authenticator) record(from, kind byte, body []byte) {
 	a.add(element{lo: uint64(from)<<8 | uint64(kind), hi: uint64(len(body))})
+	at := func(i int) element {
+		return element{binary.LittleEndian.Uint64(body[16*i:]), binary.LittleEndian.Uint64(body[16*i+8:])}
+	}
+	for ; len(body) >= 64; body = body[64:] {
+		a.add4(at(0), at(1), at(2), at(3))
+	}
 	for ; len(body) >= 16; body = body[16:] {
-		a.add(element{binary.LittleEndian.Uint64(body), binary.LittleEndian.Uint64(body[8:])})
+		a.add(at(0))
 	}
 	if len(body) > 0 {
 		var last [16]byte

@@ -269,14 +269,14 @@ func TestSiftKeepsTheEndsInStep(t *testing.T) {
 	p := Params{KeyBits: 256, TestBits: 101, Intensities: 3}
 	matches, bases := randomBits(random, n), randomBits(random, n)
 	a, b := randomBits(random, n), randomBits(random, n)
-	sent := make([]Sent, n)
+	sent := make([]pulse, n)
 	for i := range n {
-		sent[i] = Sent(bitAt(a, i) | bitAt(bases, i)<<1 | byte(random.IntN(3))<<2)
+		sent[i] = pulse{bitAt(a, i), bitAt(bases, i), byte(random.IntN(3))}
 		if bitAt(matches, i) == 1 && bitAt(a, i) != bitAt(b, i) {
 			b[i>>3] ^= 1 << (i & 7)
 		}
 	}
-	from := planes(p, matches, sent)
+	from := planes(p, matches, sentOf(sent))
 	atA, atB := sift(p, seedOf(1), matches, bases, a, from), sift(p, seedOf(1), matches, bases, b, from)
 	if !slices.Equal(atA.key, atB.key) || !bytes.Equal(atA.test, atB.test) || atA.used != atB.used {
 		t.Error("the ends sifted different bits")
@@ -291,7 +291,7 @@ func TestSiftKeepsTheEndsInStep(t *testing.T) {
 	for k := range byte(3) {
 		flipped := bytes.Clone(a)
 		for i := range n {
-			if sent[i].intensity() == k {
+			if sent[i].intensity == k {
 				flipped[i>>3] ^= 1 << (i & 7)
 			}
 		}
@@ -303,6 +303,24 @@ func TestSiftKeepsTheEndsInStep(t *testing.T) {
 			t.Errorf("intensity %d: key bits that differ: %v of %v", k, n, atA.used.key)
 		}
 	}
+}
+
+// pick moves bits like a loop over them.
+func TestPick(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		mask := frame(rapid.SliceOfN(rapid.OneOf(rapid.Uint64(), rapid.SampledFrom([]uint64{0, 1, 1 << 63, ^uint64(0)})), 1, 5).Draw(t, "mask"))
+		column := frame(rapid.SliceOfN(rapid.Uint64(), len(mask), len(mask)).Draw(t, "column"))
+		want, at := make(frame, (mask.ones()+63)/64), 0
+		for i := range 64 * len(mask) {
+			if mask.get(i) == 1 {
+				want[at/64] |= uint64(column.get(i)) << (at % 64)
+				at++
+			}
+		}
+		if got := pick(mask, mask, column); !slices.Equal(got[1], want) || got[0].ones() != at {
+			t.Fatalf("mask %x of %x: %x, want %x", mask, column, got[1], want)
+		}
+	})
 }
 
 // BenchmarkAmplify halves blocks of 1 Mbit.

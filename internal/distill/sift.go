@@ -1,6 +1,7 @@
 package distill
 
 import (
+	"encoding/binary"
 	"math/bits"
 	"math/rand/v2"
 )
@@ -17,6 +18,9 @@ func tally(matches, bases []byte) (key, test int) {
 
 // ones counts the bits of b that are set.
 func ones(b []byte) (n int) {
+	for ; len(b) >= 8; b = b[8:] {
+		n += bits.OnesCount64(binary.LittleEndian.Uint64(b))
+	}
 	for _, v := range b {
 		n += bits.OnesCount8(v)
 	}
@@ -25,10 +29,10 @@ func ones(b []byte) (n int) {
 
 // sifted is what a block uses of its sifted events, at one end.
 type sifted struct {
-	key      frame  // secret
-	test     []byte // packed: the test bits
-	keyFrom  []byte // intensity of every key bit
-	testFrom []byte // and of every test bit
+	key      frame    // secret
+	test     []byte   // packed: the test bits
+	keyFrom  [2]frame // lower and upper bit of the intensity of every key bit
+	testFrom [2]frame // and of every test bit
 	used     struct{ key, test ByIntensity }
 }
 
@@ -45,83 +49,142 @@ type sifted struct {
 // randomness without its key. And it must fail there and then: nobody who breaks the
 // cipher later learns anything, since the seed is public anyway.
 func sift(p Params, seed [32]byte, matches, bases, values, intensities []byte) *sifted {
-	s := &sifted{
-		key: newFrame(p.KeyBits), test: make([]byte, packedBytes(p.TestBits)),
-		keyFrom: make([]byte, p.KeyBits), testFrom: make([]byte, p.TestBits),
+	matched := ones(matches)
+	low := frameFrom(intensities[:packedBytes(matched)])
+	high := make(frame, len(low))
+	if planesOf(p.Intensities) > 1 {
+		high = frameFrom(intensities[packedBytes(matched):])
 	}
-	keyLeft, testLeft := tally(matches, bases)
-	keyAt, testAt := 0, 0
+	all := frameFrom(values)
+	defer clear(all)
+	columns := pick(frameFrom(matches), frameFrom(bases), all)
+	test, value := columns[0], columns[1]
+	defer clear(value)
+	key := make(frame, len(test))
+	for i, w := range test {
+		key[i] = ^w
+	}
+	key.truncate(matched)
+
 	random := rand.NewChaCha8(seed)
-	high := intensities[len(intensities)/2:]
-	if planesOf(p.Intensities) == 1 {
-		high = make([]byte, len(intensities))
-	}
-	matched := 0
-	for i, m := range matches {
-		for ; m != 0; m &= m - 1 {
-			j := bits.TrailingZeros8(m)
-			from := bitAt(intensities, matched) | bitAt(high, matched)<<1
-			matched++
-			v := values[i] >> j & 1
-			if bases[i]>>j&1 == TestBasis {
-				if uniform(random, testLeft) < p.TestBits-testAt {
-					setBit(s.test, testAt, v)
-					s.testFrom[testAt] = from
-					s.used.test[from]++
-					testAt++
-				}
-				testLeft--
-				continue
-			}
-			if uniform(random, keyLeft) < p.KeyBits-keyAt {
-				s.key.put(keyAt, v)
-				s.keyFrom[keyAt] = from
-				s.used.key[from]++
-				keyAt++
-			}
-			keyLeft--
-		}
-	}
+	thin(random, key, matched, p.KeyBits)
+	thin(random, test, matched, p.TestBits)
+	s := new(sifted)
+	columns = pick(key, value, low, high)
+	s.key, s.keyFrom = columns[0], [2]frame(columns[1:])
+	columns = pick(test, value, low, high)
+	s.test, s.testFrom = columns[0].bytes()[:packedBytes(p.TestBits)], [2]frame(columns[1:])
+	s.used.key, s.used.test = used(s.keyFrom, p.KeyBits), used(s.testFrom, p.TestBits)
 	return s
 }
 
-// planes packs the intensities of the matches, at each of which Alice sent what she says.
-func planes(p Params, matches []byte, sent []Sent) []byte {
-	matched := ones(matches)
-	size := packedBytes(matched)
-	b := make([]byte, planesOf(p.Intensities)*size)
-	at := 0
-	for i, m := range matches {
-		for ; m != 0; m &= m - 1 {
-			v := sent[8*i+bits.TrailingZeros8(m)].intensity()
-			setBit(b, at, v&1)
-			if v > 1 {
-				setBit(b[size:], at, 1)
-			}
-			at++
+// thin takes bits of the first n out of set until k are left, each with the same chance.
+func thin(random *rand.ChaCha8, set frame, n, k int) {
+	for left := set.ones(); left > k; {
+		if i := uniform(random, n); set.get(i) == 1 {
+			set.flip(i)
+			left--
 		}
+	}
+}
+
+// pick takes from each of the columns the bits at which mask has one, and puts them side
+// by side. They may be secret, and belong to the caller.
+func pick(mask frame, columns ...frame) []frame {
+	picked := make([]frame, len(columns))
+	for c := range picked {
+		picked[c] = make(frame, (mask.ones()+63)/64)
+	}
+	at := 0
+	for i, m := range mask {
+		p := newPicker(m)
+		n := bits.OnesCount64(m)
+		word, shift := at>>6, at&63
+		for c, column := range columns {
+			w := p.pick(column[i])
+			if n > 0 {
+				picked[c][word] |= w << shift
+			}
+			if shift+n > 64 {
+				picked[c][word+1] = w >> (64 - shift)
+			}
+		}
+		at += n
+	}
+	return picked
+}
+
+// picker moves the bits of a word at which a mask has one to its lower end, their order
+// kept, in a time that depends on neither (Warren, Hacker's Delight, 2nd edition, 7-4).
+type picker struct {
+	mask  uint64
+	moves [6]uint64 // the bits that go down by 1<<i
+}
+
+func newPicker(mask uint64) picker {
+	p := picker{mask: mask}
+	zeros := ^mask << 1 // bits with a zero of mask right below
+	for i := range p.moves {
+		odd := zeros // bits with an odd number of zeros below
+		for by := 1; by < 64; by *= 2 {
+			odd ^= odd << by
+		}
+		move := odd & mask
+		p.moves[i] = move
+		mask = mask ^ move | move>>(1<<i)
+		zeros &^= odd
+	}
+	return p
+}
+
+func (p *picker) pick(x uint64) uint64 {
+	x &= p.mask
+	for i, move := range p.moves {
+		t := x & move
+		x = x ^ t | t>>(1<<i)
+	}
+	return x
+}
+
+// planes packs the intensities of the matches, at each of which Alice sent what she says.
+func planes(p Params, matches []byte, sent Sent) []byte {
+	size := packedBytes(ones(matches))
+	b := make([]byte, 0, 2*size)
+	for _, plane := range pick(frameFrom(matches), frameFrom(sent.Low), frameFrom(sent.High))[:planesOf(p.Intensities)] {
+		b = append(b, plane.bytes()[:size]...)
 	}
 	return b
 }
 
-// wrong counts the test bits in which the ends differ, by intensity.
-func (s *sifted) wrong(theirs []byte) (n ByIntensity) {
-	for i := range s.test {
-		for d := s.test[i] ^ theirs[i]; d != 0; d &= d - 1 {
-			n[s.testFrom[8*i+bits.TrailingZeros8(d)]]++
-		}
+// used counts n bits by intensity.
+func used(from [2]frame, n int) ByIntensity {
+	low, high := from[0].ones(), from[1].ones()
+	return ByIntensity{n - low - high, low, high}
+}
+
+// byIntensity counts those of the bits that are in set.
+func byIntensity(set frame, from [2]frame) (count ByIntensity) {
+	for i, w := range set {
+		low, high := from[0][i], from[1][i]
+		count[0] += bits.OnesCount64(w &^ low &^ high)
+		count[1] += bits.OnesCount64(w & low)
+		count[2] += bits.OnesCount64(w & high)
 	}
-	return n
+	return count
+}
+
+// wrong counts the test bits in which the ends differ, by intensity.
+func (s *sifted) wrong(theirs []byte) ByIntensity {
+	differ := frameFrom(theirs)
+	xor(differ, differ, frameFrom(s.test))
+	return byIntensity(differ, s.testFrom)
 }
 
 // corrected counts the key bits that differ from what they were before, by intensity.
-func (s *sifted) corrected(before frame) (n ByIntensity) {
-	for i := range s.key {
-		for d := s.key[i] ^ before[i]; d != 0; d &= d - 1 {
-			n[s.keyFrom[64*i+bits.TrailingZeros64(d)]]++
-		}
-	}
-	return n
+func (s *sifted) corrected(before frame) ByIntensity {
+	differ := make(frame, len(before))
+	xor(differ, before, s.key)
+	return byIntensity(differ, s.keyFrom)
 }
 
 // frames cuts the key. They are of one memory with it.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
 )
 
@@ -74,36 +75,33 @@ func (b *Box) Fire(ctx context.Context, session, block, gates int64) error {
 	return nil
 }
 
-// Sent asks Alice's end for what it sent at gates of the block fired last, which
-// must ascend strictly and lie above those asked before: the transmitter's buffer
-// is read in order and once. The answer is secret and belongs to the caller.
-func (b *Box) Sent(ctx context.Context, session, block int64, gates []int64) ([]bb84.Sent, error) {
-	body, err := encodeSent(blockName{session, block}, gates)
-	if err == nil {
-		body, err = b.call(ctx, kindSent, body, kindChoices)
-	}
+// Sent asks Alice's end for what it sent at gates of the block fired last, which must lie
+// above those asked before: the transmitter's buffer is read in order and once. The answer
+// is secret and belongs to the caller.
+func (b *Box) Sent(ctx context.Context, session, block int64, gates distill.Gates) (distill.Sent, error) {
+	body, err := b.call(ctx, kindSent, encodeSent(blockName{session, block}, gates), kindChoices)
 	if err != nil {
-		return nil, fmt.Errorf("asking what was sent in block %d of session %d: %w", block, session, err)
+		return distill.Sent{}, fmt.Errorf("asking what was sent in block %d of session %d: %w", block, session, err)
 	}
-	defer clear(body)
-	sent, err := parseChoices(body, len(gates))
+	sent, err := parseChoices(body, gates.Len())
 	if err != nil {
-		return nil, fmt.Errorf("reading what was sent in block %d of session %d: %w", block, session, err)
+		clear(body)
+		return distill.Sent{}, fmt.Errorf("reading what was sent in block %d of session %d: %w", block, session, err)
 	}
 	return sent, nil
 }
 
-// Detections asks Bob's end for what it saw in a block, once, gates ascending.
-// The answer is secret and belongs to the caller.
-func (b *Box) Detections(ctx context.Context, session, block int64) ([]bb84.Detection, error) {
+// Detections asks Bob's end for what it saw in a block, once. The answer is secret and
+// belongs to the caller.
+func (b *Box) Detections(ctx context.Context, session, block int64) (distill.Detections, error) {
 	body, err := b.call(ctx, kindDetections, encodeName(blockName{session, block}), kindDetectedAt)
 	if err != nil {
-		return nil, fmt.Errorf("asking what was seen in block %d of session %d: %w", block, session, err)
+		return distill.Detections{}, fmt.Errorf("asking what was seen in block %d of session %d: %w", block, session, err)
 	}
-	defer clear(body)
 	list, err := parseDetections(body)
 	if err != nil {
-		return nil, fmt.Errorf("reading what was seen in block %d of session %d: %w", block, session, err)
+		clear(body)
+		return distill.Detections{}, fmt.Errorf("reading what was seen in block %d of session %d: %w", block, session, err)
 	}
 	return list, nil
 }

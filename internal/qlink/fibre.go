@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/distill"
 )
 
 // maxDetections is how many detections of a block the receiver is built to hold,
@@ -45,8 +46,8 @@ type transmitter struct {
 	gates   int64 // of that block; 0 if it failed
 	next    int64 // first gate of it not yet answered for
 	choices *bb84.Choices
-	sent    gateList   // what it sent in the gates that clicked
-	reader  gateReader // of sent: the entry at or before next
+	clicked distill.GatesReader // the gates that clicked: the one at or before next
+	sent    []byte              // what it sent in each of them (sentCode)
 }
 
 // receiver is Bob's end for as long as one connection lives. All under fibre.mu.
@@ -55,9 +56,10 @@ type receiver struct {
 	seed    [bb84.SeedSize]byte
 	session int64
 
-	full  bool // holds a block
-	block int64
-	list  gateList
+	full    bool // holds a block
+	block   int64
+	clicked distill.Gates
+	seen    []byte // at each of these (seenCode)
 }
 
 func (f *fibre) attachAlice(t *transmitter) {
@@ -101,14 +103,20 @@ func (t *transmitter) endBlock() {
 	if t.choices != nil {
 		t.choices.Wipe()
 	}
-	t.sent.wipe()
-	t.choices, t.gates, t.next, t.reader = nil, 0, 0, gateReader{}
+	clear(t.sent)
+	t.choices, t.gates, t.next, t.clicked, t.sent = nil, 0, 0, distill.GatesReader{}, nil
 }
 
 func (r *receiver) darken() {
-	r.list.wipe()
+	r.empty()
 	clear(r.seed[:])
 	*r = receiver{}
+}
+
+// empty forgets the block that it holds.
+func (r *receiver) empty() {
+	clear(r.seen)
+	r.full, r.clicked, r.seen = false, distill.Gates{}, nil
 }
 
 func refuse(format string, args ...any) error {
@@ -139,34 +147,35 @@ func (f *fibre) seedBob(r *receiver, session int64, seed *[bb84.SeedSize]byte) e
 	return nil
 }
 
-// sent answers what was sent at gates, which ascend strictly. Of a gate in which the
-// receiver saw nothing it is decided now: nobody has had a use for it.
-func (f *fibre) sent(t *transmitter, name blockName, gates []int64) ([]bb84.Sent, error) {
+// sent answers what was sent at gates (sentCode). Of a gate in which the receiver saw
+// nothing it is decided now: nobody has had a use for it.
+func (f *fibre) sent(t *transmitter, name blockName, gates distill.Gates) ([]byte, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	asked := gates.Reader()
 	switch {
 	case f.alice != t:
 		return nil, refuse("another connection has taken this end")
 	case !t.seeded || t.session != name.session || t.last != name.block || t.gates == 0:
 		return nil, refuse("block %d of session %d is not in the transmitter's buffer", name.block, name.session)
-	case len(gates) == 0:
+	case !asked.Next():
 		return nil, nil
-	case gates[0] < t.next:
-		return nil, refuse("gate %d was passed before: the next is %d", gates[0], t.next)
-	case gates[len(gates)-1] >= t.gates:
-		return nil, refuse("gate %d of a block of %d", gates[len(gates)-1], t.gates)
+	case asked.Gate < t.next:
+		return nil, refuse("gate %d was passed before: the next is %d", asked.Gate, t.next)
+	case gates.End() > t.gates:
+		return nil, refuse("gate %d of a block of %d", gates.End()-1, t.gates)
 	}
-	sent := make([]bb84.Sent, len(gates))
-	for i, g := range gates {
-		for t.reader.gate < g && t.reader.read() {
+	sent := make([]byte, 0, gates.Len())
+	for more := true; more; more = asked.Next() {
+		for t.clicked.Gate < asked.Gate && t.clicked.Next() {
 		}
-		if t.reader.gate == g {
-			sent[i] = fromNibble(t.reader.low)
+		if t.clicked.Gate == asked.Gate {
+			sent = append(sent, t.sent[t.clicked.At])
 		} else {
-			sent[i] = t.choices.Sent()
+			sent = append(sent, sentCode(t.choices.Sent()))
 		}
 	}
-	t.next = gates[len(gates)-1] + 1
+	t.next = gates.End()
 	return sent, nil
 }
 
@@ -180,10 +189,8 @@ func (f *fibre) detections(r *receiver, name blockName) ([]byte, error) {
 	case !r.seeded || r.session != name.session:
 		return nil, refuse("the receiver is not seeded for session %d", name.session)
 	case r.full && r.block == name.block:
-		body := r.list.encode()
-		r.list.wipe()
-		r.full = false
-		return body, nil
+		defer r.empty()
+		return encodeDetections(r.clicked, r.seen), nil
 	case f.cut:
 		return nil, ErrCut
 	}

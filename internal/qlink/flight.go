@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/distill"
 )
 
 // shot is a block on its way.
@@ -18,9 +19,41 @@ type shot struct {
 	eve      bb84.Eve
 	stall    time.Duration
 	cuts     int64
+	expected int       // detections, roughly
 	receiver *receiver // nil: nobody looks
 	seed     [bb84.SeedSize]byte
 	physics  mathrand.Source
+}
+
+// traces are what a block leaves at the ends: the gates that clicked, and what was seen
+// and what was sent in each of them, secret.
+type traces struct {
+	clicked    distill.Gates
+	seen, sent []byte // seenCode, sentCode
+	doubles    int64
+}
+
+func (l *traces) add(e bb84.Event) {
+	l.clicked.Add(e.Gate)
+	l.seen, l.sent = push(l.seen, seenCode(e.Detection)), push(l.sent, sentCode(e.Sent))
+	if e.Double {
+		l.doubles++
+	}
+}
+
+func (l *traces) wipe() {
+	clear(l.seen)
+	clear(l.sent)
+}
+
+// push is append, and leaves no copy behind.
+func push(list []byte, b byte) []byte {
+	if len(list) == cap(list) {
+		grown := append(make([]byte, 0, 2*cap(list)+4096), list...)
+		clear(list)
+		list = grown
+	}
+	return append(list, b)
 }
 
 // fire sends a block of gates from t and leaves what the receiver saw with it, all
@@ -32,23 +65,19 @@ func (f *fibre) fire(ctx context.Context, t *transmitter, name blockName, gates 
 		return err
 	}
 	defer clear(s.seed[:])
-	var seen, sent gateList
-	defer sent.wipe()
-	var doubles int64
+	var left traces
 	if s.receiver != nil {
-		if seen, sent, doubles, err = f.fly(ctx, t, s); err != nil {
+		if left, err = f.fly(ctx, t, s); err != nil {
 			f.abandon(t)
 			return err
 		}
 	}
-	count := seen.count
-	lost, err := f.land(t, s, seen, sent, doubles)
+	lost, err := f.land(t, s, left)
 	if err != nil {
 		return err
 	}
-	sent = gateList{} // it is the transmitter's now
 	f.log.Info("block fired", "session", name.session, "block", name.block, "gates", gates,
-		"detections", count, "doubles", doubles, "eve", describe(s.eve), "lost", lost, "took", time.Since(begun))
+		"detections", left.clicked.Len(), "doubles", left.doubles, "eve", describe(s.eve), "lost", lost, "took", time.Since(begun))
 	return nil
 }
 
@@ -56,14 +85,15 @@ func (f *fibre) fire(ctx context.Context, t *transmitter, name blockName, gates 
 func (f *fibre) begin(t *transmitter, name blockName, gates int64) (*shot, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	switch expected := f.params.Rates(f.eve).Gain * float64(gates); {
+	expected := f.params.Rates(f.eve).Gain * float64(gates)
+	switch {
 	case f.alice != t:
 		return nil, refuse("another connection has taken this end")
 	case !t.seeded || t.session != name.session:
 		return nil, refuse("the transmitter is not seeded for session %d", name.session)
 	case name.block <= t.last:
 		return nil, refuse("block %d follows block %d", name.block, t.last)
-	case gates < 1 || gates > bb84.MaxGates || expected > maxDetections:
+	case gates < 1 || gates > distill.MaxGates || expected > maxDetections:
 		return nil, refuse("a block of %d gates, about %.3g detections: want 1 gate to %d detections", gates, expected, maxDetections)
 	}
 	t.endBlock()
@@ -76,11 +106,10 @@ func (f *fibre) begin(t *transmitter, name blockName, gates int64) (*shot, error
 		return nil, err
 	}
 	t.choices, t.gates = choices, gates
-	s := &shot{blockName: name, gates: gates, eve: f.eve, cuts: f.cuts, physics: f.physics()}
+	s := &shot{blockName: name, gates: gates, expected: int(expected), eve: f.eve, cuts: f.cuts, physics: f.physics()}
 	f.upset.strike(s, f.params)
 	if r := f.bob; r != nil {
-		r.list.wipe() // whatever was not fetched by now is stale
-		r.full = false
+		r.empty() // whatever was not fetched by now is stale
 		if r.seeded && r.session == name.session {
 			s.receiver, s.seed = r, r.seed
 		}
@@ -101,38 +130,35 @@ func (f *fibre) physics() mathrand.Source {
 }
 
 // fly plays a block out.
-func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (seen, sent gateList, doubles int64, err error) {
+func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (left traces, err error) {
 	bob, err := bb84.BobChoices(&s.seed, s.session, s.block, s.params)
 	if err != nil {
-		return seen, sent, 0, err
+		return left, err
 	}
 	defer bob.Wipe()
 	sampler, err := bb84.NewSampler(s.params, s.eve, s.gates, t.choices, bob, s.physics)
 	if err != nil {
-		return seen, sent, 0, err
+		return left, err
 	}
 	defer func() {
 		if err != nil {
-			seen.wipe()
-			sent.wipe()
+			left.wipe()
 		}
 	}()
 	if err := f.waitOut(ctx, s.stall); err != nil {
-		return seen, sent, 0, err
+		return left, err
 	}
+	room := s.expected + s.expected/64 + 64
+	left = traces{clicked: distill.NewGates(room), seen: make([]byte, 0, room), sent: make([]byte, 0, room)}
 	for e, ok := sampler.Next(); ok; e, ok = sampler.Next() {
-		if seen.count%4096 == 0 {
+		if len(left.seen)%4096 == 0 {
 			if err := f.underWay(ctx, t, s); err != nil {
-				return seen, sent, 0, err
+				return left, err
 			}
 		}
-		seen.addDetection(e.Detection)
-		sent.add(e.Gate, nibble(e.Sent))
-		if e.Double {
-			doubles++
-		}
+		left.add(e)
 	}
-	return seen, sent, doubles, nil
+	return left, nil
 }
 
 // underWay says why a block must not go on, if it must not.
@@ -150,26 +176,26 @@ func (f *fibre) underWay(ctx context.Context, t *transmitter, s *shot) error {
 	return nil
 }
 
-// land leaves a block with the receiver that was there at its first gate.
-func (f *fibre) land(t *transmitter, s *shot, seen, sent gateList, doubles int64) (lost bool, err error) {
+// land leaves a block with the transmitter, and with the receiver that was there at its
+// first gate.
+func (f *fibre) land(t *transmitter, s *shot, left traces) (lost bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.cuts != s.cuts {
-		seen.wipe()
+		left.wipe()
 		t.endBlock()
 		return false, ErrCut
 	}
 	r := s.receiver
-	t.sent = sent
-	t.reader = gateReader{rest: sent.list, gate: -1}
+	t.clicked, t.sent = left.clicked.Reader(), left.sent
 	if r == nil || f.bob != r || r.session != s.session || r.seed != s.seed {
-		seen.wipe()
+		clear(left.seen)
 		f.stats.lost++
 		return true, nil
 	}
-	f.stats.detections += seen.count
-	f.stats.doubles += doubles
-	r.full, r.block, r.list = true, s.block, seen
+	f.stats.detections += int64(left.clicked.Len())
+	f.stats.doubles += left.doubles
+	r.full, r.block, r.clicked, r.seen = true, s.block, left.clicked, left.seen
 	return false, nil
 }
 

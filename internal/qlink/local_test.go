@@ -45,7 +45,7 @@ func TestStrangers(t *testing.T) {
 		"nothing":         nil,
 		"a seed":          frame(t, kindSeed, make([]byte, 40)),
 		"an empty hello":  frame(t, kindHello, nil),
-		"another version": frame(t, kindHello, append([]byte{3, 'a'}, "alice's secret, long enough"...)),
+		"another version": frame(t, kindHello, append([]byte{wireVersion + 1, 'a'}, "alice's secret, long enough"...)),
 		"a huge hello":    {0, 1, 0, 0, kindHello},
 		"HTTP":            []byte("GET / HTTP/1.1\r\n\r\n"),
 	} {

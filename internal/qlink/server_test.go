@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
 )
 
@@ -144,22 +145,35 @@ func (c *channel) tell(t testing.TB, line string) string {
 func exchange(t *testing.T, alice, bob *Box, session, block, gates int64) (detections []bb84.Detection, qber float64) {
 	t.Helper()
 	ok(t, alice.Fire(t.Context(), session, block, gates))
-	detections, err := bob.Detections(t.Context(), session, block)
+	seen, err := bob.Detections(t.Context(), session, block)
 	ok(t, err)
-	asked := make([]int64, len(detections))
-	for i, d := range detections {
-		asked[i] = d.Gate
-	}
-	sent, err := alice.Sent(t.Context(), session, block, asked)
+	sent, err := alice.Sent(t.Context(), session, block, seen.Gates)
 	ok(t, err)
 	same, wrong := 0, 0
-	for i, d := range detections {
-		if sent[i].Basis == d.Basis {
+	for i, d := range listOf(seen) {
+		if bit(sent.Bases, i) == byte(d.Basis) {
 			same++
-			wrong += int(sent[i].Bit ^ d.Bit)
+			wrong += int(bit(sent.Bits, i) ^ d.Bit)
 		}
 	}
-	return detections, float64(wrong) / float64(same)
+	return listOf(seen), float64(wrong) / float64(same)
+}
+
+// bit is bit i of a packed string.
+func bit(b []byte, i int) byte { return b[i/8] >> (i % 8) & 1 }
+
+func listOf(d distill.Detections) (list []bb84.Detection) {
+	for i, gate := range d.Gates.All() {
+		list = append(list, bb84.Detection{Gate: gate, Basis: bb84.Basis(bit(d.Bases, i)), Bit: bit(d.Bits, i), Double: bit(d.Doubles, i) == 1})
+	}
+	return list
+}
+
+func gatesOf(list ...int64) (g distill.Gates) {
+	for _, gate := range list {
+		g.Add(gate)
+	}
+	return g
 }
 
 func TestBlockOverSockets(t *testing.T) {
@@ -217,7 +231,7 @@ func TestTransmitterAnswersOnce(t *testing.T) {
 	alice, bob := c.seeded(t, 1)
 	ctx := t.Context()
 	sent := func(block int64, gates ...int64) error {
-		_, err := alice.Sent(ctx, 1, block, gates)
+		_, err := alice.Sent(ctx, 1, block, gatesOf(gates...))
 		return err
 	}
 	refused(t, "before the first block", sent(1, 0))
@@ -230,7 +244,7 @@ func TestTransmitterAnswersOnce(t *testing.T) {
 	refused(t, "a gate beyond the block", sent(1, 30, 1000))
 	ok(t, sent(1, 30, 999))
 	refused(t, "another block", sent(2, 999))
-	if _, err := alice.Sent(ctx, 2, 1, nil); err == nil {
+	if _, err := alice.Sent(ctx, 2, 1, distill.Gates{}); err == nil {
 		t.Error("another session was answered")
 	}
 	refused(t, "a block number again", alice.Fire(ctx, 1, 1, 1000))
@@ -350,7 +364,7 @@ func TestEveCutMend(t *testing.T) {
 	if _, err := bob.Detections(ctx, 1, 4); !errors.Is(err, ErrCut) {
 		t.Errorf("Detections behind a cut fibre: %v, want ErrCut", err)
 	}
-	_, err := alice.Sent(ctx, 1, 4, []int64{0})
+	_, err := alice.Sent(ctx, 1, 4, gatesOf(0))
 	refused(t, "gates of a block that failed", err)
 	if got := c.tell(t, "status"); !strings.Contains(got, "fibre=cut") {
 		t.Errorf("status %q, want fibre=cut", got)
@@ -396,10 +410,10 @@ func TestInFlight(t *testing.T) {
 			ok(t, f.seedBob(bob, 1, &seed))
 			s, err := f.begin(alice, blockName{1, 1}, 1000)
 			ok(t, err)
-			seen, sent, doubles, err := f.fly(t.Context(), alice, s)
+			left, err := f.fly(t.Context(), alice, s)
 			ok(t, err)
 			tc.meantime(t, f, bob)
-			lost, err := f.land(alice, s, seen, sent, doubles)
+			lost, err := f.land(alice, s, left)
 			if lost != tc.lost || !errors.Is(err, tc.err) {
 				t.Fatalf("lost %v, %v; want %v, %v", lost, err, tc.lost, tc.err)
 			}
@@ -427,7 +441,7 @@ func TestFlightIsBroken(t *testing.T) {
 	s, err := f.begin(alice, blockName{1, 2}, 1000)
 	ok(t, err)
 	f.attachAlice(&transmitter{last: -1})
-	if _, _, _, err := f.fly(t.Context(), alice, s); err == nil {
+	if _, err := f.fly(t.Context(), alice, s); err == nil {
 		t.Error("a block of a connection that was replaced went on")
 	}
 	if bob.full {

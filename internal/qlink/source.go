@@ -160,7 +160,9 @@ func (s *Source) lead(ctx context.Context) (distill.Outcome, error) {
 	}
 	out, err := distill.Alice(ctx, s.cfg.Channel, distill.AliceConfig{
 		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, Block: block,
-		Sent:    func(ctx context.Context, gates []int64) ([]distill.Sent, error) { return s.sent(ctx, block, gates) },
+		Sent: func(ctx context.Context, gates distill.Gates) (distill.Sent, error) {
+			return s.cfg.Box.Sent(ctx, s.cfg.Session, block, gates)
+		},
 		NextPad: s.cfg.NextPad, SpendPad: s.cfg.SpendPad,
 		Random: s.cfg.Random, Terms: s.cfg.Terms, Progress: s.cfg.Progress,
 	})
@@ -174,20 +176,6 @@ func (s *Source) lead(ctx context.Context) (distill.Outcome, error) {
 	return out, err
 }
 
-// sent asks the transmitter.
-func (s *Source) sent(ctx context.Context, block int64, gates []int64) ([]distill.Sent, error) {
-	list, err := s.cfg.Box.Sent(ctx, s.cfg.Session, block, gates)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(list)
-	sent := make([]distill.Sent, len(list))
-	for i, v := range list {
-		sent[i] = distill.Sent(nibble(v))
-	}
-	return sent, nil
-}
-
 // follow distils the block that Alice names.
 func (s *Source) follow(ctx context.Context) (distill.Outcome, error) {
 	return distill.Bob(ctx, s.cfg.Channel, distill.BobConfig{
@@ -198,20 +186,12 @@ func (s *Source) follow(ctx context.Context) (distill.Outcome, error) {
 }
 
 // seen fetches a block from the receiver. It is called once a block that begins.
-func (s *Source) seen(ctx context.Context, session, block int64) ([]distill.Detection, error) {
+func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detections, error) {
 	s.next = block + 1
 	list, err := s.cfg.Box.Detections(ctx, session, block)
 	if errors.Is(err, ErrLost) || errors.Is(err, ErrCut) {
 		s.cfg.Log.Warn("no light", "link", s.cfg.Link, "session", session, "block", block, "err", err)
-		return nil, nil
+		return distill.Detections{}, nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer clear(list)
-	detections := make([]distill.Detection, len(list))
-	for i, d := range list {
-		detections[i] = distill.Detection{Gate: d.Gate, Basis: byte(d.Basis), Bit: d.Bit, Double: d.Double}
-	}
-	return detections, nil
+	return list, err
 }

@@ -294,6 +294,33 @@ func TestSource(t *testing.T) {
 	}
 }
 
+// Splitting photon numbers leaves the errors and the gain of the signal as they were. It
+// is the decoys that show it: over 5 km they click too often, over 20 km so seldom that the
+// block is short of bits. Near 12 km they are as they should be, and Eve has the bits of
+// pulses of several photons only, which the length never counts.
+func TestSplitPhotons(t *testing.T) {
+	params := bb84.Standard()
+	params.Km = 5
+	profile, err := StandardPlan().Profile(params)
+	ok(t, err)
+	c := newChannel(t, func(cfg *Config) { cfg.Params, cfg.Eve = params, bb84.Eve{SplitPhotons: true} })
+	alice, bob, hangUp := newWires()
+	defer hangUp()
+	l := c.linkOver(t, 1, alice, bob, profile)
+	a, b, errA, errB := l.next(t)
+	if ab, bb := aborted(t, errA), aborted(t, errB); ab.Reason != distill.ReasonGains || bb.Reason != ab.Reason {
+		t.Errorf("with Eve: %v; %v", ab, bb)
+	}
+	if a.Bits != nil || b.Bits != nil || b.QBER > .02 {
+		t.Errorf("with Eve: bits %v, QBER %v, want the fibre's own", a.Bits != nil || b.Bits != nil, b.QBER)
+	}
+	t.Logf("QBER %.4f; %v; %v", b.QBER, errA, errB)
+	c.tell(t, "eve 0")
+	if a, b, errA, errB := l.next(t); errA != nil || errB != nil || !bytes.Equal(a.Bits, b.Bits) {
+		t.Errorf("without her: %v; %v", errA, errB)
+	}
+}
+
 // A fresh session starts after the restart of both ends on the same channel.
 func TestSourceSessions(t *testing.T) {
 	c := newChannel(t, nil)

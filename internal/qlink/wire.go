@@ -5,10 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
-	"math/bits"
+	"net"
+	"slices"
 
 	"github.com/qutemail/kme/internal/bb84"
+	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
 )
 
@@ -25,7 +26,7 @@ const (
 	kindHello      = 0x01 // version, end, secret
 	kindSeed       = 0x02 // session, seed
 	kindFire       = 0x03 // session, block, gates
-	kindSent       = 0x04 // session, block, list of gates
+	kindSent       = 0x04 // session, block, gates
 	kindDetections = 0x05 // session, block
 
 	kindDone       = 0x80 // nothing to tell
@@ -33,10 +34,10 @@ const (
 	kindCut        = 0x82
 	kindLost       = 0x83
 	kindChoices    = 0x84 // number of gates, what was sent
-	kindDetectedAt = 0x85 // number of detections, list
+	kindDetectedAt = 0x85 // gates, what was seen
 )
 
-const wireVersion = 2
+const wireVersion = 3
 
 var errMalformed = errors.New("malformed message")
 
@@ -66,11 +67,8 @@ func writeFrame(w io.Writer, kind byte, body []byte) error {
 	if len(body)+1 > maxFrame {
 		return fmt.Errorf("a frame of %d bytes: want at most %d", len(body)+1, maxFrame)
 	}
-	b := make([]byte, 0, 5+len(body))
-	b = binary.BigEndian.AppendUint32(b, uint32(len(body)+1))
-	b = append(append(b, kind), body...)
-	defer clear(b)
-	_, err := w.Write(b)
+	head := append(binary.BigEndian.AppendUint32(make([]byte, 0, 5), uint32(len(body)+1)), kind)
+	_, err := (&net.Buffers{head, body}).WriteTo(w) // one system call, if w is a connection
 	return err
 }
 
@@ -148,158 +146,116 @@ func parseName(body []byte) (n blockName, err error) {
 	return n, nil
 }
 
-// encodeSent makes the question for gates, which must ascend strictly from 0 or above.
-func encodeSent(n blockName, gates []int64) ([]byte, error) {
-	b := put8(make([]byte, 0, 24+2*len(gates)), n.session, n.block, int64(len(gates)))
-	next := int64(0)
-	for _, g := range gates {
-		if g < next || g == math.MaxInt64 {
-			return nil, fmt.Errorf("gate %d is not above the one before it", g)
-		}
-		b = binary.AppendUvarint(b, uint64(g-next))
-		next = g + 1
-	}
-	return b, nil
+// encodeSent makes the question for gates.
+func encodeSent(n blockName, gates distill.Gates) []byte {
+	return gates.Append(put8(make([]byte, 0, 16+gates.Size()), n.session, n.block))
 }
 
-func parseSent(body []byte) (n blockName, gates []int64, err error) {
-	var count int64
-	rest, err := take8(body, &n.session, &n.block, &count)
-	if err != nil || count > int64(len(rest)) || count > maxList { // a gate takes a byte or more
-		return blockName{}, nil, errMalformed
+func parseSent(body []byte) (n blockName, gates distill.Gates, err error) {
+	rest, err := take8(body, &n.session, &n.block)
+	if err == nil {
+		gates, rest, err = distill.ParseGates(rest, distill.MaxGates)
 	}
-	gates = make([]int64, count)
-	next := int64(0)
-	for i := range gates {
-		var skipped uint64
-		if skipped, rest, err = takeUvarint(rest); err != nil || skipped >= uint64(math.MaxInt64-next) {
-			return blockName{}, nil, errMalformed
-		}
-		gates[i] = next + int64(skipped)
-		next = gates[i] + 1
-	}
-	if len(rest) != 0 {
-		return blockName{}, nil, errMalformed
+	if err != nil || len(rest) != 0 || gates.Len() > maxList {
+		return blockName{}, distill.Gates{}, errMalformed
 	}
 	return n, gates, nil
 }
 
-// takeUvarint reads a number in its shortest form.
-func takeUvarint(b []byte) (uint64, []byte, error) {
-	v, n := binary.Uvarint(b)
-	if n <= 0 || n != max(1, (bits.Len64(v)+6)/7) {
-		return 0, nil, errMalformed
+// What an end's device did in a gate is a byte here, and on the wire a bit in each of some
+// packed strings.
+
+// sentCode has the bit, the basis, and the two bits of the intensity.
+func sentCode(s bb84.Sent) byte { return s.Bit&1 | byte(s.Basis)&1<<1 | s.Intensity&3<<2 }
+
+// seenCode has the basis, the bit and the double click.
+func seenCode(d bb84.Detection) byte {
+	code := byte(d.Basis)&1 | d.Bit&1<<1
+	if d.Double {
+		code |= 1 << 2
 	}
-	return v, b[n:], nil
+	return code
 }
 
-// encodeChoices answers encodeSent: half a byte a gate, the first in the lower half, with
-// the bit, the basis (set: Z) and two bits of the intensity.
-func encodeChoices(sent []bb84.Sent) []byte {
-	b := put8(make([]byte, 0, 8+(len(sent)+1)/2), int64(len(sent)))
-	list := b[8 : 8+(len(sent)+1)/2]
-	for i, s := range sent {
-		list[i/2] |= nibble(s) << (4 * (i % 2))
+const (
+	sentBits = 4
+	seenBits = 3
+)
+
+// appendColumns appends, for each of the lower bits of the codes, that bit of all of them,
+// packed.
+func appendColumns(b, codes []byte, columns int) []byte {
+	size := (len(codes) + 7) / 8
+	b = slices.Grow(b, columns*size)
+	list := b[len(b) : len(b)+columns*size]
+	for i := range size {
+		var eight uint64
+		if tail := codes[8*i:]; len(tail) >= 8 {
+			eight = binary.LittleEndian.Uint64(tail)
+		} else {
+			for k, code := range tail {
+				eight |= uint64(code) << (8 * k)
+			}
+		}
+		eight = transpose(eight)
+		for c := range columns {
+			list[c*size+i] = byte(eight >> (8 * c))
+		}
 	}
-	return b[:8+len(list)]
+	return b[:len(b)+len(list)]
 }
 
-func nibble(s bb84.Sent) byte { return s.Bit&1 | byte(s.Basis)&1<<1 | s.Intensity&3<<2 }
-
-func fromNibble(v byte) bb84.Sent {
-	return bb84.Sent{Bit: v & 1, Basis: bb84.Basis(v >> 1 & 1), Intensity: v >> 2 & 3}
+// transpose makes bit i of byte k bit k of byte i (Warren, Hacker's Delight, 7-3).
+func transpose(x uint64) uint64 {
+	t := (x ^ x>>7) & 0x00aa00aa00aa00aa
+	x ^= t ^ t<<7
+	t = (x ^ x>>14) & 0x0000cccc0000cccc
+	x ^= t ^ t<<14
+	t = (x ^ x>>28) & 0x00000000f0f0f0f0
+	return x ^ t ^ t<<28
 }
 
-func parseChoices(body []byte, count int) ([]bb84.Sent, error) {
+// takeColumns takes packed strings of n bits off b, of which nothing must be left.
+func takeColumns(b []byte, n int, columns ...*[]byte) error {
+	size := (n + 7) / 8
+	if len(b) != len(columns)*size {
+		return errMalformed
+	}
+	for _, column := range columns {
+		*column, b = b[:size:size], b[size:]
+		if n%8 != 0 && (*column)[size-1]>>(n%8) != 0 {
+			return errMalformed
+		}
+	}
+	return nil
+}
+
+// encodeChoices answers encodeSent.
+func encodeChoices(codes []byte) []byte {
+	b := put8(make([]byte, 0, 8+sentBits*(len(codes)/8+1)), int64(len(codes)))
+	return appendColumns(b, codes, sentBits)
+}
+
+// parseChoices reads the answer for so many gates. What it returns shares the memory of body.
+func parseChoices(body []byte, count int) (s distill.Sent, err error) {
 	var said int64
 	rest, err := take8(body, &said)
-	if err != nil || said != int64(count) || len(rest) != (count+1)/2 || count%2 == 1 && rest[count/2]>>4 != 0 {
-		return nil, errMalformed
+	if err != nil || said != int64(count) || takeColumns(rest, count, &s.Bits, &s.Bases, &s.Low, &s.High) != nil {
+		return distill.Sent{}, errMalformed
 	}
-	sent := make([]bb84.Sent, count)
-	for i := range sent {
-		sent[i] = fromNibble(rest[i/2] >> (4 * (i % 2)) & 15)
-	}
-	return sent, nil
+	return s, nil
 }
 
-// gateList is a growing list of gates with four bits each, in wire form: for each one
-// number, the gates skipped since the one before, times 16, plus its bits. The bits may be
-// secret.
-type gateList struct {
-	list  []byte
-	count int64
-	next  int64
+func encodeDetections(gates distill.Gates, codes []byte) []byte {
+	return appendColumns(gates.Append(make([]byte, 0, gates.Size()+seenBits*(len(codes)/8+1))), codes, seenBits)
 }
 
-func (l *gateList) add(gate int64, low byte) {
-	if cap(l.list)-len(l.list) < binary.MaxVarintLen64 { // append would leave a copy behind
-		grown := make([]byte, len(l.list), 2*cap(l.list)+4096)
-		copy(grown, l.list)
-		clear(l.list)
-		l.list = grown
+// parseDetections reads what encodeDetections made. What it returns shares the memory of body.
+func parseDetections(body []byte) (d distill.Detections, err error) {
+	gates, rest, err := distill.ParseGates(body, distill.MaxGates)
+	if err != nil || gates.Len() > maxList || takeColumns(rest, gates.Len(), &d.Bases, &d.Bits, &d.Doubles) != nil {
+		return distill.Detections{}, errMalformed
 	}
-	l.list = binary.AppendUvarint(l.list, uint64(gate-l.next)<<4|uint64(low&15))
-	l.count, l.next = l.count+1, gate+1
-}
-
-// addDetection adds what the receiver saw: basis, bit and double click.
-func (l *gateList) addDetection(d bb84.Detection) {
-	low := byte(d.Basis)<<2 | d.Bit<<1
-	if d.Double {
-		low |= 1
-	}
-	l.add(d.Gate, low)
-}
-
-func (l *gateList) encode() []byte {
-	return append(put8(make([]byte, 0, 8+len(l.list)), l.count), l.list...)
-}
-
-func (l *gateList) wipe() {
-	clear(l.list)
-	*l = gateList{}
-}
-
-// gateReader reads a gateList that was made here, from its beginning.
-type gateReader struct {
-	rest []byte
-	gate int64 // of the entry that was read last
-	low  byte
-}
-
-// read goes on to the next entry, if there is one.
-func (r *gateReader) read() bool {
-	v, n := binary.Uvarint(r.rest)
-	if n <= 0 {
-		return false
-	}
-	r.rest = r.rest[n:]
-	r.gate, r.low = r.gate+1+int64(v>>4), byte(v&15)
-	return true
-}
-
-func parseDetections(body []byte) ([]bb84.Detection, error) {
-	var count int64
-	rest, err := take8(body, &count)
-	if err != nil || count > int64(len(rest)) || count > maxList {
-		return nil, errMalformed
-	}
-	list := make([]bb84.Detection, count)
-	next := int64(0)
-	for i := range list {
-		var v uint64
-		if v, rest, err = takeUvarint(rest); err != nil || int64(v>>4) > bb84.MaxGates-next || v&8 != 0 {
-			clear(list)
-			return nil, errMalformed
-		}
-		gate := next + int64(v>>4)
-		list[i] = bb84.Detection{Gate: gate, Basis: bb84.Basis(v >> 2 & 1), Bit: byte(v >> 1 & 1), Double: v&1 != 0}
-		next = gate + 1
-	}
-	if len(rest) != 0 {
-		clear(list)
-		return nil, errMalformed
-	}
-	return list, nil
+	d.Gates = gates
+	return d, nil
 }
