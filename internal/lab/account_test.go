@@ -39,7 +39,7 @@ func (f *traffic) close(t testing.TB) {
 		lost++
 	}
 	for _, r := range f.routes {
-		t.Logf("%v: %d requests served, %d not; %d taken, %d not", r, r.served.Load(), r.unserved.Load(), r.taken.Load(), r.untaken.Load())
+		t.Logf("%v: %d requests served, %d not; %d taken, %d not %v", r, r.served.Load(), r.unserved.Load(), r.taken.Load(), r.untaken.Load(), r.why)
 	}
 	t.Logf("%d keys at their masters; %d of them taken at the end, %d taken by requests without an answer", len(f.keys), left, lost)
 	settled(t, f.lab)
@@ -160,8 +160,9 @@ func comparePools(t testing.TB, l *Lab, recovered time.Time) {
 		}
 		defer conn.Close(context.Background())
 		rows, _ := conn.Query(t.Context(), `SELECT b.link, b.session, b.id, coalesce(k.index, -1) FROM kme.block b
-			JOIN kme.chunk c ON b.link = c.link AND b.session = c.session AND b.id = c.block LEFT JOIN kme.key k ON c.id = k.chunk
-			WHERE b.state = 'ready'`)
+			JOIN kme.chunk c ON b.link = c.link AND b.session = c.session AND b.id = c.block
+			JOIN kme.epoch e ON e.epoch = c.epoch LEFT JOIN kme.key k ON c.id = k.chunk
+			WHERE b.state = 'ready' AND e.state = 'open'`) // each site ends its pools in its own time
 		pools[i] = make(blocks)
 		var ref handover.BlockRef
 		var index int

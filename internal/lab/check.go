@@ -172,6 +172,10 @@ func (s *Site) gather(ctx context.Context) (*evidence, error) {
 		return nil, err
 	}
 	err = pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		// A snapshot does not keep partitions from going with their epoch; this does.
+		if _, err := tx.Exec(ctx, "LOCK TABLE key, due IN ACCESS SHARE MODE"); err != nil {
+			return err
+		}
 		if err := e.readAudit(ctx, tx); err != nil {
 			return err
 		}

@@ -109,9 +109,9 @@ func TestRotationUnderLoad(t *testing.T) {
 	}
 	f.close(t)
 	for _, r := range f.routes {
-		// A peer that is late is the machine's doing, which runs other tests too.
-		if n := r.unserved.Load() + r.untaken.Load() - r.busy.Load(); n > 0 {
-			t.Errorf("%v: %d of %d requests were refused", r, n, n+r.served.Load()+r.taken.Load())
+		delete(r.why, "the other KME does not answer") // in time: the machine runs other tests too
+		for said, n := range r.why {
+			t.Errorf("%v: %d requests were refused: %s", r, n, said)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -153,8 +154,9 @@ func check(t testing.TB, l *Lab, invariants func(context.Context) (Report, error
 	return r
 }
 
-// lastWords shows how the logs of the lab's processes end.
+// lastWords shows how the logs of the lab's processes end, and what went wrong before.
 func lastWords(t testing.TB, l *Lab) {
+	const most = 40 // lines of each kind
 	files := []string{l.path("qlink", "log")}
 	for _, n := range l.nodes() {
 		files = append(files, n.LogFile())
@@ -166,7 +168,11 @@ func lastWords(t testing.TB, l *Lab) {
 			continue
 		}
 		lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-		t.Logf("%s ends:\n%s", file, strings.Join(lines[max(0, len(lines)-40):], "\n"))
+		end := max(0, len(lines)-most)
+		wrong := slices.DeleteFunc(slices.Clone(lines[:end]), func(line string) bool {
+			return !strings.Contains(line, "level=ERROR") && !strings.Contains(line, "level=WARN")
+		})
+		t.Logf("%s ends, after its last errors:\n%s", file, strings.Join(slices.Concat(wrong[max(0, len(wrong)-most):], lines[end:]), "\n"))
 	}
 }
 

@@ -45,9 +45,9 @@ type route struct {
 	masters, slaves   []*Person // the same at each node of their sites
 	at, from          *Site     // of the master, of the slave
 	asked             chan []key.ID
-	served, taken     atomic.Int64 // requests answered with keys
-	unserved, untaken atomic.Int64 // requests that ended otherwise
-	busy              atomic.Int64 // of them, those that the peer did not answer in time
+	served, taken     atomic.Int64   // requests answered with keys
+	unserved, untaken atomic.Int64   // requests that ended otherwise
+	why               map[string]int // of them, by what the KME said; guarded by the traffic's mu
 }
 
 // client is one of a person's programs: it stays with a node as long as that serves it.
@@ -85,6 +85,15 @@ func (c *client) answered(err error) {
 func (r *route) all() []*route { return append(slices.Clone(r.also), r) }
 
 func (r *route) String() string { return fmt.Sprintf("%s -> %s", r.master.ID, r.slave.ID) }
+
+// because counts why a request had no keys for an answer. The caller holds the traffic's mu.
+func (r *route) because(err error) {
+	said := "no answer"
+	if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) {
+		said = answer.Message
+	}
+	r.why[said]++
+}
 
 // account is what the clients know of one key for one slave.
 type account struct {
@@ -134,7 +143,7 @@ func newTraffic(l *Lab, m mix) *traffic {
 func newRoute(t testing.TB, l *Lab, master, slave string) *route {
 	t.Helper()
 	site := map[string]*Site{"km1": l.KM1, "km2": l.KM2}
-	r := &route{master: sae(t, l, master), slave: sae(t, l, slave), at: site[people[master]], from: site[people[slave]], asked: make(chan []key.ID, 64)}
+	r := &route{master: sae(t, l, master), slave: sae(t, l, slave), at: site[people[master]], from: site[people[slave]], asked: make(chan []key.ID, 64), why: make(map[string]int)}
 	for _, n := range r.at.Nodes {
 		r.masters = append(r.masters, saeAt(t, l, master, n.Name))
 	}
@@ -224,9 +233,9 @@ func (f *traffic) askOnce(r *route, c *client) []key.ID {
 	c.answered(err)
 	if err != nil {
 		r.unserved.Add(1)
-		if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Message == "the other KME does not answer" {
-			r.busy.Add(1)
-		}
+		f.mu.Lock()
+		r.because(err)
+		f.mu.Unlock()
 		if answer := (*etsi014.APIError)(nil); errors.As(err, &answer) && answer.Status != http.StatusServiceUnavailable {
 			f.violation("%v: a request for keys was answered: %v", r, err)
 		}
@@ -360,6 +369,7 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 		return true
 	}
 	r.untaken.Add(1)
+	r.because(err)
 	answer := (*etsi014.APIError)(nil)
 	if !errors.As(err, &answer) || answer.Status == http.StatusServiceUnavailable {
 		for _, id := range ids {
