@@ -109,7 +109,13 @@ func TestRotationUnderLoad(t *testing.T) {
 	}
 	f.close(t)
 	for _, r := range f.routes {
-		delete(r.why, "the other KME does not answer") // in time: the machine runs other tests too
+		// On a machine that runs other tests too a peer may be late, and a request may
+		// outlive the time that an epoch leaves to those under way: 0.17 s by this clock.
+		for _, late := range []string{"the other KME does not answer", "not available at the moment"} {
+			if r.why[late] < int(r.served.Load())/10 {
+				delete(r.why, late)
+			}
+		}
 		for said, n := range r.why {
 			t.Errorf("%v: %d requests were refused: %s", r, n, said)
 		}
