@@ -72,9 +72,9 @@ const (
 	ClockStep    Action = "clock-step"    // the clock was set; Reason says by how much
 
 	AuditStart    Action = "audit-start"       // this node folds the site's events into the tree from now on
-	AuditStop     Action = "audit-stop"        // and no more
-	AuditFailure  Action = "audit-failure"     // the log, its tree or its way out does not do as it must
-	AuditOverflow Action = "audit-overflow"    // events were refused because too many waited; Count says how many
+	AuditStop     Action = "audit-stop"        // and no more: another sequencer does, or, as the last event of a run, the node ends in order
+	AuditFailure  Action = "audit-failure"     // the log, its tree or a way out does not do as it must; recorded with the alarm that says so
+	AuditOverflow Action = "audit-overflow"    // requests that were refused, and events that were lost, because too many waited; Count says how many
 	AuditRead     Action = "audit-read"        // somebody read the log; Reason says what of it
 	AuditDropped  Action = "audit-day-dropped" // a day's events left the database, after they were written to a bundle
 )

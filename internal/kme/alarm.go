@@ -3,11 +3,14 @@ package kme
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // Alarm is something an operator should know of. It stands from Since until its
@@ -26,6 +29,10 @@ type alarms struct {
 	ending   map[string]time.Time // when those end that are of something that has happened
 	failing  map[string]time.Time // since when, for what is given some patience
 }
+
+// trailAlarm begins the name of each alarm about the audit log, its tree or its ways
+// out: with one that is raised, the log says of itself that it failed.
+const trailAlarm = "audit-"
 
 // patience is how long something that comes and goes may fail before it is an
 // alarm: a peer that starts a moment after us is none.
@@ -72,7 +79,12 @@ func (k *KME) raise(ctx context.Context, name, text string) {
 	}
 	ev := k.own(audit.Alarm)
 	ev.Outcome, ev.Reason = audit.Failed, name+": "+text
-	if k.note(ctx, ev) {
+	evs := []audit.Event{ev}
+	if strings.HasPrefix(name, trailAlarm) {
+		ev.Action = audit.AuditFailure
+		evs = append(evs, ev)
+	}
+	if k.note(ctx, evs...) {
 		return
 	}
 	k.alarms.mu.Lock()
@@ -131,15 +143,18 @@ func (k *KME) clear(ctx context.Context, name string) {
 	k.note(ctx, ev)
 }
 
-// note records an event that no request waits for, and says whether it did. An event
-// lost because the database is away is still in the log, and the alarms say that it is
-// away.
+// note records events that no request waits for, and says whether it did. Those that
+// are lost because the database is away are still in the daemon's log, and the alarms say
+// that it is away; those that are lost because too many wait are counted.
 func (k *KME) note(ctx context.Context, evs ...audit.Event) bool {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	err := k.Store.Record(ctx, evs...)
 	if err != nil {
 		k.Log.Warn("recording an event", "action", evs[0].Action, "err", err)
+		if errors.Is(err, store.ErrOverflow) {
+			k.overflow.count(len(evs))
+		}
 	}
 	return err == nil
 }

@@ -105,7 +105,7 @@ func union(a, b []string) []string {
 
 // refuse records that the request ended badly and returns what the door answers.
 // A refusal that cannot be recorded is counted for the summary that follows when
-// the database is back, and answered as unavailable: no answer without its record.
+// it can be again, and answered as unavailable: no answer without its record.
 func (c *call) refuse(ctx context.Context, err error) error {
 	if c.pending {
 		return c.k.classify(err)
@@ -125,7 +125,7 @@ func (c *call) refuse(ctx context.Context, err error) error {
 const recordTime = 2 * time.Second
 
 // recordOrCount writes the outcome event of a refused request and returns p, or
-// the 503 that stands for it while the database is away.
+// the 503 that stands for it while the database is away or too many events wait.
 func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Event) error {
 	patience := requestTime
 	if p.Kind == problem.Unavailable { // it may have waited for long already, and learns nothing by waiting on
@@ -143,7 +143,7 @@ func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Even
 	if err == nil {
 		return p
 	}
-	k.outage.count()
+	k.miss(err)
 	return &problem.Error{Kind: problem.Unavailable, RetryAfter: time.Second, Err: fmt.Errorf("recording a refusal (%w): %w", p, err)}
 }
 

@@ -24,7 +24,7 @@ func (d OperatorDoor) Doctor(ctx context.Context, _ identity.Caller, _ string) (
 	var fs syscall.Statfs_t
 	err = syscall.Statfs(k.DataDir, &fs)
 	found = append(found, judgeDisk(k.DataDir, fs.Bavail*uint64(fs.Bsize), fs.Blocks*uint64(fs.Bsize), err))
-	found = append(found, judgeWitness(k.outage.keep(), k.isReady()))
+	found = append(found, judgeWitness(k.keepTallies(), k.isReady()))
 	for id, client := range k.Peers {
 		found = append(found, k.examinePeer(ctx, id, client)...)
 	}

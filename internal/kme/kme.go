@@ -47,7 +47,7 @@ type Config struct {
 	Log      *slog.Logger
 	Now      func() time.Time // the one clock
 
-	DataDir     string        // run file and outage file, both fsynced
+	DataDir     string        // run file and tallies, fsynced
 	EpochLength time.Duration // the same at both ends of a link
 	DefaultTTL  time.Duration // lifetime of an assigned key that nobody asked to be shorter or longer
 	MaxTTL      time.Duration
@@ -91,7 +91,6 @@ type KME struct {
 	known   compromises
 	burning sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
 	alarms  alarms
-	outage  *outage
 	debts   debts
 	watch   watch
 	metrics *metrics
@@ -103,6 +102,8 @@ type KME struct {
 	reloading sync.Mutex // held while policies are loaded
 
 	turnstiles sync.Map // peer/node -> *turnstile
+
+	outage, overflow *tally // what could not be recorded while the database was away, or too much waited
 
 	past past
 
@@ -177,7 +178,7 @@ func New(c Config) (*KME, error) {
 		k.Examine = func() []admin.Finding { return nil }
 	}
 	var err error
-	if k.outage, err = openOutage(c.DataDir); err != nil {
+	if k.outage, k.overflow, err = openTallies(c.DataDir); err != nil {
 		return nil, err
 	}
 	return k, nil
@@ -249,8 +250,9 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	if errors.Is(err, store.ErrFenced) { // whoever met it first says the least of why
 		err = k.fenced(context.WithoutCancel(ctx), err)
 	}
-	k.stopped()
-	if errors.Is(err, context.Canceled) {
+	inOrder := errors.Is(err, context.Canceled)
+	k.stopped(inOrder)
+	if inOrder {
 		return nil
 	}
 	return err
@@ -314,8 +316,10 @@ func (k *KME) isReady() bool {
 
 // stopped gives back what the node has leased and records that it stops, as well as
 // it can: the database may be what stopped it. What it cannot give back, since it is
-// announced or owed, is the matter of a takeover.
-func (k *KME) stopped() {
+// announced or owed, is the matter of a takeover. The last event of a node that ends in
+// order is that its record ends: a run without it was killed, or its end was cut off. (What
+// became of a commit that was in doubt may still follow it.)
+func (k *KME) stopped(inOrder bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	var leased []store.Leased
@@ -323,7 +327,11 @@ func (k *KME) stopped() {
 		leased = append(leased, leasedOf(l.pool.empty())...)
 	}
 	noCopies := k.keks.close() // nobody is served any more
-	if err := k.Store.Stop(ctx, leased, noCopies, k.own(audit.Stop)); err != nil {
+	events := []audit.Event{k.own(audit.Stop)}
+	if inOrder {
+		events = append(events, k.own(audit.AuditStop))
+	}
+	if err := k.Store.Stop(ctx, leased, noCopies, events...); err != nil {
 		k.Log.Warn("recording the stop", "err", err)
 	}
 }
@@ -342,7 +350,7 @@ func (k *KME) beat(ctx context.Context) {
 	}
 	k.watchClock(ctx)
 	k.watchFacts(ctx)
-	if err := k.outage.keep(); err != nil {
+	if err := k.keepTallies(); err != nil {
 		k.raise(ctx, "data", "the data folder takes no writes: "+err.Error())
 	} else {
 		k.clear(ctx, "data")

@@ -149,7 +149,7 @@ func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (s leg
 	done := call.ev
 	done.Outcome = audit.Done
 	if err := k.Store.Record(ctx, done); err != nil {
-		k.outage.count()
+		k.miss(err)
 		s.Database = "error: the database does not answer"
 	}
 	return s, nil

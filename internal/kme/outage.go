@@ -10,12 +10,13 @@ import (
 	"sync"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/store"
 )
 
-// outage counts the refusals that could not be recorded because the database was
-// away, in a file that is fsynced, so that one summary can follow when it is
-// back. The file holds one number, so it cannot grow.
-type outage struct {
+// tally counts the events that could not be recorded for one reason, in a file that is
+// fsynced, so that one summary can follow when they can again. The file holds one
+// number, so it cannot grow.
+type tally struct {
 	mu   sync.Mutex
 	path string
 	n    int64
@@ -23,27 +24,35 @@ type outage struct {
 	err  error // of the last write
 }
 
-func openOutage(dir string) (*outage, error) {
-	o := &outage{path: filepath.Join(dir, "outage")}
-	n, err := readNumber(o.path)
+// openTallies opens those of a node: of the events that came while the database was
+// away, and of those that came while too many waited.
+func openTallies(dir string) (outage, overflow *tally, err error) {
+	if outage, err = openTally(filepath.Join(dir, "outage")); err != nil {
+		return nil, nil, err
+	}
+	overflow, err = openTally(filepath.Join(dir, "overflow"))
+	return outage, overflow, err
+}
+
+func openTally(path string) (*tally, error) {
+	n, err := readNumber(path)
 	if err != nil {
 		return nil, err
 	}
-	o.n, o.kept = n, n
-	return o, nil
+	return &tally{path: path, n: n, kept: n}, nil
 }
 
-// count adds one refusal. If the process dies before the file is written, the
-// caller has not been answered either.
-func (o *outage) count() {
+// count adds events. If the process dies before the file is written, the caller has
+// not been answered either.
+func (o *tally) count(n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.n++
+	o.n += int64(n)
 	o.save()
 }
 
-// counted is how many refusals wait for their summary.
-func (o *outage) counted() int64 {
+// counted is how many events wait for their summary.
+func (o *tally) counted() int64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.n
@@ -52,7 +61,7 @@ func (o *outage) counted() int64 {
 // settle subtracts what a summary has told of, or one whose own event was in doubt
 // and has been committed after all. If the process dies before it, they are told of
 // twice, and not lost.
-func (o *outage) settle(n int64) {
+func (o *tally) settle(n int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.n = max(0, o.n-n)
@@ -61,7 +70,7 @@ func (o *outage) settle(n int64) {
 
 // save writes the number. A disk that does not take it leaves the number in
 // memory: refusing goes on, which is all there is to do until keep is called.
-func (o *outage) save() {
+func (o *tally) save() {
 	if o.err = writeDurably(o.path, []byte(strconv.FormatInt(o.n, 10)+"\n")); o.err == nil {
 		o.kept = o.n
 	}
@@ -69,7 +78,7 @@ func (o *outage) save() {
 
 // keep writes a number that is not in the file yet, or may not be since the last write
 // failed, and says why if it cannot.
-func (o *outage) keep() error {
+func (o *tally) keep() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.n != o.kept || o.err != nil {
@@ -78,19 +87,40 @@ func (o *outage) keep() error {
 	return o.err
 }
 
-// summarise writes the summary of an outage that is over.
+// miss counts a request whose outcome could not be recorded, by why it could not.
+func (k *KME) miss(err error) {
+	if errors.Is(err, store.ErrOverflow) {
+		k.overflow.count(1)
+	} else {
+		k.outage.count(1)
+	}
+}
+
+// keepTallies has what was counted kept in its files, and says why it cannot.
+func (k *KME) keepTallies() error { return errors.Join(k.outage.keep(), k.overflow.keep()) }
+
+// summarise writes the summaries of an outage and of a flood that are over.
 func (k *KME) summarise(ctx context.Context) {
-	n := k.outage.counted()
-	if n == 0 {
-		return
+	for _, s := range []struct {
+		of     *tally
+		action audit.Action
+		reason string
+	}{
+		{k.outage, audit.Outage, "refused while the database was away"},
+		{k.overflow, audit.AuditOverflow, "refused without events of their own: too many waited to be recorded"},
+	} {
+		n := s.of.counted()
+		if n == 0 {
+			continue
+		}
+		ev := k.own(s.action)
+		ev.Outcome, ev.Count, ev.Reason = audit.Refused, int(n), s.reason
+		if err := k.Store.Record(ctx, ev); err != nil {
+			k.Log.Warn("recording a summary", "action", s.action, "events", n, "err", err)
+			continue
+		}
+		s.of.settle(n)
 	}
-	ev := k.own(audit.Outage)
-	ev.Outcome, ev.Count, ev.Reason = audit.Refused, int(n), "refused while the database was away"
-	if err := k.Store.Record(ctx, ev); err != nil {
-		k.Log.Warn("recording an outage", "refusals", n, "err", err)
-		return
-	}
-	k.outage.settle(n)
 }
 
 // writeDurably replaces a small file so that after a crash it holds either the old

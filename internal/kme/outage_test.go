@@ -42,7 +42,7 @@ func TestOutageIsCounted(t *testing.T) {
 	if n := k.outage.counted(); n != refusals {
 		t.Fatalf("counted after a restart: %d, want %d", n, refusals)
 	}
-	k.outage.count() // one more while the summary is on its way
+	k.outage.count(1) // one more while the summary is on its way
 	for range 3 {
 		k.summarise(t.Context())
 	}
@@ -59,7 +59,7 @@ func TestOutageIsCounted(t *testing.T) {
 func TestOutageFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	o, err := openOutage(dir)
+	o, _, err := openTallies(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func TestOutageFile(t *testing.T) {
 	for range 4 {
 		g.Go(func() {
 			for range 50 {
-				o.count()
+				o.count(1)
 			}
 		})
 	}
@@ -82,7 +82,7 @@ func TestOutageFile(t *testing.T) {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := openOutage(dir); err == nil || !strings.Contains(err.Error(), path) {
+		if _, _, err := openTallies(dir); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("outage file %q: %v, want an error that names the file", text, err)
 		}
 	}
@@ -96,15 +96,15 @@ func TestOutageIsKeptLater(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	o, err := openOutage(dir)
+	o, _, err := openTallies(dir)
 	if err != nil || o.keep() != nil {
 		t.Fatalf("a new one: %v, %v", err, o.keep())
 	}
 	if err := os.Rename(dir, dir+".away"); err != nil {
 		t.Fatal(err)
 	}
-	o.count()
-	o.count()
+	o.count(1)
+	o.count(1)
 	if o.counted() != 2 || o.keep() == nil {
 		t.Errorf("counted %d, and kept in a folder that is not there: %v", o.counted(), o.keep())
 	}

@@ -144,7 +144,7 @@ func (s *site) node() *KME {
 		Self: kmeID(s.t, "km1"), Node: "a", Store: s.open(), Now: s.now, Log: slog.New(slog.DiscardHandler), DataDir: s.data,
 	}}
 	var err error
-	if k.outage, err = openOutage(s.data); err != nil {
+	if k.outage, k.overflow, err = openTallies(s.data); err != nil {
 		s.t.Fatal(err)
 	}
 	return k

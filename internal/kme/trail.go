@@ -186,6 +186,10 @@ func (k *KME) sequence(ctx context.Context) error {
 				led = f.Leads
 				ev := k.own(audit.AuditStart)
 				ev.Reason = fmt.Sprintf("log %s goes on at leaf %d", k.logName(f.Origin), f.Size)
+				if !led { // the connection that held the lead was lost, and another was first to make one
+					ev = k.own(audit.AuditStop)
+					ev.Reason = "another sequencer folds the log"
+				}
 				k.note(ctx, ev)
 			}
 			if !f.More {

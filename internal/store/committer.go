@@ -24,7 +24,7 @@ const (
 	// Events alone wait in a queue of their own, and a batch takes fewer of them: a
 	// caller whose requests are refused as fast as they come delays nobody's keys.
 	maxBatchRecords = 64
-	maxRecords      = 1024
+	maxRecords      = 1024 // beyond it ErrOverflow
 )
 
 // act is what a job does within the transaction of its batch. Its methods are
@@ -178,14 +178,14 @@ func (db *DB) do(ctx context.Context, a act, late func(bool)) error {
 		return err
 	}
 	j := &job{act: a, late: late, done: make(chan struct{})}
-	queue := c.queue
+	queue, full := c.queue, ErrUnavailable
 	if event {
-		queue = c.events
+		queue, full = c.events, ErrOverflow
 	}
 	select {
 	case queue <- j:
 	default:
-		return fmt.Errorf("%w: %d jobs wait", ErrUnavailable, cap(queue))
+		return fmt.Errorf("%w: %d jobs wait", full, cap(queue))
 	}
 	select {
 	case <-j.done:

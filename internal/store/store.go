@@ -44,6 +44,8 @@ var (
 	ErrDoubt = errors.New("the outcome of the commit is not known yet")
 	// ErrUnavailable: the database does not answer, or the queue is full.
 	ErrUnavailable = errors.New("the database is not available")
+	// ErrOverflow: too many events wait to be recorded. It is an ErrUnavailable.
+	ErrOverflow = fmt.Errorf("%w: too many events wait", ErrUnavailable)
 	// ErrFenced: the node's run has been taken over, or the database was set back to
 	// the past (SetBack). The DB is dead, and the process must end. Only for this error a commit in flight may have happened
 	// unseen; the takeover deals with its keys.
