@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/qutemail/kme/hsm"
@@ -55,6 +56,8 @@ func TestScripts(t *testing.T) {
 			"database":    s.database,
 			"waitfor":     waitFor,
 			"sigterm":     sigTerm,
+			"folded":      folded,
+			"file":        file,
 		},
 	})
 }
@@ -235,7 +238,8 @@ func (s *stage) token(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs("hsm/pin"), []byte("pin-483920\n"), 0o600))
 }
 
-// database: make an empty one. $OWNER and $DSN are how its owner and kmed reach it.
+// database: make an empty one. $OWNER, $DSN and $SEQUENCER are how its owner, kmed and
+// kmed sequencer reach it.
 func (s *stage) database(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 0 {
 		ts.Fatalf("usage: database")
@@ -244,6 +248,7 @@ func (s *stage) database(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(s.cluster.EnsureDatabase(context.Background(), name))
 	ts.Setenv("OWNER", s.cluster.DSN(pgdev.Superuser, name))
 	ts.Setenv("DSN", s.cluster.DSN(store.AppRole, name))
+	ts.Setenv("SEQUENCER", s.cluster.DSN(store.SequencerRole, name))
 }
 
 // waitfor HOST:PORT...: until something listens at each.
@@ -274,5 +279,55 @@ func sigTerm(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	for _, cmd := range ts.BackgroundCmds() {
 		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
+	}
+}
+
+// folded: wait until each event is a leaf of a tree that has its checkpoint.
+func folded(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: folded")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, ts.Getenv("OWNER"))
+	ts.Check(err)
+	defer conn.Close(ctx)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		var events, leaves int64
+		err := conn.QueryRow(ctx, `SELECT (SELECT count(*) FROM kme.audit),
+			coalesce((SELECT c.size FROM kme.audit_log l JOIN kme.audit_checkpoint c USING (origin, size)), 0)`).Scan(&events, &leaves)
+		if err == nil && events > 0 && leaves == events {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			ts.Fatalf("%d of %d events are in the tree: %v", leaves, events, err)
+		}
+	}
+}
+
+// file NAME GLOB: wait until there is one, and set $NAME to its path.
+func file(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: file NAME GLOB")
+	}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(time.Minute)
+	for {
+		found, err := filepath.Glob(ts.MkAbs(args[1]))
+		ts.Check(err)
+		if len(found) > 0 {
+			ts.Setenv(args[0], found[0])
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-late:
+			ts.Fatalf("there is no %s", args[1])
+		}
 	}
 }
