@@ -220,6 +220,7 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.keepWitness) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.watchTrail) })
 	g.Go(func() error { return k.every(ctx, time.Hour, nil, k.openDays) })
+	g.Go(func() error { return k.every(ctx, time.Hour, nil, k.endCheckpoints) })
 	g.Go(func() error { return k.Store.Lead(ctx, "audit witnesses", k.publish) })
 	if len(k.sinks) > 0 {
 		g.Go(func() error { return k.Store.Lead(ctx, "audit sinks", k.forward) })

@@ -259,6 +259,17 @@ func (k *KME) openDays(ctx context.Context) {
 	k.clear(ctx, "audit-days")
 }
 
+// endCheckpoints deletes old checkpoints from the database. What is left undone is done
+// an hour later.
+func (k *KME) endCheckpoints(ctx context.Context) {
+	ended, err := k.Store.EndCheckpoints(ctx)
+	if err != nil {
+		k.Log.Debug("ending old checkpoints", "err", err)
+	} else if ended > 0 {
+		k.Log.Info("old audit checkpoints deleted", "count", ended)
+	}
+}
+
 // checkpointFile is where the day's checkpoints are kept outside the database.
 func (k *KME) checkpointFile() string {
 	return filepath.Join(k.DataDir, "checkpoints", k.Now().UTC().Format(time.DateOnly))

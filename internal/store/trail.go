@@ -137,6 +137,23 @@ func (db *DB) EnsureAuditDays(ctx context.Context, days int) error {
 
 var _ audit.TileSource = LogTiles{}
 
+// checkpointsAtOnce is how many old checkpoints one transaction deletes.
+const checkpointsAtOnce = 10_000
+
+// EndCheckpoints deletes the checkpoints of the site's logs that nobody needs any more:
+// before the last day, all but the last of each hour (migration 00021 has the rule).
+func (db *DB) EndCheckpoints(ctx context.Context) (ended int, err error) {
+	for {
+		var n int
+		if err := db.pool.QueryRow(ctx, "SELECT end_audit_checkpoints($1)", checkpointsAtOnce).Scan(&n); err != nil {
+			return ended, away("ending old checkpoints", err)
+		}
+		if ended += n; n < checkpointsAtOnce {
+			return ended, nil
+		}
+	}
+}
+
 // Cursor is where a sink of the audit log has got to: the first leaf of the log of an
 // origin that it has not been sent. Origin 0 says that it has been sent nothing.
 type Cursor struct{ Origin, Next int64 }
