@@ -64,7 +64,20 @@ func (k *KME) forward(ctx context.Context) error {
 // one of its site that does.
 func (k *KME) retain(ctx context.Context) error {
 	return k.every(ctx, time.Hour, nil, func(ctx context.Context) {
-		if err := k.archiveDays(ctx); err != nil && ctx.Err() == nil {
+		sent, err := k.sent(ctx)
+		if err == nil && len(k.sinks) > 0 {
+			settled := time.NewTimer(siem.ResendTime)
+			defer settled.Stop()
+			select {
+			case <-ctx.Done():
+				return
+			case <-settled.C:
+			}
+		}
+		if err == nil {
+			err = k.archiveDays(ctx, sent)
+		}
+		if err != nil && ctx.Err() == nil {
 			k.raise(ctx, "audit-archive", err.Error())
 		} else {
 			k.clear(ctx, "audit-archive")
@@ -72,8 +85,23 @@ func (k *KME) retain(ctx context.Context) error {
 	})
 }
 
-// archiveDays archives all days that are due, oldest first.
-func (k *KME) archiveDays(ctx context.Context) error {
+// sent is where each sink has got to. What it has been sent for siem.ResendTime is not
+// sent again.
+func (k *KME) sent(ctx context.Context) (map[string]store.Cursor, error) {
+	sent := make(map[string]store.Cursor)
+	for _, f := range k.sinks {
+		c, err := k.Store.Cursor(ctx, f.Name())
+		if err != nil {
+			return nil, err
+		}
+		sent[f.Name()] = c
+	}
+	return sent, nil
+}
+
+// archiveDays archives all days that are due, oldest first, and that no sink may have to
+// be sent again: sent is where they were siem.ResendTime ago.
+func (k *KME) archiveDays(ctx context.Context, sent map[string]store.Cursor) error {
 	before := k.Now().UTC().Add(-k.Trail.Keep).Truncate(24 * time.Hour)
 	var due []auditlog.Day
 	var state auditlog.LogState
@@ -87,7 +115,7 @@ func (k *KME) archiveDays(ctx context.Context) error {
 	}
 	for _, d := range due {
 		if err == nil {
-			err = k.archiveDay(ctx, state.Origin, d)
+			err = k.archiveDay(ctx, state.Origin, d, sent)
 		}
 	}
 	return err
@@ -95,14 +123,16 @@ func (k *KME) archiveDays(ctx context.Context) error {
 
 // archiveDay writes a day's leaves into a bundle, verifies it there, and only then
 // drops the events. If the process dies on the way, the bundle is written again.
-func (k *KME) archiveDay(ctx context.Context, origin int64, d auditlog.Day) error {
+func (k *KME) archiveDay(ctx context.Context, origin int64, d auditlog.Day, sent map[string]store.Cursor) error {
+	now, err := k.sent(ctx) // one whose connection has broken has gone back
+	if err != nil {
+		return err
+	}
 	for _, f := range k.sinks {
-		c, err := k.Store.Cursor(ctx, f.Name())
-		if err != nil {
-			return err
-		}
-		if c.Origin < origin || c.Origin == origin && c.Next <= d.Last {
-			return fmt.Errorf("day %s of the audit log stays: sink %s has not been sent it", d.Day.Format(time.DateOnly), f.Name())
+		for _, c := range []store.Cursor{sent[f.Name()], now[f.Name()]} {
+			if c.Origin < origin || c.Origin == origin && c.Next <= d.Last {
+				return fmt.Errorf("day %s of the audit log stays: sink %s has not been sent it", d.Day.Format(time.DateOnly), f.Name())
+			}
 		}
 	}
 	name := filepath.Join(k.Trail.Archive, fmt.Sprintf("%s-%d-%s.bundle", k.Self, origin, d.Day.Format(time.DateOnly)))

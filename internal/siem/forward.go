@@ -51,7 +51,8 @@ type Config struct {
 type Forwarder struct {
 	c      Config
 	conn   writer
-	recent []mark        // where the cursor was in the last resendTime
+	recent []mark        // where the cursor was in the last ResendTime, and perhaps before
+	again  *mark         // where it is begun again: a connection has broken, and the cursor was not moved back yet
 	broken chan struct{} // of a connection: closed when its other end has gone; a goroutine of its own closes it
 
 	lag   atomic.Int64 // leaves that are in the log and not sent yet
@@ -75,12 +76,13 @@ type writer interface {
 const (
 	batchSize = 512 // leaves sent before the cursor moves
 	sinkTime  = 10 * time.Second
-	// resendTime is how far back it is begun again when a connection has broken: what
-	// was sent on it may never have been read. Whoever reads knows the leaves by number.
-	// It is longer than a connection can be dead without being known to be.
-	resendTime = time.Minute
-	deadTime   = 30 * time.Second
+	deadTime  = 30 * time.Second
 )
+
+// ResendTime is how far back it is begun again when a connection has broken: what was
+// sent on it may never have been read. Whoever reads knows the leaves by number. It is
+// longer than a connection can be dead without being known to be.
+const ResendTime = time.Minute
 
 // New returns a forwarder that has opened nothing yet.
 func New(c Config) *Forwarder {
@@ -112,9 +114,7 @@ func (f *Forwarder) Run(ctx context.Context, src Source) error {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			if err := f.goBack(ctx, src); err != nil {
-				f.c.Log.Warn("audit sink: going back", "sink", f.c.Name, "err", err)
-			}
+			f.hangUp(time.Now())
 			if f.wrong.Swap(err.Error()) == "" {
 				f.c.Log.Warn("audit sink", "sink", f.c.Name, "err", err)
 			}
@@ -141,6 +141,12 @@ func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error)
 			return false, errors.New("the sink has closed the connection")
 		default:
 		}
+	}
+	if f.again != nil {
+		if err := src.MoveCursor(ctx, f.c.Name, f.again.origin, f.again.next); err != nil {
+			return false, err
+		}
+		f.again = nil
 	}
 	origin, next, err := src.Cursor(ctx, f.c.Name)
 	if err != nil {
@@ -201,23 +207,29 @@ func (f *Forwarder) write(log Log, rows []audit.Row) ([]byte, error) {
 
 // remember keeps where the cursor was, for as long as it may be needed.
 func (f *Forwarder) remember(m mark) {
-	old := 0
-	for old < len(f.recent) && m.at.Sub(f.recent[old].at) > resendTime {
-		old++
-	}
-	f.recent = append(f.recent[old:], m)
+	f.forget(m.at)
+	f.recent = append(f.recent, m)
 }
 
-// goBack closes the sink, and moves the cursor back if it was a connection.
-func (f *Forwarder) goBack(ctx context.Context, src Source) error {
+// forget drops the marks of what was sent so long ago that it has been read.
+func (f *Forwarder) forget(now time.Time) {
+	old := 0
+	for old < len(f.recent) && now.Sub(f.recent[old].at) > ResendTime {
+		old++
+	}
+	f.recent = f.recent[old:]
+}
+
+// hangUp closes the sink. If it was a connection, what was sent on it lately is sent
+// again.
+func (f *Forwarder) hangUp(now time.Time) {
 	_, connected := f.conn.(net.Conn)
 	f.close()
-	recent := f.recent
-	f.recent = nil
-	if !connected || len(recent) == 0 {
-		return nil
+	f.forget(now)
+	if connected && len(f.recent) > 0 {
+		f.again = &f.recent[0]
 	}
-	return src.MoveCursor(ctx, f.c.Name, recent[0].origin, recent[0].next)
+	f.recent = nil
 }
 
 func (f *Forwarder) send(ctx context.Context, text []byte) error {

@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,6 +22,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -133,6 +135,7 @@ func checkOCSF(t *rapid.T, line []byte, r Record) {
 
 // source is a log in memory, and a cursor that a test can look at.
 type source struct {
+	away   atomic.Bool // as a database can be
 	mu     sync.Mutex
 	logs   [][]audit.Row // by origin, from 1
 	origin int64
@@ -173,12 +176,20 @@ func (s *source) Leaves(_ context.Context, origin, first int64, limit int, do fu
 }
 
 func (s *source) Cursor(context.Context, string) (int64, int64, error) {
+	if s.away.Load() {
+		return 0, 0, errAway
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.origin, s.next, nil
 }
 
+var errAway = errors.New("the database is away")
+
 func (s *source) MoveCursor(_ context.Context, _ string, origin, next int64) error {
+	if s.away.Load() {
+		return errAway
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.origin, s.next = origin, next
@@ -280,6 +291,46 @@ func TestDeadSinkLosesNothing(t *testing.T) {
 	for leaf := range int64(2100) {
 		if !seen[leaf] {
 			t.Fatalf("leaf %d never came", leaf)
+		}
+	}
+}
+
+// It is begun again where the cursor was a minute before a connection broke, no
+// earlier, and also if the cursor cannot be moved back at once.
+func TestBeginsAgain(t *testing.T) {
+	t.Parallel()
+	src := &source{}
+	src.add(1, 100)
+	name := filepath.Join(t.TempDir(), "out")
+	f := New(Config{Name: "sink", Format: JSONLine, To: "file:" + name, Log: slog.New(slog.DiscardHandler)})
+	defer f.close()
+	now := time.Now()
+	for _, test := range []struct {
+		name  string
+		marks []mark
+		next  int64
+	}{
+		{"lately", []mark{{now.Add(-40 * time.Second), 1, 20}, {now, 1, 60}}, 20},
+		{"and long ago", []mark{{now.Add(-2 * time.Hour), 1, 5}, {now.Add(-61 * time.Second), 1, 30}, {now.Add(-59 * time.Second), 1, 40}}, 40},
+		{"long ago", []mark{{now.Add(-2 * time.Hour), 1, 5}}, 100},
+	} {
+		f.close()
+		conn, other := net.Pipe()
+		_ = other.Close()
+		f.conn, f.recent = conn, test.marks
+		if err := src.MoveCursor(t.Context(), "sink", 1, 100); err != nil {
+			t.Fatal(err)
+		}
+		src.away.Store(true)
+		f.hangUp(now)
+		if _, err := f.step(t.Context(), src); err == nil {
+			t.Errorf("sent %s: the cursor was moved while the database was away", test.name)
+		}
+		f.hangUp(now)
+		src.away.Store(false)
+		before := f.Sent()
+		if _, err := f.step(t.Context(), src); err != nil || f.Sent()-before != 100-test.next {
+			t.Errorf("sent %s: %d leaves are sent again, want those from %d on: %v", test.name, f.Sent()-before, test.next, err)
 		}
 	}
 }
