@@ -167,41 +167,42 @@ func TestKilledInTakeover(t *testing.T) {
 	t.Parallel()
 	l, f := twoNodes(t, true)
 	dead, survivor := l.KM1.Nodes[0], l.KM1.Nodes[1]
-	for _, name := range []string{failpoint.TakeoverBumped, failpoint.TakeoverBurned} {
-		for _, next := range []*Node{survivor, dead} {
-			t.Run(fmt.Sprintf("%s then %s", name, next.Name), func(t *testing.T) {
-				survivor.Kill()
-				if err := survivor.Restart(t.Context(), "KME_FAILPOINT="+name+":2"); err != nil { // the first is that of its own start
-					t.Fatal(err)
-				}
-				well(t, f)
-				untilLeased(t, dead)
-				dead.Kill()
-				select {
-				case <-survivor.Exited():
-				case <-time.After(time.Minute):
-					t.Fatalf("%s never came to %s", survivor.Name, name)
-				}
-				killedItself(t, survivor, name)
-				if leased(t, dead, "<") == 0 {
-					t.Error("nothing of the takeover is left to be done")
-				}
-				other := survivor
-				if next == survivor {
-					other = dead
-				}
-				if err := next.Restart(t.Context()); err != nil {
-					t.Fatal(err)
-				}
-				if next == survivor {
-					untilSettled(t, survivor, dead)
-				}
-				if err := other.Restart(t.Context()); err != nil {
-					t.Fatal(err)
-				}
-				well(t, f)
-			})
-		}
+	for _, test := range []struct {
+		name string // of the failpoint
+		next *Node
+	}{{failpoint.TakeoverBumped, survivor}, {failpoint.TakeoverBurned, dead}} {
+		t.Run(fmt.Sprintf("%s then %s", test.name, test.next.Name), func(t *testing.T) {
+			survivor.Kill()
+			if err := survivor.Restart(t.Context(), "KME_FAILPOINT="+test.name+":2"); err != nil { // the first is that of its own start
+				t.Fatal(err)
+			}
+			well(t, f)
+			untilLeased(t, dead)
+			dead.Kill()
+			select {
+			case <-survivor.Exited():
+			case <-time.After(time.Minute):
+				t.Fatalf("%s never came to %s", survivor.Name, test.name)
+			}
+			killedItself(t, survivor, test.name)
+			if leased(t, dead, "<") == 0 {
+				t.Error("nothing of the takeover is left to be done")
+			}
+			other := survivor
+			if test.next == survivor {
+				other = dead
+			}
+			if err := test.next.Restart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if test.next == survivor {
+				untilSettled(t, survivor, dead)
+			}
+			if err := other.Restart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			well(t, f)
+		})
 	}
 	f.close(t)
 }
