@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/go-json-experiment/json"
@@ -217,7 +218,28 @@ func (c verifyCommand) Run(ctx context.Context, s *session) error {
 	}
 	_, err = fmt.Fprintf(s.stdout, "verified: leaves %d to %d of %s, whose checkpoint has %d%s; %d events beyond it, signed by their nodes\n",
 		f.bundle.First, f.bundle.First+r.Leaves-1, cp.Origin, cp.Size, signedBy(names), r.Tail)
-	return err
+	if f.bundle.First > 0 { // the event that names them may be in another bundle
+		known.Earlier = nil
+	}
+	return errors.Join(err, sayFollows(s.stdout, r.Follows, known.Earlier))
+}
+
+// sayFollows says which logs a log names that a recovery has begun, and which it does not
+// name though a witness has seen them: the witness was away at the recovery, or what it
+// had seen was left out.
+func sayFollows(out io.Writer, follows, earlier []audit.Checkpoint) error {
+	var errs []error
+	for _, c := range follows {
+		_, err := fmt.Fprintf(out, "it follows %s, of which a witness had seen %d leaves\n", c.Origin, c.Size)
+		errs = append(errs, err)
+	}
+	for _, c := range earlier {
+		if !slices.ContainsFunc(follows, func(f audit.Checkpoint) bool { return f.Origin == c.Origin }) {
+			_, err := fmt.Fprintf(out, "it does not name %s, of which a witness has seen %d leaves\n", c.Origin, c.Size)
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // known gathers what is known from elsewhere.
@@ -252,6 +274,9 @@ func (c verifyCommand) known(ctx context.Context, s *session, key audit.LogKey) 
 		return k, p.explain(err, p.unlisted())
 	}
 	for _, w := range t.Witnessed {
+		if earlier, err := key.OpenEarlier(w.Checkpoint); err == nil {
+			k.Earlier = append(k.Earlier, earlier)
+		}
 		if w.Log != key.Name() {
 			continue
 		}

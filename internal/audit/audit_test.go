@@ -53,6 +53,10 @@ func examples() []*Event {
 			Site: "km2", Node: "km2-a", Run: 1, At: at.Add(2 * time.Second), Action: DecKeys, Outcome: Done,
 			Actor: Actor{Role: "sae", ID: "bob"}, Keys: []key.ID{mustID("01a20a35-6080-7d42-a9b0-32f7aade4f11")}, Bits: 256, Reread: true,
 		},
+		{
+			Site: "km2", Node: "km2-a", Run: 2, At: at.Add(3 * time.Second), Action: Recover, Outcome: Done, Reason: "origin 2 begins",
+			Actor: Actor{Role: "node", ID: "km2-a"}, Count: 2, Follows: []string{"qutemail.example/km2/audit/1\n5\nroot=\n\n— qutemail.example/km2/audit/1 sig=\n"},
+		},
 	}
 }
 

@@ -126,6 +126,7 @@ func (e *Event) AppendText(b []byte) []byte {
 	w.text("peer_node", e.PeerNode)
 	w.number("peer_run", e.PeerRun)
 	w.number("batch", e.Batch)
+	w.list("follows", e.Follows)
 	if e.Facts != (Facts{}) {
 		w.name("facts")
 		w.b = append(w.b, '{')

@@ -155,5 +155,6 @@ type Event struct {
 	PeerNode   string         `json:"peer_node"` // with announces and voids: the initiating node, its run and batch
 	PeerRun    int64          `json:"peer_run"`
 	Batch      int64          `json:"batch"`
-	Facts      Facts          `json:"facts"` // of starts and changes alone
+	Follows    []string       `json:"follows"` // of a recovery: the last checkpoints of the logs before that the peers have seen, as they were signed
+	Facts      Facts          `json:"facts"`   // of starts and changes alone
 }

@@ -32,8 +32,18 @@ type memoryLog struct {
 
 func newMemoryLog(t testing.TB, events int) *memoryLog {
 	t.Helper()
+	list := make([]Event, events)
+	for i := range list {
+		list[i] = Event{Action: Alarm, Outcome: Done, Reason: "r"}
+	}
+	return newMemoryLogOf(t, 1, list...)
+}
+
+// newMemoryLogOf is the log of an origin of the site's account.
+func newMemoryLogOf(t testing.TB, origin int64, events ...Event) *memoryLog {
+	t.Helper()
 	key := softKey{ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, ed25519.SeedSize))}
-	signer, err := NewLogSigner(LogName("qutemail.example", "km1", 1), key)
+	signer, err := NewLogSigner(LogName("qutemail.example", "km1", origin), key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,10 +53,11 @@ func newMemoryLog(t testing.TB, events int) *memoryLog {
 	}
 	var head Head
 	var tree Tree
-	for i := range events {
+	for i, e := range events {
 		prev := head.Hash
 		var body []byte
-		body, head = head.Append(nil, &Event{Site: "km1", Node: "a", Run: 1, At: time.UnixMilli(int64(i)), Action: Alarm, Outcome: Done, Reason: "r"})
+		e.Site, e.Node, e.Run, e.At = "km1", "a", 1, time.UnixMilli(int64(i))
+		body, head = head.Append(nil, &e)
 		l.rows = append(l.rows, Row{Leaf: int64(i), Node: "a", Seq: head.Seq, Prev: prev[:], Body: body})
 		tree.Append(tlog.RecordHash(body))
 	}

@@ -35,6 +35,28 @@ func (s Submission) Check() error {
 	return nil
 }
 
+// Witnessed is what a witness tells a KME of its logs: the last checkpoint that it has
+// seen of each, as the log had signed it.
+type Witnessed struct {
+	Notes []string `json:"notes"`
+}
+
+// MaxWitnessed is of how many logs of one KME a witness tells: the last ones.
+const MaxWitnessed = 64
+
+// Check says what is wrong with w, nil if nothing is.
+func (w Witnessed) Check() error {
+	if len(w.Notes) > MaxWitnessed {
+		return fmt.Errorf("witnessed: %d checkpoints", len(w.Notes))
+	}
+	for _, n := range w.Notes {
+		if len(n) == 0 || len(n) > maxNote {
+			return fmt.Errorf("witnessed: a note of %d bytes", len(n))
+		}
+	}
+	return nil
+}
+
 // Cosigned is a witness's answer: its signature, or the size that it has last seen if
 // that is not the submission's Old.
 type Cosigned struct {

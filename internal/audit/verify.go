@@ -41,6 +41,24 @@ func VouchName(logName string) string {
 	return logName
 }
 
+// OpenEarlier reads a checkpoint of the site's log of an origin before this key's. That
+// log has the same key under another name.
+func (k LogKey) OpenEarlier(signed string) (Checkpoint, error) {
+	name, _, _ := strings.Cut(signed, "\n")
+	if VouchName(name) != k.Site {
+		return Checkpoint{}, fmt.Errorf("%.80q is no log of %s", name, k.Site)
+	}
+	earlier, err := ParseLogKey(verifierKey(name, algorithmEd25519, k.public))
+	if err != nil {
+		return Checkpoint{}, err
+	}
+	if earlier.Origin >= k.Origin {
+		return Checkpoint{}, fmt.Errorf("log %s is not before %s", name, k.Name())
+	}
+	c, _, err := OpenCheckpoint([]byte(signed), earlier)
+	return c, err
+}
+
 // ParseLogKey reads the verifier key of a log.
 func ParseLogKey(vkey string) (LogKey, error) {
 	v, err := note.NewVerifier(vkey)
@@ -103,6 +121,9 @@ type Report struct {
 	Leaves int64           // in the tree
 	Tail   int64           // beyond it, signed by their nodes
 	Heads  map[string]Head // where the chain of each node ends
+	// Follows are the last checkpoints of the site's logs before this one that the log
+	// names, each signed by its log: of a log that was begun by a recovery.
+	Follows []Checkpoint
 }
 
 // Verify reads the leaves from first on, up to the checkpoint, and then what is not in
@@ -118,11 +139,12 @@ func Verify(ctx context.Context, key LogKey, c Checkpoint, first int64, known Kn
 type Known struct {
 	Heads       map[string]Head // of nodes: what a node's witness file says, or another site
 	Checkpoints []Checkpoint    // that a witness has seen, the log's signature verified
+	Earlier     []Checkpoint    // that a witness has last seen of the logs before, likewise (LogKey.OpenEarlier)
 }
 
 // verify is Verify of the leaves up to, and without, end.
 func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, known Known, src Source) (Report, error) {
-	v := &verification{key: key, chains: NewChains(key), expect: maps.Clone(known.Heads), seen: make(map[int64]tlog.Hash), src: src}
+	v := &verification{key: key, chains: NewChains(key), expect: maps.Clone(known.Heads), seen: make(map[int64]tlog.Hash), earlier: known.Earlier, src: src}
 	for _, seen := range known.Checkpoints {
 		if seen.Size > c.Size {
 			return Report{}, &BadLeaf{Leaf: c.Size, Why: fmt.Sprintf("it is missing: a witness has seen %d leaves, and the log has %d", seen.Size, c.Size)}
@@ -151,6 +173,7 @@ func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, kno
 	for node, s := range v.chains.nodes {
 		r.Heads[node] = s.head
 	}
+	r.Follows = v.follows
 	return r, err
 }
 
@@ -163,6 +186,8 @@ type verification struct {
 	proved tlog.HashReader
 	expect map[string]Head
 	seen   map[int64]tlog.Hash // roots, by size
+
+	earlier, follows []Checkpoint // of the logs before: that are known, that this one names
 
 	size, first, next int64
 	tile              int64 // the one whose hashes are in hashes
@@ -183,6 +208,9 @@ func (v *verification) leaf(row Row) error {
 		return &BadLeaf{row.Leaf, row.Node, row.Seq, "its text is another one than that of its leaf"}
 	}
 	if _, err := v.chains.add(row, false); err != nil {
+		return err
+	}
+	if err := v.follow(row); err != nil {
 		return err
 	}
 	if v.first == 0 {
@@ -245,7 +273,39 @@ func (v *verification) tail(row Row) error {
 	if _, err := v.chains.add(row, true); err != nil {
 		return err
 	}
+	if err := v.follow(row); err != nil {
+		return err
+	}
 	return v.knownHead(row)
+}
+
+// follow takes in which logs this one says to follow, if the row is of the recovery that
+// has begun it: each must have been signed by its log, and a witness have seen no more
+// of it.
+func (v *verification) follow(row Row) error {
+	if v.key.Origin == 1 {
+		return nil
+	}
+	if p, err := placeOf(row.Body); err != nil || p.action != Recover {
+		return err
+	}
+	e, err := ParseEvent(row.Body)
+	if err != nil || int64(e.Count) != v.key.Origin {
+		return err
+	}
+	for _, signed := range e.Follows {
+		c, err := v.key.OpenEarlier(signed)
+		if err != nil {
+			return &BadLeaf{row.Leaf, row.Node, row.Seq, fmt.Sprintf("what it says that the log follows is not so: %v", err)}
+		}
+		for _, seen := range v.earlier {
+			if seen.Origin == c.Origin && (seen.Size > c.Size || seen.Size == c.Size && seen.Root != c.Root) {
+				return &BadLeaf{row.Leaf, row.Node, row.Seq, fmt.Sprintf("it says that the log follows %d leaves of %s, and a witness has seen %d, or others", c.Size, c.Origin, seen.Size)}
+			}
+		}
+		v.follows = append(v.follows, c)
+	}
+	return nil
 }
 
 // knownHead compares a head with what is known of it from elsewhere.

@@ -3,6 +3,7 @@ package kme
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -152,4 +153,42 @@ func TestSequencerLosesTheLead(t *testing.T) {
 	eventually(t, "the node to say that it folds no more", func() bool { return count("audit-stop", "another sequencer") == 1 })
 	other.Close()
 	eventually(t, "the node to fold again", func() bool { return count("audit-start", "goes on at leaf") == 2 })
+}
+
+// What a peer has witnessed of a site's logs is what the log of a recovery follows: the
+// last checkpoint of each, which the site's own key has signed.
+func TestRecoveryFollows(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	peer := s.node() // km1, who witnesses the logs of km2
+	peer.Trail.TrustDomain, peer.trail.witnessKey = "qutemail.example", newSoftKey(t)
+	km2, key := kmeID(t, "km2"), newSoftKey(t)
+	first, second := newOtherLog(t, key, 1).add("a", "b", "c"), newOtherLog(t, key, 2).add("x")
+	older := first.submission(0).Note
+	for _, sub := range []audit.Submission{first.submission(0), first.add("d").submission(3), second.submission(0)} {
+		if _, err := peer.PeerDoor().Checkpoint(t.Context(), km2, sub); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen, err := peer.PeerDoor().Witnessed(t.Context(), km2)
+	if err != nil || len(seen.Notes) != 2 || seen.Check() != nil {
+		t.Fatalf("witnessed: %q, %v", seen.Notes, err)
+	}
+	if none, err := peer.PeerDoor().Witnessed(t.Context(), kmeID(t, "km3")); err != nil || len(none.Notes) != 0 {
+		t.Errorf("witnessed of another: %q, %v", none.Notes, err)
+	}
+	k := &KME{Config: Config{Self: km2, Trail: Trail{TrustDomain: "qutemail.example"}}}
+	k.trail.logKey = key
+	foreign := newOtherLog(t, newSoftKey(t), 1).add("a", "b", "c", "d", "e").submission(0).Note
+	var said []string
+	follows, err := k.lastOfEach(3, append(seen.Notes, older, foreign, "?"), func(format string, args ...any) { said = append(said, fmt.Sprintf(format, args...)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{first.submission(0).Note, second.submission(0).Note}, follows); diff != "" {
+		t.Errorf("it follows (-want +got):\n%s", diff)
+	}
+	if len(said) != 4 || !strings.Contains(said[2], "follows qutemail.example/km2/audit/1 of 4 leaves") || !strings.Contains(said[3], "audit/2 of 1 leaves") {
+		t.Errorf("said: %q", said)
+	}
 }

@@ -88,6 +88,7 @@ type witnesses struct {
 	runs   map[string]int64 // by node: the highest
 	lost   []string         // what the database has less of
 	keks   []hsm.KEKInfo
+	seen   []string // checkpoints of the site's logs, as the peers say
 }
 
 func (w *witnesses) hear(who string, now, known handover.Figures) {
@@ -128,6 +129,13 @@ func (k *KME) askWitnesses(ctx context.Context, say func(string, ...any)) (*witn
 			continue
 		}
 		w.hear(id.String(), now.Figures, answer.Yours)
+		asking, cancel = context.WithTimeout(ctx, 3*time.Second)
+		seen, err := client.Witnessed(asking)
+		cancel()
+		if err != nil {
+			say("%s does not say what it has witnessed of the audit log: %v", id, err)
+		}
+		w.seen = append(w.seen, seen.Notes...)
 	}
 	for node := range w.runs {
 		inToken, err := k.Token.Counter(ctx, runCounter(node))
@@ -139,8 +147,58 @@ func (k *KME) askWitnesses(ctx context.Context, say func(string, ...any)) (*witn
 	for _, l := range w.lost {
 		say("lost, by %s", l)
 	}
+	if err := k.follow(ctx, w, say); err != nil {
+		return nil, err
+	}
 	w.keks, err = k.ownKEKs(ctx)
 	return w, err
+}
+
+// follow leaves of the checkpoints that the peers have seen the last one of each log, for
+// the new log to name: whoever verifies it learns how long those were that it follows.
+// A peer can keep one to itself, and make up none, since the site's log has signed each.
+func (k *KME) follow(ctx context.Context, w *witnesses, say func(string, ...any)) error {
+	seen := w.seen
+	if w.seen = nil; len(seen) == 0 {
+		return nil
+	}
+	key, err := k.Token.OpenSigningKey(ctx, LogKeyLabel(k.Self.String()))
+	if errors.Is(err, hsm.ErrNoSigningKey) { // a token that was zeroized, or another one
+		say("the audit log's key is not in the token: the new log has another, and does not name what the peers have witnessed of the one before")
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("opening the audit log's key: %w", err)
+	}
+	k.trail.logKey = key
+	w.seen, err = k.lastOfEach(w.origin+1, seen, say)
+	return err
+}
+
+// lastOfEach sorts out checkpoints of the site's logs before the one of an origin.
+func (k *KME) lastOfEach(origin int64, seen []string, say func(string, ...any)) ([]string, error) {
+	key, err := audit.ParseLogKey(k.logKeyText(origin))
+	if err != nil {
+		return nil, err
+	}
+	last := make(map[string]audit.Checkpoint) // by log
+	notes := make(map[string]string)
+	for _, signed := range seen {
+		c, err := key.OpenEarlier(signed)
+		if err != nil {
+			say("what a peer says that it has witnessed is left out: %v", err)
+			continue
+		}
+		if was, ok := last[c.Origin]; !ok || c.Size > was.Size {
+			last[c.Origin], notes[c.Origin] = c, signed
+		}
+	}
+	var follows []string
+	for _, log := range slices.Sorted(maps.Keys(last)) {
+		say("audit log: the new one follows %s of %d leaves, which a peer has witnessed", log, last[log].Size)
+		follows = append(follows, notes[log])
+	}
+	return follows, nil
 }
 
 // ownKEKs lists the KEKs of this KME in the token, by their labels: the register is
@@ -239,6 +297,7 @@ func (k *KME) endRecovery(ctx context.Context, w *witnesses) error {
 	if len(w.lost) > 0 {
 		ev.Reason += "; lost, by " + strings.Join(w.lost, "; ")
 	}
+	ev.Follows = w.seen
 	k.Store.Witness().Start(w.origin + 1)
 	return k.Store.EndRecovery(ctx, w.origin+1, slices.Collect(maps.Keys(k.Peers)), ev)
 }

@@ -200,6 +200,16 @@ func (d PeerDoor) Checkpoint(ctx context.Context, from identity.KME, s audit.Sub
 	return answer, err
 }
 
+// Witnessed tells a peer what was last seen of its logs: one that was restored to the
+// past has forgotten.
+func (d PeerDoor) Witnessed(ctx context.Context, from identity.KME) (w audit.Witnessed, err error) {
+	seen, err := d.k.Store.WitnessedOf(ctx, from)
+	for _, s := range seen[max(0, len(seen)-audit.MaxWitnessed):] {
+		w.Notes = append(w.Notes, s.Note)
+	}
+	return w, err
+}
+
 // witness judges a submission. Nothing is signed before it is kept.
 func (k *KME) witness(ctx context.Context, from identity.KME, s audit.Submission) (audit.Cosigned, error) {
 	me, err := audit.NewCosigner(k.witnessName(), k.trail.witnessKey)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -101,6 +102,7 @@ func TestRestored(t *testing.T) {
 				untilAlarm(t, site, "restored", false)
 				untilAlarm(t, site, "restored-"+s.Name, false)
 			}
+			wantFollows(t, s, test.peer)
 			f.agree(t)
 			well(t, f)
 			f.again(t, s)
@@ -299,6 +301,32 @@ func suspended(t *testing.T, s *Site, evidence string) {
 	wantAway(t, "enc_keys at a suspended site", enc(t.Context(), me, other))
 	_, err := me.Client.DecKeys(t.Context(), other.ID, []key.ID{key.NewLocalID(time.Now())})
 	wantAway(t, "dec_keys at a suspended site", err)
+}
+
+// wantFollows sees that the site's new log names what the peer had last seen of those
+// before it.
+func wantFollows(t *testing.T, s, peer *Site) {
+	t.Helper()
+	one := func(s *Site, sql string, args ...any) (found []string) {
+		conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(t.Context())
+		rows, _ := conn.Query(t.Context(), sql, args...)
+		if found, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	follows := one(s, "SELECT json_array_elements_text(body::json->'follows') FROM kme.audit WHERE body::json->>'action' = 'recover' AND (body::json->>'count')::bigint = (SELECT origin FROM kme.settings)")
+	seen := one(peer, "SELECT note FROM kme.audit_witnessed WHERE kme = $1 AND log NOT LIKE '%/' || $2", s.Name,
+		one(s, "SELECT origin::text FROM kme.settings")[0])
+	slices.Sort(follows)
+	slices.Sort(seen)
+	if len(seen) == 0 || !slices.Equal(follows, seen) {
+		t.Errorf("the log that %s has begun follows %q, and %s had seen %q", s.Name, follows, peer.Name, seen)
+	}
 }
 
 // holdings is what the site's database holds.

@@ -126,6 +126,12 @@ func (c *Client) Checkpoint(ctx context.Context, s audit.Submission) (audit.Cosi
 	return call[audit.Cosigned](ctx, c, pathCheckpoint, s, maxBody)
 }
 
+// Witnessed asks what the peer has last seen of our audit logs. A peer of an earlier
+// release refuses it.
+func (c *Client) Witnessed(ctx context.Context) (audit.Witnessed, error) {
+	return call[audit.Witnessed](ctx, c, pathWitnessed, done{}, maxBody)
+}
+
 // Compromise has the peer burn keys that somebody may know. It may be said any number
 // of times.
 func (c *Client) Compromise(ctx context.Context, m handover.Compromise) error {

@@ -73,6 +73,10 @@ func (s *site) Checkpoint(_ context.Context, from identity.KME, c audit.Submissi
 	return audit.Cosigned{Size: c.Old, Line: "line"}, s.note(from, c)
 }
 
+func (s *site) Witnessed(_ context.Context, from identity.KME) (audit.Witnessed, error) {
+	return audit.Witnessed{Notes: []string{"note"}}, s.note(from, "witnessed")
+}
+
 func (s *site) Compromise(_ context.Context, from identity.KME, c handover.Compromise) error {
 	return s.note(from, c)
 }
@@ -176,6 +180,9 @@ func TestEveryMessageArrives(t *testing.T) {
 	if got, err := c.Checkpoint(ctx, submission); err != nil || got.Size != 3 || got.Line != "line" {
 		t.Errorf("Checkpoint: %+v, %v", got, err)
 	}
+	if got, err := c.Witnessed(ctx); err != nil || !cmp.Equal(got.Notes, []string{"note"}) {
+		t.Errorf("Witnessed: %+v, %v", got, err)
+	}
 	burned := handover.Burned{Origin: 2}
 	if got, err := c.Burned(ctx, burned); err != nil || len(got.Links) != 1 || got.Links[0] != (handover.LinkSession{Link: "l1", Session: 7}) {
 		t.Errorf("Burned: %+v, %v", got, err)
@@ -184,7 +191,7 @@ func TestEveryMessageArrives(t *testing.T) {
 	if err := c.Compromise(ctx, compromise); err != nil {
 		t.Errorf("Compromise: %v", err)
 	}
-	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, burned, compromise}, s.asked, unexported); diff != "" {
+	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, "witnessed", burned, compromise}, s.asked, unexported); diff != "" {
 		t.Errorf("what the Backend was asked (-want +got):\n%s", diff)
 	}
 	if s.from != mustKME(t, "km1") {

@@ -50,6 +50,7 @@ var parsers = map[string]func(*testing.T, []byte) bool{
 	"burned-answer":   reparse[handover.BurnedAnswer],
 	"submission":      reparse[audit.Submission],
 	"cosigned":        reparse[audit.Cosigned],
+	"witnessed":       reparse[audit.Witnessed],
 	"grant":           reparse[handover.Grant],
 	"grant-answer":    reparse[handover.GrantAnswer],
 	"run":             reparse[handover.RunStarted],

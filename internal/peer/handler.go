@@ -16,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
@@ -89,6 +90,9 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 	}))
 	r.Post(pathBurned, serve(d, pathBurned, b.Burned))
 	r.Post(pathCheckpoint, serve(d, pathCheckpoint, b.Checkpoint))
+	r.Post(pathWitnessed, serve(d, pathWitnessed, func(ctx context.Context, from identity.KME, _ done) (audit.Witnessed, error) {
+		return b.Witnessed(ctx, from)
+	}))
 	r.Post(pathGrant, serve(d, pathGrant, func(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
 		answer, err := b.Grant(ctx, from, g)
 		failpoint.Hit(failpoint.PeerGrantCommitted)

@@ -53,6 +53,8 @@ type Backend interface {
 	// Checkpoint cosigns a checkpoint of the peer's audit log that follows what was seen
 	// of it. problem.Forbidden says that it does not.
 	Checkpoint(ctx context.Context, from identity.KME, s audit.Submission) (audit.Cosigned, error)
+	// Witnessed tells what was last seen here of the peer's audit logs.
+	Witnessed(ctx context.Context, from identity.KME) (audit.Witnessed, error)
 	// Refused is told of each message and stream that the door itself turned away
 	// after TLS. It records exactly one event.
 	Refused(ctx context.Context, c identity.Caller, r Refusal)

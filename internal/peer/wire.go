@@ -24,6 +24,7 @@ const (
 	pathBurned   = "/peer/v1/burned"
 
 	pathCheckpoint = "/peer/v1/checkpoint"
+	pathWitnessed  = "/peer/v1/witnessed"
 	pathCompromise = "/peer/v1/compromise"
 )
 
@@ -49,7 +50,7 @@ func (a runAnswer) Check() error {
 	return nil
 }
 
-// done is the answer to a Void: an empty object.
+// done is an empty object: the answer to a Void, and the question what was witnessed.
 type done struct{}
 
 // Check finds nothing wrong.
