@@ -260,7 +260,8 @@ func (l *link) admit(r handover.Request) string {
 }
 
 // claims says what is wrong with what a peer says of the i-th atom of a key: that
-// it owns it, and where it lies.
+// it owns it, and where it lies; and that it is not too old, which a peer sees a little
+// earlier than we do: see usable.
 func (l *link) claims(want handover.Key, i int, p store.PooledAtom) string {
 	switch {
 	case p.Owner == l.End:
@@ -269,6 +270,8 @@ func (l *link) claims(want handover.Key, i int, p store.PooledAtom) string {
 		return "atoms that lie elsewhere"
 	case p.BlockState == handover.Lost:
 		return "a block that was dropped"
+	case p.Epoch < l.k.oldest(l.ID):
+		return "atoms that are too old"
 	}
 	return ""
 }
