@@ -15,7 +15,7 @@ import (
 // keyCommands are about keys, for operators.
 type keyCommands struct {
 	Show       storyCommand      `cmd:"" help:"See the story of a key, without its bytes (auditors)."`
-	Compromise compromiseCommand `cmd:"" help:"Have all keys burned, at both ends, that were made at some time and that somebody may know (security officers)."`
+	Compromise compromiseCommand `cmd:"" help:"Have all keys burned, at both ends, that were made at some time and that somebody may know (two security officers)."`
 }
 
 type storyCommand struct {
@@ -75,10 +75,12 @@ func (c storyCommand) Run(ctx context.Context, s *session) error {
 }
 
 type compromiseCommand struct {
-	Since string `required:"" placeholder:"TIME" help:"From when on (RFC 3339, or how long ago: 90m). It is widened to whole epochs, as is --until: an ID tells no more."`
+	Since string `required:"" placeholder:"TIME" help:"From when on (RFC 3339, or how long ago: 90m; what two officers sign for is a time, not how long ago it is). It is widened to whole epochs, as is --until: an ID tells no more."`
 	Until string `placeholder:"TIME" help:"Until when (likewise; now)."`
 	Link  string `placeholder:"ID" help:"Of one link alone. Otherwise those of all links, and of pairs that are both served here."`
 	Yes   bool   `help:"Do it. The keys are gone for good, and so is what masters have been given of them and their slaves have not taken."`
+
+	approving `embed:""`
 }
 
 // Run has keys burned.
@@ -98,7 +100,11 @@ func (c compromiseCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	done, err := client.Compromise(ctx, suspicion)
+	given, err := c.approvals(s)
+	if err != nil {
+		return err
+	}
+	done, err := client.Compromise(ctx, suspicion, given...)
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}

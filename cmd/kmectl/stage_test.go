@@ -391,7 +391,10 @@ func (b operatorTable) KeyStory(_ context.Context, _ identity.Caller, _ string, 
 	}, nil
 }
 
-func (b operatorTable) Compromise(_ context.Context, _ identity.Caller, _ string, s admin.Suspicion) (admin.Compromised, error) {
+func (b operatorTable) Compromise(_ context.Context, _ identity.Caller, _ string, given []approval.Approval, s admin.Suspicion) (admin.Compromised, error) {
+	if len(given) != 2 {
+		return admin.Compromised{}, problem.New(problem.Forbidden, "this takes two officers")
+	}
 	return admin.Compromised{From: s.Since, To: s.Since.Add(time.Hour), Burned: 640, Voided: 5, Untold: []string{"km2"}}, nil
 }
 

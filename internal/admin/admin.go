@@ -249,6 +249,12 @@ type Suspicion struct {
 	Link  string    `json:"link,omitzero"`  // "" for all links, and the pairs that are both served here
 }
 
+// suspicionObject is the body of a compromise.
+type suspicionObject struct {
+	Suspicion
+	approved
+}
+
 // Compromised is what became of them.
 type Compromised struct {
 	From   time.Time `json:"from"` // the epochs, to their end
@@ -286,8 +292,8 @@ type Backend interface {
 	Epochs(ctx context.Context, c identity.Caller, rid string) (Epochs, error)
 	// KeyStory tells what is known of a key, to an auditor. It records its outcome.
 	KeyStory(ctx context.Context, c identity.Caller, rid string, id key.ID) (KeyStory, error)
-	// Compromise has keys burned at both ends, for a security officer. It records its outcome.
-	Compromise(ctx context.Context, c identity.Caller, rid string, s Suspicion) (Compromised, error)
+	// Compromise has keys burned at both ends, for two security officers. It records its outcome.
+	Compromise(ctx context.Context, c identity.Caller, rid string, given []approval.Approval, s Suspicion) (Compromised, error)
 	// Cleanup ends what is overdue, and says how many keys. It records its outcome.
 	Cleanup(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (removed int, err error)
 	// TrustLink lets a link go on that rests because tags of its peer were wrong. It records

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 )
@@ -60,7 +61,7 @@ func TestRoundTrip(t *testing.T) {
 		t.Errorf("KeyStory: %+v, %v", story, err)
 	}
 	what := admin.Suspicion{Since: when.UTC().Truncate(time.Second), Until: when.UTC().Truncate(time.Second).Add(time.Hour), Link: "km1-km2"}
-	burned, err := c.Compromise(ctx, what)
+	burned, err := c.Compromise(ctx, what, approval.Approval{Act: "of one"}, approval.Approval{Act: "and of another"})
 	if diff := cmp.Diff(admin.Compromised{From: what.Since, To: what.Until, Burned: 7, Voided: 2, Untold: []string{"km1-km2"}}, burned); diff != "" || err != nil {
 		t.Errorf("Compromise: %v (-want +got):\n%s", err, diff)
 	}

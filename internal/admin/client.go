@@ -91,9 +91,9 @@ func (c *Client) KeyStory(ctx context.Context, id key.ID) (KeyStory, error) {
 }
 
 // Compromise has keys that somebody may know burned, here and at the other ends.
-func (c *Client) Compromise(ctx context.Context, s Suspicion) (Compromised, error) {
+func (c *Client) Compromise(ctx context.Context, s Suspicion, given ...approval.Approval) (Compromised, error) {
 	var done Compromised
-	err := c.post(ctx, pathCompromise, s, &done)
+	err := c.post(ctx, pathCompromise, suspicionObject{s, approved{given}}, &done)
 	return done, err
 }
 

@@ -60,7 +60,7 @@ func Handler(c Config) (http.Handler, error) {
 		r.Get(pathBundle, c.bundle)
 	}
 	r.Get("/api/v1/keys/{id}/story", answer(c, identity.Auditor, c.story))
-	r.Post(pathCompromise, act(c, identity.SecurityOfficer, c.Backend.Compromise))
+	r.Post(pathCompromise, act(c, identity.SecurityOfficer, c.compromise))
 	r.Get("/metrics", c.metrics)
 	r.Get("/healthz", c.probe(c.Backend.Healthy))
 	r.Get("/readyz", c.probe(c.Backend.Ready))
@@ -100,6 +100,10 @@ const pathCompromise = "/api/v1/keys/compromise"
 func (c Config) cleanup(ctx context.Context, caller identity.Caller, rid string, q approved) (cleanupObject, error) {
 	n, err := c.Backend.Cleanup(ctx, caller, rid, q.Approvals)
 	return cleanupObject{"success", n, fmt.Sprintf("Cleaned up %d expired keys", n)}, err
+}
+
+func (c Config) compromise(ctx context.Context, caller identity.Caller, rid string, q suspicionObject) (Compromised, error) {
+	return c.Backend.Compromise(ctx, caller, rid, q.Approvals, q.Suspicion)
 }
 
 // serve is the way in for what shows, and any operator may see: identify, ask,

@@ -110,8 +110,8 @@ func (s *script) KeyStory(_ context.Context, c identity.Caller, rid string, id k
 	return admin.KeyStory{ID: id.String(), State: "SERVED", Events: []admin.Event{{Node: "a", Seq: 7, Action: "enc_keys"}}}, s.saw(c, rid)
 }
 
-func (s *script) Compromise(_ context.Context, c identity.Caller, rid string, what admin.Suspicion) (admin.Compromised, error) {
-	return admin.Compromised{From: what.Since, To: what.Until, Burned: 7, Voided: 2, Untold: []string{what.Link}}, s.saw(c, rid)
+func (s *script) Compromise(_ context.Context, c identity.Caller, rid string, given []approval.Approval, what admin.Suspicion) (admin.Compromised, error) {
+	return admin.Compromised{From: what.Since, To: what.Until, Burned: 7, Voided: len(given), Untold: []string{what.Link}}, s.saw(c, rid)
 }
 
 func (s *script) Epochs(_ context.Context, c identity.Caller, rid string) (admin.Epochs, error) {

@@ -17,7 +17,7 @@ import (
 // at this node. Their approvals are used up then, whatever becomes of the act, and
 // stand in its outcome event. Whatever destroys or exposes begins with
 //
-//	if err := call.byTwo(ctx, caller, approvals, "compromise-key", id.String()); err != nil {
+//	if err := call.byTwo(ctx, caller, approvals, "compromise-keys", since, until); err != nil {
 //		return call.refuse(ctx, err)
 //	}
 func (c *call) byTwo(ctx context.Context, caller identity.Caller, given []approval.Approval, name string, on ...string) error {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
@@ -30,9 +31,13 @@ type compromises struct {
 	last int64      // the highest ID
 }
 
+// actCompromise is what two officers sign for: from when, in whole epochs, until when,
+// which is now or likewise in whole epochs, and the link if it is one.
+const actCompromise = "compromise-keys"
+
 // Compromise burns, here and at the other ends, the keys of a time and a link, or all,
-// that an officer suspects.
-func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid string, s admin.Suspicion) (admin.Compromised, error) {
+// that two officers suspect.
+func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid string, given []approval.Approval, s admin.Suspicion) (admin.Compromised, error) {
 	k := d.k
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
@@ -42,6 +47,16 @@ func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid str
 		return admin.Compromised{}, call.refuse(ctx, err)
 	}
 	answer := admin.Compromised{From: what.First.Start(k.EpochLength).UTC(), To: what.Last.End(k.EpochLength).UTC(), Untold: []string{}}
+	on := []string{answer.From.Format(time.RFC3339), "now"} // an approval is older than the act
+	if !s.Until.IsZero() {
+		on[1] = answer.To.Format(time.RFC3339)
+	}
+	if s.Link != "" {
+		on = append(on, s.Link)
+	}
+	if err := call.byTwo(ctx, c, given, actCompromise, on...); err != nil {
+		return admin.Compromised{}, call.refuse(ctx, err)
+	}
 	done := call.ev
 	done.Outcome, done.Link = audit.Done, s.Link
 	done.Reason = fmt.Sprintf("keys made from %s to %s", answer.From.Format(time.RFC3339), answer.To.Format(time.RFC3339))

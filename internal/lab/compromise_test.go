@@ -1,12 +1,16 @@
 package lab
 
 import (
+	"crypto"
+	"crypto/tls"
 	"errors"
 	"net/http"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
 )
@@ -23,7 +27,12 @@ func TestCompromise(t *testing.T) {
 	take(t, bob, alice, used)
 	waiting, others := get(t, alice, bob, 2), get(t, bob, alice, 1)
 	op := operator(t, l.KM1)
-	done, err := op.Compromise(t.Context(), admin.Suspicion{Since: time.Now().Add(-time.Minute)})
+	suspect := admin.Suspicion{Since: time.Now().Add(-time.Minute)}
+	if _, err := op.Compromise(t.Context(), suspect); err == nil {
+		t.Fatal("keys were burned at the word of one officer")
+	}
+	since := key.EpochAt(suspect.Since, time.Hour).Start(time.Hour).UTC().Format(time.RFC3339)
+	done, err := op.Compromise(t.Context(), suspect, l.approvals(t, l.KM1, approval.Act("compromise-keys "+since+" now"))...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,4 +61,22 @@ func TestCompromise(t *testing.T) {
 	works(t, l)
 	settled(t, l)
 	comparePools(t, l, time.Time{})
+}
+
+// approvals are the words of root and olga for an act at the first node of a site.
+func (l *Lab) approvals(t *testing.T, at *Site, act approval.Act) (all []approval.Approval) {
+	t.Helper()
+	for _, who := range operators {
+		dir := filepath.Join(l.Dir, "operators", who)
+		c, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := approval.Sign(act, at.Name+"/"+at.Nodes[0].Name, time.Now().Add(time.Minute), c.Leaf, c.PrivateKey.(crypto.Signer))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, a)
+	}
+	return all
 }
