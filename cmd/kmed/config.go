@@ -45,6 +45,9 @@ type Config struct {
 	// Epoch is the length of an epoch: how long one KEK seals new keys. Both ends
 	// of a link must have the same. Default 1h.
 	Epoch time.Duration `yaml:"epoch"`
+	// MaxWraps is how many blobs one KEK seals, about, before another one takes its
+	// place within the epoch. Default and most 2^30.
+	MaxWraps int `yaml:"max_wraps"`
 	// TTL is the lifetime of an assigned key that was not asked to live shorter or
 	// longer; MaxTTL the longest that may be asked for. Defaults 1h and 24h.
 	TTL    time.Duration `yaml:"ttl"`
@@ -216,7 +219,7 @@ func LoadConfig(path string, env Environment) (Config, error) {
 // parseConfig is LoadConfig of a file with that text.
 func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	c := Config{
-		Epoch: time.Hour, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
+		Epoch: time.Hour, MaxWraps: kme.MaxWraps, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Audit:  AuditConfig{Fork: forkStops},
 		Legacy: LegacyConfig{Reread: untilConsumed},
 		Limits: LimitsConfig{
@@ -319,6 +322,7 @@ func (c *Config) check(doc document) error {
 	k.must(c.HSM.Grace >= 0 && c.HSM.Grace <= maxGrace, "hsm.grace", "is %v: at least 0, at most %v", c.HSM.Grace, maxGrace)
 	c.Certificates.check(k)
 	k.must(c.Epoch >= time.Minute && c.Epoch%time.Millisecond == 0, "epoch", "is %v: at least 1m, in whole milliseconds", c.Epoch)
+	k.must(c.MaxWraps >= 1 && c.MaxWraps <= kme.MaxWraps, "max_wraps", "is %d: at least 1, at most %d", c.MaxWraps, kme.MaxWraps)
 	k.must(c.TTL >= time.Second, "ttl", "is %v: at least 1s", c.TTL)
 	k.must(c.MaxTTL >= c.TTL && c.MaxTTL <= handover.MaxTTL, "max_ttl", "is %v: at least ttl (%v), at most %v", c.MaxTTL, c.TTL, handover.MaxTTL)
 	k.must(c.PoolTTL >= c.Epoch, "pool_ttl", "is %v: at least epoch (%v)", c.PoolTTL, c.Epoch)

@@ -36,7 +36,7 @@ func (n *node) core() (*kme.KME, error) {
 		Peers:       make(map[identity.KME]*peer.Client),
 		DataDir:     n.cfg.Data,
 		Examine:     n.examine,
-		EpochLength: n.cfg.Epoch, DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
+		EpochLength: n.cfg.Epoch, MaxWraps: int64(n.cfg.MaxWraps), DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
 		Trail: trail,
 		Quota: kme.Quota{Rate: float64(n.cfg.Limits.AtomsPerSecond), Burst: n.cfg.Limits.Burst, Untaken: n.cfg.Limits.Untaken},

@@ -35,12 +35,16 @@ import (
 const (
 	tendEvery  = time.Second // how often a node does as the register of KEKs says, and an epoch moves on
 	checkEvery = time.Minute // how often all keys of the token are held against the register
-	maxWraps   = 1 << 30     // a quarter of what GCM with random IVs allows (NIST SP 800-38D, 8.3)
 
 	// sealSlack is how long after its end something may come into an epoch: a block
 	// that was begun before it, and a request that is under way.
 	sealSlack = epochSlack + requestTime
 )
+
+// MaxWraps is the most blobs that a KEK may be set to seal before another one takes its
+// place: a quarter of what GCM with random IVs allows (NIST SP 800-38D, 8.3), since what
+// the nodes seal until they see it, and while no other can be made, comes on top.
+const MaxWraps = 1 << 30
 
 // tendEpochs has this node do as the register of epochs and KEKs says, and makes the
 // next ones.

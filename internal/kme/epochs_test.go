@@ -18,6 +18,7 @@ import (
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/pgdev"
@@ -325,4 +326,80 @@ func TestStrays(t *testing.T) {
 		}
 	}
 	t.Error("the copy is not in the audit")
+}
+
+// TestRotationByWraps: a KEK that has sealed enough is replaced within its epoch, again
+// and again, and nobody waits for that: until the other one is there, which is held up
+// here, it seals on.
+func TestRotationByWraps(t *testing.T) {
+	t.Parallel()
+	const most = 20
+	dir := tokenDir(t)
+	s := newSite(t)
+	k := s.withToken(dir, func(c *Config) { c.MaxWraps = most })
+	stand(t, k)
+	var held []etsi014.Key
+	serve := func(keys int) {
+		t.Helper()
+		for range keys {
+			got, err := get(t, k, 1, time.Hour)
+			if err != nil {
+				t.Fatal(err)
+			}
+			held = append(held, got...)
+		}
+	}
+	sealers := func(want int64) {
+		t.Helper()
+		if n := s.ask("SELECT count(DISTINCT kek) FROM kme.due"); n != want {
+			t.Errorf("after %d keys: %d KEKs have sealed, want %d", len(held), n, want)
+		}
+	}
+
+	release, holding := make(chan struct{}), make(chan struct{})
+	var busy sync.WaitGroup
+	busy.Go(func() {
+		err := k.Store.Alone(t.Context(), tokenWriters, func(context.Context) error {
+			close(holding)
+			<-release
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	<-holding
+	serve(most)
+	busy.Go(func() { k.tendEpochs(t.Context()) })
+	eventually(t, "another KEK to be wanted", func() bool {
+		return s.ask("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())") == 1
+	})
+	serve(most)
+	sealers(1)
+	close(release)
+	busy.Wait()
+	serve(1)
+	sealers(2)
+	for range 3 { // and so on
+		k.tendEpochs(t.Context()) // there is nothing to be done
+		serve(most)
+		k.tendEpochs(t.Context())
+	}
+	serve(1)
+	sealers(5)
+	if n := s.ask("SELECT count(*) FROM kme.kek WHERE state = 'open' AND epoch = (SELECT max(expiry_epoch) FROM kme.due)"); n != 1 {
+		t.Errorf("%d KEKs of the epoch are to seal, want 1", n)
+	}
+	for _, served := range held { // whichever KEK has sealed it
+		got, err := takes(t, k, served.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got[0].material.Reveal(), served.Material.Reveal()) {
+			t.Errorf("key %s is another one", served.ID)
+		}
+	}
+	if alarms := k.Alarms(); len(alarms) != 0 {
+		t.Errorf("alarms: %v", alarms)
+	}
 }

@@ -52,7 +52,7 @@ type Config struct {
 	DefaultTTL  time.Duration // lifetime of an assigned key that nobody asked to be shorter or longer
 	MaxTTL      time.Duration
 	PoolTTL     time.Duration // how long an unassigned atom stays useful
-	MaxWraps    int64         // blobs that one KEK seals, about, before another one takes its place; 0 means 2^30
+	MaxWraps    int64         // blobs that one KEK seals, about, before another one takes its place; 0 for the const MaxWraps, which is the most
 	PoolLimit   int           // atoms per link, both owners together, above which no light is sent
 	Production  bool          // refuses simulated keys
 	Strict      bool          // see etsi014.Limits
@@ -141,7 +141,10 @@ func New(c Config) (*KME, error) {
 		return nil, errors.New("configuring the KME: the store keeps no witness file")
 	}
 	if c.MaxWraps == 0 {
-		c.MaxWraps = maxWraps
+		c.MaxWraps = MaxWraps
+	}
+	if c.MaxWraps < 1 || c.MaxWraps > MaxWraps {
+		return nil, fmt.Errorf("configuring the KME: a KEK seals at least 1 blob and at most %d, not %d", MaxWraps, c.MaxWraps)
 	}
 	c.Policies = c.Live.Set
 	k := &KME{
