@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -110,8 +111,12 @@ func (k *KME) askWitnesses(ctx context.Context, say func(string, ...any)) (*witn
 	if err != nil {
 		return nil, err
 	}
-	if now.Suspended != "" {
-		say("%s is suspended: %s", k.Self, now.Suspended)
+	zeroized, err := k.zeroized(ctx) // it may be that no node has seen it yet
+	if err != nil {
+		return nil, err
+	}
+	if why := cmp.Or(now.Suspended, zeroized); why != "" {
+		say("%s is suspended: %s", k.Self, why)
 	} else {
 		say("%s is not suspended.", k.Self)
 	}
