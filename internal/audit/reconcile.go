@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 )
 
@@ -11,17 +12,19 @@ import (
 type Account struct {
 	Site     string
 	served   map[key.ID][]string        // the slaves that a master named
+	given    map[key.ID]int             // how often to a master
 	assigned map[key.ID]map[string]bool // to whom, here
 	taken    map[key.ID]map[string]int  // by whom, here, and how often; reads aside that leave the key where it is
-	voided   map[key.ID]bool
-	outcomes map[string]int // of each request
+	ended    map[key.ID]int             // for how many of those it was assigned to it has ended here, at least
+	voided   map[key.ID]bool            // by the other end, whose master has not been given it
+	outcomes map[string]int             // of each request
 }
 
 // NewAccount begins with nothing.
 func NewAccount() *Account {
 	return &Account{
-		served: make(map[key.ID][]string), assigned: make(map[key.ID]map[string]bool), taken: make(map[key.ID]map[string]int),
-		voided: make(map[key.ID]bool), outcomes: make(map[string]int),
+		served: make(map[key.ID][]string), given: make(map[key.ID]int), assigned: make(map[key.ID]map[string]bool), taken: make(map[key.ID]map[string]int),
+		ended: make(map[key.ID]int), voided: make(map[key.ID]bool), outcomes: make(map[string]int),
 	}
 }
 
@@ -47,6 +50,7 @@ func (a *Account) Add(e Event) {
 		switch e.Action {
 		case EncKeys:
 			a.served[id] = e.Slaves
+			a.given[id]++
 		case Assign:
 			if a.assigned[id] == nil {
 				a.assigned[id] = make(map[string]bool)
@@ -60,11 +64,21 @@ func (a *Account) Add(e Event) {
 			}
 			if !e.Reread {
 				a.taken[id][e.Actor.ID]++
+				a.ended[id]++
 			} else if a.taken[id][e.Actor.ID] == 0 {
 				a.taken[id][e.Actor.ID] = 0
 			}
+		case Consume:
+			if e.Reason == "" { // with one, the key had gone already
+				a.ended[id]++
+			}
+		case Expire:
+			a.ended[id]++
 		case VoidKeys:
-			a.voided[id] = true
+			a.ended[id]++
+			if e.Actor.Role == string(identity.RoleKME) { // otherwise by officers here, or by a recovery
+				a.voided[id] = true
+			}
 		}
 	}
 }
@@ -81,8 +95,13 @@ func (e Event) IsOutcome() bool {
 
 // Reconcile compares the accounts of the sites at both ends of a link, of which b was
 // read after a. It returns what does not agree: a key that a master was given and that
-// was assigned to a slave nowhere, one that somebody took who was not named or took it
-// twice, one that was taken and voided, a request with other than one outcome.
+// was assigned to a slave nowhere, or that a master was given before; one that somebody
+// took who was not named, or took it twice; one that has ended for more SAEs than it was
+// assigned to; one that was given to its master and that this end took back; a request with
+// other than one outcome.
+//
+// Whoever has the database can put back the row of a key that was taken, erased, voided or
+// has expired, and the HSM opens its blob as before. Here it is found by the key's second end.
 func Reconcile(a, b *Account) (findings []string) {
 	find := func(format string, args ...any) { findings = append(findings, fmt.Sprintf(format, args...)) }
 	for id, slaves := range a.served { // b was read later: whatever a has served, b has assigned
@@ -111,6 +130,16 @@ func Reconcile(a, b *Account) (findings []string) {
 				case times > 1:
 					find("key %s was taken at %s by %s %d times", id, at.Site, sae, times)
 				}
+			}
+		}
+		for id, n := range at.given {
+			if n > 1 {
+				find("key %s was given to masters at %s %d times", id, at.Site, n)
+			}
+		}
+		for id, n := range at.ended {
+			if rows := len(at.assigned[id]); rows > 0 && n > rows {
+				find("key %s was assigned at %s to %d, and has ended there %d times: a row was put back", id, at.Site, rows, n)
 			}
 		}
 		for request, n := range at.outcomes {
