@@ -1,0 +1,202 @@
+package kme
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"pgregory.net/rapid"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/pgdev"
+	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// padEnd is one end of a link: what outlives a process, and what does not.
+type padEnd struct {
+	*link
+	reserve *reserve                          // of the session; a crash makes another
+	used    map[[distill.PadBytes]byte]string // the pads that a tag of this end has left with, and their names
+	last    distill.PadName                   // of these
+}
+
+// spend commits the pad and has the tag leave.
+func (e *padEnd) spend(t *rapid.T, pad distill.Pad) {
+	if err := e.reserve.spend(t.Context(), pad.Name); err != nil {
+		t.Fatalf("%s: spending %s: %v", e.End, pad.Name, err)
+	}
+	if name, twice := e.used[pad.Bits]; twice {
+		t.Fatalf("%s has made a tag with pad %s, and one with %s, which is the same", e.End, name, pad.Name)
+	}
+	if pad.Name.Compare(e.last) <= 0 {
+		t.Fatalf("%s spends pad %s after %s", e.End, pad.Name, e.last)
+	}
+	e.used[pad.Bits], e.last = pad.Name.String(), pad.Name
+}
+
+// TestNoPadIsSpentTwice plays the two ends of a link, each with its own rows, through
+// blocks, aborts, lost blocks, spoilt pads and crashes between any two steps of a block: no
+// tag is ever made with a pad that made one before, at that end.
+func TestNoPadIsSpentTwice(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	run(t, k)
+	secret := filepath.Join(t.TempDir(), "auth")
+	if err := os.WriteFile(secret, make([]byte, minAuthSecret), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := pgx.Connect(t.Context(), cluster.DSN(pgdev.Superuser, s.name)+" search_path=kme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = rows.Close(context.Background()) })
+	peer := kmeID(t, "km2")
+	links := 0
+	var fromBlocks, fromSecret, given int
+	rapid.Check(t, func(t *rapid.T) {
+		ctx := t.Context()
+		links++
+		newEnd := func(end handover.End) *padEnd {
+			id := fmt.Sprintf("link%d-%s", links, end)
+			if err := k.Store.EnsureLink(ctx, id, peer, end); err != nil {
+				t.Fatal(err)
+			}
+			return &padEnd{
+				link: &link{LinkConfig: LinkConfig{ID: id, Peer: peer, End: end, Provenance: key.Simulated, AuthFile: secret}, k: k},
+				used: make(map[[distill.PadBytes]byte]string),
+			}
+		}
+		alice, bob := newEnd(handover.Alice), newEnd(handover.Bob)
+		session, block := int64(0), int64(0)
+
+		// dies says whether the end's process, or its connection, does here.
+		dies := func(where string) bool { return rapid.IntRange(0, 15).Draw(t, where) == 11 }
+		open := func() bool {
+			session, block = session+1, 0
+			var floors [2]store.PadName
+			for i, e := range []*padEnd{alice, bob} {
+				if err := k.Store.OpenSession(ctx, e.ID, session, k.own(audit.LinkOpen)); err != nil {
+					t.Fatal(err)
+				}
+				e.reserve = &reserve{l: e.link, session: session}
+				var err error
+				if floors[i], err = e.floor(ctx, session); err != nil {
+					t.Fatal(err)
+				}
+				if dies("opening") {
+					return false
+				}
+			}
+			for i, e := range []*padEnd{alice, bob} {
+				if err := e.meetReserve(ctx, session, floors[1-i]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return true
+		}
+		// distil is one block; false ends the session.
+		distil := func() bool {
+			block++
+			pad, err := alice.reserve.next(ctx)
+			if err != nil {
+				return false // the reserve is used up: another session begins anew
+			}
+			if dies("begun") {
+				return false
+			}
+			theirs, err := bob.reserve.find(ctx, pad.Name)
+			if errors.Is(err, distill.ErrNoPad) {
+				if err := alice.reserve.lose(ctx, pad.Name); err != nil {
+					t.Fatal(err)
+				}
+				given++
+				return true
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rapid.IntRange(0, 15).Draw(t, "aborts") == 11 {
+				return true
+			}
+			bob.spend(t, theirs)
+			if dies("Bob's tag has left") {
+				return false
+			}
+			alice.spend(t, pad)
+			if pad.Name.Block == 0 {
+				fromSecret++
+			} else {
+				fromBlocks++
+			}
+			if dies("Alice's tag has left") {
+				return false
+			}
+			pads := make([]distill.Pad, 2)
+			for i := range pads {
+				pads[i].Name = distill.PadName{Session: session, Block: block, Index: i}
+				_, _ = rand.Read(pads[i].Bits[:])
+			}
+			for _, e := range []*padEnd{alice, bob} {
+				b := qlink.Block{Provenance: key.Simulated, Outcome: distill.Outcome{
+					Session: session, Block: block, Pads: append([]distill.Pad(nil), pads...), Bits: make([]byte, key.AtomBytes), Length: key.AtomBits,
+					Terms: distill.Terms{Epoch: int64(key.EpochAt(s.now(), time.Hour)), Owners: "a"},
+				}}
+				if err := e.intake(ctx, b); err != nil {
+					t.Fatal(err)
+				}
+				if dies("holding") {
+					return false
+				}
+			}
+			return true
+		}
+		// heard is what an end learns of a block that it holds: that the other has it too, or not.
+		heard := func(e *padEnd) {
+			held, err := k.Store.HeldBlocks(ctx, e.ID)
+			if err != nil || len(held) == 0 {
+				return
+			}
+			answer := rapid.SampledFrom([]handover.HeldAnswer{handover.Equal, handover.Equal, handover.Equal, handover.Never}).Draw(t, "answer")
+			ref := held[0].BlockRef
+			if err := k.Store.HeardHeldAnswer(ctx, ref, answer, k.blockEvents(ref, held[0].Atoms)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		up := open()
+		for range 16 {
+			switch rapid.SampledFrom([]string{"go on", "hear", "go on", "spoil", "crash"}).Draw(t, "act") {
+			case "go on":
+				if up {
+					up = distil()
+				} else {
+					up = open()
+				}
+			case "hear":
+				heard(alice)
+				heard(bob)
+			case "spoil":
+				e := rapid.SampledFrom([]*padEnd{alice, bob}).Draw(t, "whose")
+				if _, err := rows.Exec(ctx, "UPDATE pad SET ct = set_bit(ct, 9, 1 - get_bit(ct, 9)) WHERE link = $1 AND index = 0", e.ID); err != nil {
+					t.Fatal(err)
+				}
+			case "crash":
+				up = false
+			}
+		}
+	})
+	t.Logf("%d pads of blocks and %d of the secret were spent, %d given up", fromBlocks, fromSecret, given)
+	if fromBlocks == 0 || fromSecret == 0 || given == 0 {
+		t.Error("not every way was gone")
+	}
+}
