@@ -1,6 +1,7 @@
 package distill
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -76,6 +77,9 @@ func (g Gates) Len() int { return len(g.gaps) >> g.log }
 
 // End is one more than the last gate, or 0 if there is none.
 func (g Gates) End() int64 { return g.end }
+
+// Equal says whether both are the same gates. A list has one form only.
+func (g Gates) Equal(h Gates) bool { return g.log == h.log && bytes.Equal(g.gaps, h.gaps) }
 
 // All yields the gates with their places in the list.
 func (g Gates) All() iter.Seq2[int, int64] {

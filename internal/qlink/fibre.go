@@ -3,6 +3,7 @@ package qlink
 import (
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 
 	"github.com/qutemail/kme/internal/bb84"
@@ -46,7 +47,8 @@ type transmitter struct {
 	gates   int64 // of that block; 0 if it failed
 	next    int64 // first gate of it not yet answered for
 	choices *bb84.Choices
-	clicked distill.GatesReader // the gates that clicked: the one at or before next
+	clicked distill.Gates       // the gates that clicked
+	at      distill.GatesReader // of these, the one at or before next
 	sent    []byte              // what it sent in each of them (sentCode)
 }
 
@@ -104,7 +106,7 @@ func (t *transmitter) endBlock() {
 		t.choices.Wipe()
 	}
 	clear(t.sent)
-	t.choices, t.gates, t.next, t.clicked, t.sent = nil, 0, 0, distill.GatesReader{}, nil
+	t.choices, t.gates, t.next, t.clicked, t.at, t.sent = nil, 0, 0, distill.Gates{}, distill.GatesReader{}, nil
 }
 
 func (r *receiver) darken() {
@@ -165,12 +167,16 @@ func (f *fibre) sent(t *transmitter, name blockName, gates distill.Gates) ([]byt
 	case gates.End() > t.gates:
 		return nil, refuse("gate %d of a block of %d", gates.End()-1, t.gates)
 	}
+	if t.next == 0 && gates.Equal(t.clicked) { // Bob has named all that clicked, as he should
+		t.next = gates.End()
+		return slices.Clone(t.sent), nil
+	}
 	sent := make([]byte, 0, gates.Len())
 	for more := true; more; more = asked.Next() {
-		for t.clicked.Gate < asked.Gate && t.clicked.Next() {
+		for t.at.Gate < asked.Gate && t.at.Next() {
 		}
-		if t.clicked.Gate == asked.Gate {
-			sent = append(sent, t.sent[t.clicked.At])
+		if t.at.Gate == asked.Gate {
+			sent = append(sent, t.sent[t.at.At])
 		} else {
 			sent = append(sent, sentCode(t.choices.Sent()))
 		}

@@ -187,7 +187,7 @@ func (f *fibre) land(t *transmitter, s *shot, left traces) (lost bool, err error
 		return false, ErrCut
 	}
 	r := s.receiver
-	t.clicked, t.sent = left.clicked.Reader(), left.sent
+	t.clicked, t.at, t.sent = left.clicked, left.clicked.Reader(), left.sent
 	if r == nil || f.bob != r || r.session != s.session || r.seed != s.seed {
 		clear(left.seen)
 		f.stats.lost++
