@@ -302,7 +302,8 @@ type Backend interface {
 	// History is how a link did from a time on, in spans of that length, oldest first.
 	// Spans of which nothing is known are left out.
 	History(ctx context.Context, c identity.Caller, rid, link string, from time.Time, each time.Duration) ([]Span, error)
-	// Doctor looks at everything that the node depends on.
+	// Doctor looks at everything that the node depends on. If c may act, a key of each
+	// link is compared with the other end's, and burned.
 	Doctor(ctx context.Context, c identity.Caller, rid string) ([]Finding, error)
 	Callers
 	// Healthy is nil if the process does its work, whatever may be away that it needs:

@@ -30,14 +30,18 @@ type findingsObject struct {
 	Findings []Finding `json:"findings"`
 }
 
-func (c Config) doctor(ctx context.Context, caller identity.Caller, rid string) (findingsObject, error) {
+// pathDoctor is posted to: a key of each link may be burned for it.
+const pathDoctor = "/api/v1/doctor"
+
+func (c Config) doctor(ctx context.Context, caller identity.Caller, rid string, _ struct{}) (findingsObject, error) {
 	found, err := c.Backend.Doctor(ctx, caller, rid)
 	return findingsObject{found}, err
 }
 
-// Doctor has the node look at everything that it depends on, now.
+// Doctor has the node look at everything that it depends on, now. If the caller may act,
+// a key of each link is compared with the other end's, and burned.
 func (c *Client) Doctor(ctx context.Context) ([]Finding, error) {
 	var o findingsObject
-	err := c.get(ctx, "/api/v1/doctor", &o)
+	err := c.post(ctx, pathDoctor, struct{}{}, &o)
 	return o.Findings, err
 }

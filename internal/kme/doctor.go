@@ -12,8 +12,9 @@ import (
 )
 
 // Doctor looks at everything that this node depends on, now, rather than at what the
-// last heartbeat said, and says what to do about what is not well.
-func (d OperatorDoor) Doctor(ctx context.Context, _ identity.Caller, _ string) ([]admin.Finding, error) {
+// last heartbeat said, and says what to do about what is not well. For an operator who
+// may act, a key of each link is compared with the peer's, and burned.
+func (d OperatorDoor) Doctor(ctx context.Context, c identity.Caller, rid string) ([]admin.Finding, error) {
 	k := d.k
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -25,12 +26,17 @@ func (d OperatorDoor) Doctor(ctx context.Context, _ identity.Caller, _ string) (
 	err = syscall.Statfs(k.DataDir, &fs)
 	found = append(found, judgeDisk(k.DataDir, fs.Bavail*uint64(fs.Bsize), fs.Blocks*uint64(fs.Bsize), err))
 	found = append(found, judgeWitness(k.keepTallies(), k.isReady()))
+	answers := make(map[identity.KME]bool)
 	for id, client := range k.Peers {
-		found = append(found, k.examinePeer(ctx, id, client)...)
+		peer := k.examinePeer(ctx, id, client)
+		found, answers[id] = append(found, peer...), len(peer) > 1
 	}
 	for _, s := range k.LinkStates() {
 		here, _, err := k.Store.Pool(ctx, s.ID)
 		found = append(found, judgeLink(s, here, err))
+		if l := k.links[s.ID]; err == nil && answers[l.Peer] && k.isReady() && c.Has(identity.Operating) {
+			found = append(found, l.sample(ctx, c, rid, k.Peers[l.Peer].Sample))
+		}
 	}
 	for _, other := range k.watch.others(k.Config.Node) {
 		found = append(found, judgeNode(other.Node, other.alive, other.settled))

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/key"
 )
 
 // TestDoctor: each thing that a node depends on is found well when it is, and each way
@@ -54,6 +55,10 @@ func TestDoctor(t *testing.T) {
 		{"eve", judgeLink(eve, 5, nil), "the last block was given up: QBER 25 %"},
 		{"pool empty", judgeLink(open, 0, nil), "open, and no keys are left to assign here"},
 		{"pool unknown", judgeLink(open, 0, away), "its pool cannot be counted"},
+		{"sample", judgeSample("a", key.ID{}, false, true, nil), ""},
+		{"sample of other bytes", judgeSample("a", key.ID{1}, false, false, nil), "key " + key.ID{1}.String() + " has OTHER BYTES at the peer"},
+		{"sample lacking", judgeSample("a", key.ID{1}, true, false, nil), "the peer does not have key " + key.ID{1}.String() + ", or cannot open it"},
+		{"no sample", judgeSample("a", key.ID{}, false, false, away), "not compared with the peer's: connection refused"},
 		{"node", judgeNode("b", true, false), ""},
 		{"node gone", judgeNode("b", false, true), "it is not alive"},
 		{"node being taken over", judgeNode("b", false, false), "it is not alive"},

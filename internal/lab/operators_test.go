@@ -56,6 +56,11 @@ func doctor(t *testing.T, l *Lab) {
 		})
 	}
 	expect("all is well")
+	for _, s := range []*Site{l.KM1, l.KM2} { // each time a key was compared, which is burned at both ends
+		if n := recorded(t, s, "e->>'action' = 'burn' AND e->>'reason' LIKE 'compared%' AND e->>'count' = '1'"); n == 0 {
+			t.Errorf("%s has burned nothing for the doctor", s.Name)
+		}
+	}
 	if err := l.KM2.Stop(); err != nil {
 		t.Fatal(err)
 	}

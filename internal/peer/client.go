@@ -139,6 +139,12 @@ func (c *Client) Compromise(ctx context.Context, m handover.Compromise) error {
 	return err
 }
 
+// Sample has the peer burn an atom that we own and have burned, and say what its bytes
+// were. Said again it is answered that the atom is lacking.
+func (c *Client) Sample(ctx context.Context, s handover.Sample) (handover.SampleAnswer, error) {
+	return call[handover.SampleAnswer](ctx, c, pathSample, s, maxBody)
+}
+
 // Grant gives chunks to the peer. It may be said any number of times.
 func (c *Client) Grant(ctx context.Context, g handover.Grant) (handover.GrantAnswer, error) {
 	return call[handover.GrantAnswer](ctx, c, pathGrant, g, maxBody)

@@ -81,6 +81,10 @@ func (s *site) Compromise(_ context.Context, from identity.KME, c handover.Compr
 	return s.note(from, c)
 }
 
+func (s *site) Sample(_ context.Context, from identity.KME, q handover.Sample) (handover.SampleAnswer, error) {
+	return handover.SampleAnswer{MAC: q.Nonce}, s.note(from, q)
+}
+
 func (s *site) Burned(_ context.Context, from identity.KME, b handover.Burned) (handover.BurnedAnswer, error) {
 	return handover.BurnedAnswer{Links: []handover.LinkSession{{Link: "l1", Session: 7}}}, s.note(from, b)
 }
@@ -191,7 +195,11 @@ func TestEveryMessageArrives(t *testing.T) {
 	if err := c.Compromise(ctx, compromise); err != nil {
 		t.Errorf("Compromise: %v", err)
 	}
-	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, "witnessed", burned, compromise}, s.asked, unexported); diff != "" {
+	sample := handover.Sample{Link: "l1", Key: handover.Key{Session: 2, Block: 7, First: 3, Atoms: []key.ID{anID(1)}}, Nonce: handover.Digest{1}}
+	if got, err := c.Sample(ctx, sample); err != nil || got != (handover.SampleAnswer{MAC: sample.Nonce}) {
+		t.Errorf("Sample: %+v, %v", got, err)
+	}
+	if diff := cmp.Diff([]any{hello, aHeld(), anAnnounce(1), void, grant, run, submission, "witnessed", burned, compromise, sample}, s.asked, unexported); diff != "" {
 		t.Errorf("what the Backend was asked (-want +got):\n%s", diff)
 	}
 	if s.from != mustKME(t, "km1") {

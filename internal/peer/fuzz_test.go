@@ -46,6 +46,8 @@ var parsers = map[string]func(*testing.T, []byte) bool{
 	"announce-answer": reparse[handover.AnnounceAnswer],
 	"void":            reparse[handover.Void],
 	"compromise":      reparse[handover.Compromise],
+	"sample":          reparse[handover.Sample],
+	"sample-answer":   reparse[handover.SampleAnswer],
 	"burned":          reparse[handover.Burned],
 	"burned-answer":   reparse[handover.BurnedAnswer],
 	"submission":      reparse[audit.Submission],

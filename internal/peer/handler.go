@@ -88,6 +88,7 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 	r.Post(pathCompromise, serve(d, pathCompromise, func(ctx context.Context, from identity.KME, c handover.Compromise) (done, error) {
 		return done{}, b.Compromise(ctx, from, c)
 	}))
+	r.Post(pathSample, serve(d, pathSample, b.Sample))
 	r.Post(pathBurned, serve(d, pathBurned, b.Burned))
 	r.Post(pathCheckpoint, serve(d, pathCheckpoint, b.Checkpoint))
 	r.Post(pathWitnessed, serve(d, pathWitnessed, func(ctx context.Context, from identity.KME, _ done) (audit.Witnessed, error) {

@@ -46,6 +46,8 @@ type Backend interface {
 	Burned(ctx context.Context, from identity.KME, b handover.Burned) (handover.BurnedAnswer, error)
 	// Compromise burns keys of a link that somebody may know. It is idempotent.
 	Compromise(ctx context.Context, from identity.KME, c handover.Compromise) error
+	// Sample burns an atom that the peer owns and answers with a MAC keyed by its bytes.
+	Sample(ctx context.Context, from identity.KME, s handover.Sample) (handover.SampleAnswer, error)
 	// Grant makes chunks this end's, and acknowledges all of them. It is idempotent.
 	Grant(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error)
 	// Run hears of a node's new run and lists what lower runs were assigned.

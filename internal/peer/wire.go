@@ -26,6 +26,7 @@ const (
 	pathCheckpoint = "/peer/v1/checkpoint"
 	pathWitnessed  = "/peer/v1/witnessed"
 	pathCompromise = "/peer/v1/compromise"
+	pathSample     = "/peer/v1/sample"
 )
 
 // heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.
