@@ -32,12 +32,15 @@ const (
 	crlEvery      = 30 * time.Second // between two fetches
 	crlEveryTold  = time.Second      // the same, while a change is expected
 	crlTold       = 30 * time.Second // how long that is, from Expect
-	crlAlarm      = 15 * time.Minute // age that Trouble tells of
 	crlTimeout    = 3 * time.Second  // of one fetch
 	crlSkew       = 5 * time.Minute  // how far in the future a CRL may begin: clocks disagree
 	maxCRLBytes   = 16 << 20         // 400,000 revoked certificates
 	maxSerialBits = 160              // RFC 5280, 4.1.2.2
 )
+
+// DefaultCRLAlarm is the age of a CRL that Trouble tells of if nothing else is said: a CA
+// of ours signs one every ten minutes.
+const DefaultCRLAlarm = 15 * time.Minute
 
 // RevocationsConfig says whose CRLs Revocations reads, and from where. Everything
 // must be set unless said otherwise.
@@ -46,7 +49,7 @@ type RevocationsConfig struct {
 	Issuers *Issuers
 	URLs    []string         // http:// or https:// of a CRL each; which CA signed it, it says itself
 	Dir     string           // where the last good CRL of each CA is kept; made if missing
-	Alarm   time.Duration    // age of a CRL that Trouble tells of; default 15 minutes
+	Alarm   time.Duration    // age of a CRL that Trouble tells of; default DefaultCRLAlarm
 	Log     *slog.Logger     // default slog.Default()
 	Now     func() time.Time // default time.Now
 }
@@ -94,7 +97,7 @@ type serial [maxSerialBits / 8]byte
 // OpenRevocations reads the CRLs that were kept and fetches each once, for 3 seconds
 // at most. Failing in that is no error: Trouble tells of it, and Run goes on trying.
 func OpenRevocations(ctx context.Context, c RevocationsConfig) (*Revocations, error) {
-	c.Alarm = cmp.Or(c.Alarm, crlAlarm)
+	c.Alarm = cmp.Or(c.Alarm, DefaultCRLAlarm)
 	c.Log = cmp.Or(c.Log, slog.Default()).With("role", c.Role)
 	if c.Now == nil {
 		c.Now = time.Now

@@ -44,7 +44,7 @@ func (n *node) openCertificates(ctx context.Context) (err error) {
 		}
 		if n.revoked[role], err = pki.OpenRevocations(ctx, pki.RevocationsConfig{
 			Role: identity.Role(role), Issuers: n.issuers[role], URLs: c.CRLs[role],
-			Dir: filepath.Join(n.cfg.Data, "crl"), Now: failpoint.Now, Log: n.log,
+			Dir: filepath.Join(n.cfg.Data, "crl"), Alarm: c.CRLAlarm, Now: failpoint.Now, Log: n.log,
 		}); err != nil {
 			return err
 		}

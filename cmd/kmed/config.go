@@ -168,6 +168,9 @@ type CertificatesConfig struct {
 	// CRLs are, for each role, the URLs of the CRLs of its issuing CAs. Nobody is let in
 	// whose CA has no CRL that still holds.
 	CRLs map[string][]string `yaml:"crls"`
+	// CRLAlarm is how old a CRL gets, counted from when its CA signed it, before that is an
+	// alarm. Default 15m. It is used until its nextUpdate, and not beyond, whatever this is.
+	CRLAlarm time.Duration `yaml:"crl_alarm"`
 }
 
 // LimitsConfig bounds each SAE. What is beyond is answered 503 with a Retry-After.
@@ -220,8 +223,9 @@ func LoadConfig(path string, env Environment) (Config, error) {
 func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	c := Config{
 		Epoch: time.Hour, MaxWraps: kme.MaxWraps, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
-		Audit:  AuditConfig{Fork: forkStops},
-		Legacy: LegacyConfig{Reread: untilConsumed},
+		Certificates: CertificatesConfig{CRLAlarm: pki.DefaultCRLAlarm},
+		Audit:        AuditConfig{Fork: forkStops},
+		Legacy:       LegacyConfig{Reread: untilConsumed},
 		Limits: LimitsConfig{
 			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000,
 			Handshakes: pki.DefaultLimits.Handshakes, HandshakesPerNetwork: pki.DefaultLimits.HandshakesPerNetwork, Connections: pki.DefaultLimits.Connections,
@@ -290,6 +294,9 @@ func (k *checker) has(member, value string) bool {
 	k.must(value != "", member, "is missing")
 	return value != ""
 }
+
+// minCRLAlarm is twice the time between two fetches of a CRL: below, every one is old.
+const minCRLAlarm = time.Minute
 
 // maxGrace is as long as a token may be away and its keys be used.
 const maxGrace = time.Hour
@@ -360,6 +367,7 @@ func (c *CertificatesConfig) check(k *checker) {
 			k.must(err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "", at, "%q is not the http:// URL of a CRL", crl)
 		}
 	}
+	k.must(c.CRLAlarm >= minCRLAlarm, "certificates.crl_alarm", "is %v: at least %v, and more than the CAs let pass between two CRLs", c.CRLAlarm, minCRLAlarm)
 	for _, role := range slices.Sorted(maps.Keys(c.CRLs)) {
 		k.must(slices.Contains(roles, identity.Role(role)), "certificates.crls."+role, "is no role: those are %v", roles)
 	}

@@ -36,6 +36,7 @@ func TestExample(t *testing.T) {
 			CRLs: map[string][]string{
 				"sae": {"http://ca.example.net:9451/crl"}, "kme": {"http://ca.example.net:9452/crl"}, "operator": {"http://ca.example.net:9453/crl"},
 			},
+			CRLAlarm: 15 * time.Minute,
 		},
 		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", AuthFile: "/etc/kmed/km1-km2.secret", Interval: time.Second}},
 		Epoch: time.Hour, MaxWraps: 1 << 30, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
@@ -50,7 +51,7 @@ func TestExample(t *testing.T) {
 
 	text := read(t, example)
 	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 36 {
+	if len(defaults) != 37 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
 	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})
