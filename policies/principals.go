@@ -43,6 +43,7 @@ func (doc principalsDoc) actsOfTwo(where document) ([]string, error) {
 type requireDoc struct {
 	Keys        []word   `yaml:"keys"`
 	MaxLifetime lifetime `yaml:"max_lifetime"`
+	Role        bool     `yaml:"role_extension"`
 }
 
 type ruleDoc struct {
@@ -80,7 +81,7 @@ func parsePrincipals(file string, text []byte, network Network) (_ *identity.Map
 	if doc.Version != 1 {
 		return nil, nil, place{file, 1, 1}.errorf("no version: 1")
 	}
-	req := identity.Requirements{MaxLifetime: time.Duration(doc.Require.MaxLifetime)}
+	req := identity.Requirements{MaxLifetime: time.Duration(doc.Require.MaxLifetime), Role: doc.Require.Role}
 	for _, k := range doc.Require.Keys {
 		req.Keys = append(req.Keys, identity.KeyKind(k.text))
 	}

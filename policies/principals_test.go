@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/qutemail/kme/internal/identity"
 )
 
 // certificate is one such as our CAs issue.
@@ -26,7 +28,8 @@ func certificate(t *testing.T, role, ou, id string, eku ...x509.ExtKeyUsage) *x5
 		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Minute), NotAfter: now.Add(168 * time.Hour),
 		Subject:  pkix.Name{CommonName: id, OrganizationalUnit: []string{ou}},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: eku,
-		URIs: []*url.URL{{Scheme: "qkd", Host: role + ".lab.test", Path: "/" + id}},
+		URIs:            []*url.URL{{Scheme: "qkd", Host: role + ".lab.test", Path: "/" + id}},
+		ExtraExtensions: []pkix.Extension{identity.RoleExtension(identity.Role(role))},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, k.Public(), k)
 	if err != nil {

@@ -1,6 +1,7 @@
 package policies
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -30,6 +31,7 @@ type Recipe struct {
 	EKU      []string // clientAuth, serverAuth, any; nil: those of the pool's role, by its name
 	KeyUsage []string // digitalSignature, keyEncipherment, certSign, crlSign; nil: digitalSignature
 	Key      string   // ecdsa-p256 (default), ecdsa-p384, ed25519, rsa
+	Role     string   // of the role extension; "": that of the pool, by its name; none: it has no such extension
 	Lifetime time.Duration
 	Starts   time.Duration // from now; before now if negative
 }
@@ -56,6 +58,9 @@ func (r Recipe) Certificate(now time.Time) (*x509.Certificate, error) {
 	}
 	if r.Pool == string(identity.RoleKME) {
 		c.ExtKeyUsage = append(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+	}
+	if role := cmp.Or(r.Role, r.Pool); role != "none" {
+		c.ExtraExtensions = append(c.ExtraExtensions, identity.RoleExtension(identity.Role(role)))
 	}
 	if r.EKU != nil {
 		c.ExtKeyUsage = nil
@@ -188,6 +193,7 @@ type caseDoc struct {
 	EKU       []string `yaml:"eku"`
 	KeyUsage  []string `yaml:"key_usage"`
 	Key       string   `yaml:"key"`
+	Role      string   `yaml:"role"`
 	Lifetime  lifetime `yaml:"lifetime"`
 	Starts    string   `yaml:"starts"`
 	Principal word     `yaml:"principal"`
@@ -220,7 +226,7 @@ func ParseCases(file string, text []byte) ([]Case, error) {
 			Name: d.Name.text, Principal: d.Principal.text, Refused: d.Refused.text, place: at,
 			Recipe: Recipe{
 				Pool: d.Pool.text, URIs: d.URIs, Emails: d.Emails, DNS: d.DNS, DN: d.DN, CA: d.CA, EKU: d.EKU, KeyUsage: d.KeyUsage,
-				Key: d.Key, Lifetime: time.Duration(d.Lifetime), Starts: starts,
+				Key: d.Key, Role: d.Role, Lifetime: time.Duration(d.Lifetime), Starts: starts,
 			},
 		}
 	}

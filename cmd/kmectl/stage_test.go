@@ -191,6 +191,7 @@ func (s *stage) people() error {
 		if err := s.write(p.folder, s.roles[p.role], x509.Certificate{
 			Subject: pkix.Name{CommonName: p.id}, URIs: []*url.URL{{Scheme: "qkd", Host: p.role + ".lab.test", Path: "/" + p.id}},
 			KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+			ExtraExtensions: []pkix.Extension{identity.RoleExtension(identity.Role(p.role))},
 		}); err != nil {
 			return err
 		}

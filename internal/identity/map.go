@@ -31,6 +31,7 @@ const (
 type Requirements struct {
 	Keys        []KeyKind     // at least one
 	MaxLifetime time.Duration // longest NotAfter - NotBefore; required
+	Role        bool          // the certificate has the RoleExtension of its door's role
 }
 
 // Principal is the row of one caller.
@@ -61,6 +62,7 @@ const (
 	BadKeyUsage      = "key-usage"
 	BadKeyType       = "key-type"
 	BadLifetime      = "lifetime"
+	BadRole          = "role" // the role extension is another role's, or missing where it is required
 	Expired          = "expired"
 	NotYetValid      = "not-yet-valid"
 	BadNames         = "names" // the SANs or the subject cannot be read
@@ -320,7 +322,7 @@ func (req Requirements) judge(leaf *x509.Certificate, role Role) *Denial {
 	if life := leaf.NotAfter.Sub(leaf.NotBefore); life > req.MaxLifetime {
 		return &Denial{BadLifetime, fmt.Sprintf("%v is longer than %v", life, req.MaxLifetime)}
 	}
-	return nil
+	return judgeRole(leaf, role, req.Role)
 }
 
 func kindOf(public any) KeyKind {

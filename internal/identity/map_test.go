@@ -197,6 +197,15 @@ func TestJudge(t *testing.T) {
 		{"P-384", "", with(func(r *recipe) { r.key = newKey(ecdsa.GenerateKey(elliptic.P384(), rand.Reader)) }), "sae/alice by sae-uri"},
 		{"Ed25519", "", with(func(r *recipe) { r.key = ed25519Key() }), "sae/alice by sae-uri"},
 
+		// The role extension: right, if it is there; testRequirements do not ask for it.
+		{"role", "", with(func(r *recipe) { r.edit = says(RoleExtension(RoleSAE)) }), "sae/alice by sae-uri"},
+		{"another role", "", with(func(r *recipe) { r.edit = says(RoleExtension(RoleKME)) }), BadRole},
+		{"role and more", "", with(func(r *recipe) {
+			r.edit = says(pkix.Extension{Id: oidRole, Value: append(RoleExtension(RoleSAE).Value, 0)})
+		}), BadRole},
+		{"role as another string", "", with(func(r *recipe) { r.edit = says(pkix.Extension{Id: oidRole, Value: []byte("\x13\x03sae")}) }), BadRole},
+		{"empty role", "", with(func(r *recipe) { r.edit = says(pkix.Extension{Id: oidRole}) }), BadRole},
+
 		// Rules.
 		{"no names", "", recipe{subject: cn("alice")}, NoRule},
 		{"no such pool", "nobody", good, NoRule},
@@ -309,6 +318,34 @@ func TestJudge(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// says gives a certificate an extension.
+func says(x pkix.Extension) func(*x509.Certificate) {
+	return func(c *x509.Certificate) { c.ExtraExtensions = append(c.ExtraExtensions, x) }
+}
+
+// TestRoleRequired: where the role extension is required, a certificate without it names
+// nobody, whatever rule would name it.
+func TestRoleRequired(t *testing.T) {
+	req := testRequirements()
+	req.Role = true
+	m, err := NewMap(testRules(), req, map[string]Principal{"sae/alice": {Enabled: true}, "sae/alice@qutemail.example": {Enabled: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	byURI := recipe{uris: []string{alice}, subject: cn("alice")}
+	byMail := recipe{emails: []string{"alice@qutemail.example"}, subject: cn("whoever")}
+	for _, r := range []recipe{byURI, byMail} {
+		_, err := m.Judge("sae", r.make(t), now)
+		if d := (*Denial)(nil); !errors.As(err, &d) || d.Reason != BadRole {
+			t.Errorf("without the extension: %v, want %s", err, BadRole)
+		}
+		r.edit = says(RoleExtension(RoleSAE))
+		if c, err := m.Judge("sae", r.make(t), now); err != nil || c.Role() != RoleSAE {
+			t.Errorf("with it: %v, %v", c, err)
+		}
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"crypto/elliptic"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"io"
 	"log/slog"
@@ -29,6 +31,7 @@ func TestProfileEnforces(t *testing.T) {
 			PublicKey:   &ecdsa.PublicKey{Curve: elliptic.P256()},
 		}
 		c.Subject.CommonName = "alice"
+		c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3}}, identity.RoleExtension(identity.RoleSAE)}
 		return c
 	}
 	if err := p.Enforce(good()); err != nil {
@@ -48,6 +51,11 @@ func TestProfileEnforces(t *testing.T) {
 		"key usage":     func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
 		"server too": func(c *x509.Certificate) {
 			c.ExtKeyUsage = append(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+		},
+		"no role":           func(c *x509.Certificate) { c.ExtraExtensions = c.ExtraExtensions[:1] },
+		"the role of a KME": func(c *x509.Certificate) { c.ExtraExtensions[1] = identity.RoleExtension(identity.RoleKME) },
+		"two roles": func(c *x509.Certificate) {
+			c.ExtraExtensions = append(c.ExtraExtensions, identity.RoleExtension(identity.RoleKME))
 		},
 		"any usage": func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} },
 	} {

@@ -1,6 +1,7 @@
 package authority
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -224,8 +225,24 @@ func (p profile) Enforce(c *x509.Certificate) error {
 		return fmt.Errorf("extended key usage is not exactly that of role %s", p.Role)
 	case !strongKey(c.PublicKey):
 		return errors.New("the key is none of ECDSA P-256, P-384 and Ed25519")
+	case !saysRole(c, p.Role):
+		return fmt.Errorf("its role extension is not exactly that of role %s", p.Role)
 	}
 	return nil
+}
+
+// saysRole says whether a certificate that is about to be signed has one role extension,
+// that of role.
+func saysRole(c *x509.Certificate, role identity.Role) bool {
+	want, found := identity.RoleExtension(role), 0
+	for _, x := range c.ExtraExtensions {
+		if x.Id.Equal(want.Id) {
+			if found++; !bytes.Equal(x.Value, want.Value) {
+				return false
+			}
+		}
+	}
+	return found == 1
 }
 
 // enforceServer is Enforce for a plain server's certificate.

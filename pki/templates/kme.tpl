@@ -22,5 +22,6 @@
   ],
   "keyUsage": ["digitalSignature"],
   "extKeyUsage": ["serverAuth", "clientAuth"],
-  "crlDistributionPoints": [{{ toJson .CRL }}]
+  "crlDistributionPoints": [{{ toJson .CRL }}],
+  "extensions": [{"id": "1.3.6.1.4.1.55555.1.1", "critical": false, "value": {{ asn1Enc "utf8:kme" | toJson }}}]
 }

@@ -9,5 +9,6 @@
   "sans": [{"type": "uri", "value": {{ toJson (printf "qkd://sae.%s/%s" .TrustDomain $id) }}}],
   "keyUsage": ["digitalSignature"],
   "extKeyUsage": ["clientAuth"],
-  "crlDistributionPoints": [{{ toJson .CRL }}]
+  "crlDistributionPoints": [{{ toJson .CRL }}],
+  "extensions": [{"id": "1.3.6.1.4.1.55555.1.1", "critical": false, "value": {{ asn1Enc "utf8:sae" | toJson }}}]
 }
