@@ -61,7 +61,8 @@ type Gate struct {
 	shaking   int
 	networks  map[netip.Prefix]int // handshakes under way
 	open      map[*gateConn]struct{}
-	perCaller map[string]int // connections
+	perCaller map[string]int   // connections
+	seen      map[string]*Seen // by fingerprint
 	accepted  atomic.Int64
 }
 
@@ -76,7 +77,7 @@ func NewGate(c GateConfig) *Gate {
 	if c.Protocols == nil {
 		c.Protocols = []string{"h2", "http/1.1"}
 	}
-	g := &Gate{cfg: c, networks: make(map[netip.Prefix]int), open: make(map[*gateConn]struct{}), perCaller: make(map[string]int)}
+	g := &Gate{cfg: c, networks: make(map[netip.Prefix]int), open: make(map[*gateConn]struct{}), perCaller: make(map[string]int), seen: make(map[string]*Seen)}
 	g.tls = g.config()
 	return g
 }
@@ -242,7 +243,9 @@ func (g *Gate) admit(c *gateConn) error {
 	}
 	g.perCaller[c.caller]++
 	g.open[c] = struct{}{}
-	c.good = err == nil
+	if c.good = err == nil; c.good {
+		c.seen = g.see(caller)
+	}
 	g.accepted.Add(1)
 	return nil
 }
@@ -257,6 +260,10 @@ func (g *Gate) leave(c *gateConn) {
 	delete(g.open, c)
 	if g.perCaller[c.caller]--; g.perCaller[c.caller] == 0 {
 		delete(g.perCaller, c.caller)
+	}
+	if c.seen != nil {
+		c.seen.Open--
+		c.seen.Last = g.cfg.Now()
 	}
 }
 
@@ -330,6 +337,7 @@ type gateConn struct {
 	since   time.Time         // likewise
 	caller  string            // role/id, for counting
 	good    bool              // the certificate named a caller at the handshake
+	seen    *Seen             // of the certificate, if it did; guarded by the Gate's mu
 }
 
 // Close closes the connection, whoever asks for it.

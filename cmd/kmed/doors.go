@@ -102,7 +102,8 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	}
 	operatorDoor := admin.Config{
 		KME: n.self, Node: n.cfg.Node, Backend: core.OperatorDoor(), Identify: gateOperator.Identify, Log: n.log, Stopping: ctx.Done(),
-		Metrics: promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
+		Metrics:      promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}),
+		Certificates: func() []admin.Certificate { return certificatesOf(gateSAE.Seen()) },
 	}
 	if n.reader != nil {
 		operatorDoor.Trail = core.TrailDoor(n.reader)
@@ -126,6 +127,15 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 			})
 		}},
 	}, nil
+}
+
+// certificatesOf is what operators are shown of certificates.
+func certificatesOf(seen []pki.Seen) []admin.Certificate {
+	list := make([]admin.Certificate, len(seen))
+	for i, s := range seen {
+		list[i] = admin.Certificate{SAE: s.Caller, Serial: s.Certificate.Serial, Ends: s.Certificate.NotAfter, Last: s.Last, Open: s.Open}
+	}
+	return list
 }
 
 // gate is the way into a door for the callers of a role.

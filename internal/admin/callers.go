@@ -20,6 +20,15 @@ type SAE struct {
 	Since   time.Time `json:"since,omitzero"`  // likewise
 }
 
+// Certificate is one with which an SAE has come to a node.
+type Certificate struct {
+	SAE    string
+	Serial string // decimal
+	Ends   time.Time
+	Last   time.Time // when a connection of it was open last
+	Open   int       // connections that are open
+}
+
 // Policies is what is in force after a reload.
 type Policies struct {
 	Digest string `json:"policies_digest"` // SHA-256, hex

@@ -33,6 +33,7 @@ var consolePages = template.Must(template.New("console").Funcs(template.FuncMap{
 	"span":    func(seconds float64) string { return roughly(time.Duration(seconds * float64(time.Second))) },
 	"hundred": func(v float64) float64 { return 100 * v },
 	"percent": percent,
+	"left":    leftOf,
 	"stamp":   func(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05") },
 	"date":    func(t time.Time) string { return t.UTC().Format("2006-01-02") },
 	"outcomes": func() []audit.Outcome {
@@ -370,6 +371,20 @@ func (c Config) live(x *exchange, at chartRange) (parts []livePart, err error) {
 		add("charts-"+l.ID, "charts", l.Charts)
 	}
 	return parts, errors.Join(err, failed)
+}
+
+// remaining is how long a certificate lasts.
+type remaining struct {
+	Good bool // for an hour or more
+	Says string
+}
+
+func leftOf(end time.Time) remaining {
+	left := time.Until(end)
+	if left <= 0 {
+		return remaining{Says: "over"}
+	}
+	return remaining{left >= time.Hour, "in " + roughly(left)}
 }
 
 // ago writes how long ago something was.

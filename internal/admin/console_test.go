@@ -35,6 +35,10 @@ func furnished(t *testing.T) *stage {
 	}}
 	s.alarms = []admin.Alarm{{Name: "qber-km1-km2", Text: `</script><script>alert(1)</script>`, Since: time.Now().Add(-3 * time.Minute)}}
 	s.saes = []admin.SAE{{ID: "alice@example", Homes: []string{"km1"}, Enabled: true}, {ID: "eve", By: "root", Since: when, Reason: "ticket <41>"}}
+	s.certificates = []admin.Certificate{
+		{SAE: "alice@example", Serial: "4711", Ends: time.Now().Add(5*time.Hour + time.Minute), Last: when, Open: 2},
+		{SAE: "<i>", Serial: "4712", Ends: when, Last: time.Now().Add(-90 * time.Second)},
+	}
 	s.epochs = admin.Epochs{Length: 3600, WorstCase: 90095, Epochs: []admin.Epoch{
 		{Epoch: 492204, State: "open", KEKs: []admin.KEK{{ID: 3, Label: "kek-a", State: "open", Wraps: 12, Copies: []string{"km1-a", "km1-b"}}}},
 	}}
@@ -80,6 +84,7 @@ func TestConsole(t *testing.T) {
 		"/console/?range=month": {"<strong>Last 30 days</strong>", "polyline"},
 		"/console/saes": {
 			"alice@example", `<a href="/console/acts/disable?sae=alice%40example"`, "shut out", "root: ticket &lt;41&gt;", `<a href="/console/acts/enable?sae=eve"`,
+			"<code>4711</code>", `<span class="state good">in 5 h`, "now, 2 open", "&lt;i&gt;", `<span class="state bad">over</span>`, "1 min ago",
 		},
 		"/console/acts/disable?sae=%3Cb%3E": {"Shut out: &lt;b&gt;?", `name="sae" value="&lt;b&gt;"`, `name="reason" required`},
 		"/console/keks":                     {"<h1>Epochs</h1>", "after 25 h 1 min at the latest", "kek-a", "km1-b"},

@@ -81,10 +81,22 @@ func (c Config) listActs(*exchange) (content, error) {
 	return content{title: "Acts", name: "acts", data: list}, nil
 }
 
-// saesPage lists the SAEs of the network, and what may be done about each.
+// saesView is what the page of SAEs shows.
+type saesView struct {
+	SAEs         []SAE
+	Certificates []Certificate
+	Known        bool // the certificates are
+}
+
+// saesPage lists the SAEs of the network, what may be done about each, and with which
+// certificates they came.
 func (c Config) saesPage(x *exchange) (content, error) {
 	saes, err := c.Backend.SAEs(x.r.Context(), x.caller, x.rid)
-	return content{title: "SAEs", name: "saes", data: saes}, err
+	data := saesView{SAEs: saes, Known: c.Certificates != nil}
+	if data.Known {
+		data.Certificates = c.Certificates()
+	}
+	return content{title: "SAEs", name: "saes", data: data}, err
 }
 
 // formSAE is the SAE that a form names.

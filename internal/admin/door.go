@@ -31,6 +31,9 @@ type Config struct {
 	Metrics  http.Handler // serves /metrics to operators
 	Trail    TrailBackend // nil: this node does not read the audit log to anybody
 	Log      *slog.Logger
+	// Certificates are those with which SAEs have come to this node since it started, by
+	// SAE; nil: nobody knows.
+	Certificates func() []Certificate
 
 	Node     string          // the node's name, for people; may be empty
 	Stopping <-chan struct{} // closed when the node stops: streams end then; may be nil

@@ -45,6 +45,9 @@ type script struct {
 	err    error // of every call
 	epochs admin.Epochs
 	saes   []admin.SAE
+
+	certificates []admin.Certificate
+
 	acts   []string
 	past   map[string][]admin.Span
 
@@ -182,6 +185,7 @@ func newStage(t *testing.T) *stage {
 			}
 			return operators(r)
 		},
+		Certificates: func() []admin.Certificate { return s.certificates },
 		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("kme_up 1\n")) }),
 	})
 	if err != nil {
