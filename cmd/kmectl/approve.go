@@ -13,15 +13,17 @@ import (
 	"github.com/qutemail/kme/internal/approval"
 )
 
-// approveCommand is for the second officer. It asks no KME.
+// approveCommand is for the second officer. It asks no KME, unless it leaves the approval there.
 type approveCommand struct {
 	Act  string        `arg:"" help:"What is approved, in the words of the KME: 'cleanup', for example."`
 	Node string        `required:"" placeholder:"KME/NODE" help:"The node at which it may be done, such as km1/km1-a."`
 	For  time.Duration `default:"10m" help:"For how long, at most an hour (${default})."`
+
+	Leave bool `help:"Leave it at the node, where the other officer's console shows it, rather than print it."`
 }
 
 // Run prints an approval, signed with the key of the officer's certificate.
-func (c approveCommand) Run(s *session) error {
+func (c approveCommand) Run(ctx context.Context, s *session) error {
 	words := strings.Fields(c.Act)
 	if len(words) == 0 {
 		return errors.New("an act has a name")
@@ -36,6 +38,16 @@ func (c approveCommand) Run(s *session) error {
 	a, err := s.sign(act, c.Node, time.Now().Add(c.For))
 	if err != nil {
 		return err
+	}
+	if c.Leave {
+		p, client, err := s.operator()
+		if err != nil {
+			return err
+		}
+		if err := client.LeaveApproval(ctx, a); err != nil {
+			return p.explain(err, p.unlisted())
+		}
+		return s.say(a, "it waits at %s for another officer, until %s\n", c.Node, clock(a.Expires))
 	}
 	text, err := json.MarshalIndent(a, "", "  ")
 	if err != nil {

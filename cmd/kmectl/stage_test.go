@@ -437,6 +437,17 @@ func (b operatorTable) DisableSAE(_ context.Context, _ identity.Caller, _ string
 	return nil
 }
 
+func (b operatorTable) LeaveApproval(_ context.Context, _ identity.Caller, _ string, a approval.Approval) error {
+	if a.Act != "enable-sae alice" {
+		return problem.New(problem.Forbidden, "left: %s", a.Act)
+	}
+	return nil
+}
+
+func (b operatorTable) Waiting(context.Context, identity.Caller, string) ([]admin.Waiting, error) {
+	return nil, nil
+}
+
 func (b operatorTable) EnableSAE(context.Context, identity.Caller, string, []approval.Approval, identity.SAE) error {
 	b.live.SwitchOff(nil)
 	return nil

@@ -306,6 +306,7 @@ type Backend interface {
 	// link is compared with the other end's, and burned.
 	Doctor(ctx context.Context, c identity.Caller, rid string) ([]Finding, error)
 	Callers
+	Approvals
 	// Healthy is nil if the process does its work, whatever may be away that it needs:
 	// if not, it is to be started again. Nobody's name is known here.
 	Healthy(ctx context.Context) error

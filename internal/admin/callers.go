@@ -133,7 +133,7 @@ func (c *Client) ReloadPolicies(ctx context.Context, given ...approval.Approval)
 }
 
 // posted are the paths that change something.
-var posted = map[string]bool{pathDoctor: true, pathCleanup: true, pathDisable: true, pathEnable: true, pathReload: true, pathCompromise: true}
+var posted = map[string]bool{pathDoctor: true, pathLeave: true, pathCleanup: true, pathDisable: true, pathEnable: true, pathReload: true, pathCompromise: true}
 
 // methodOf is the one method that a path has.
 func methodOf(path string) string {

@@ -54,7 +54,7 @@ func (c Config) consoleViews() []consoleView {
 	if c.Trail != nil {
 		views = append(views, consoleView{"/console/audit", "Audit"})
 	}
-	return append(views, consoleView{"/console/acts", "Acts"})
+	return append(views, consoleView{"/console/acts", "Acts"}, consoleView{"/console/approvals", "Approvals"})
 }
 
 // mountConsole adds the pages to r.
@@ -69,6 +69,7 @@ func (c Config) mountConsole(r chi.Router) {
 		r.Get("/console/proof", c.proofFile)
 	}
 	r.Get("/console/acts", c.page(c.listActs))
+	r.Get("/console/approvals", c.page(c.approvalsPage))
 	for _, a := range c.acts() {
 		r.Get(a.Path, c.page(a.ask))
 		r.Post(a.Path, c.page(a.do))

@@ -13,9 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 )
 
 // furnished is a stage whose node has a link with history, and an alarm, and names
@@ -247,6 +249,9 @@ func TestConsoleActs(t *testing.T) {
 			t.Errorf("%s at %s with %v: %d %s", tt.who, tt.path, tt.form, status, body)
 		}
 	}
+	if len(s.given) != 0 {
+		t.Errorf("approvals that nobody gave: %v", s.given)
+	}
 	if want := []string{"disable bob ticket 41", "enable bob", "reload"}; !slices.Equal(s.acts, want) {
 		t.Errorf("acts %q, want %q", s.acts, want)
 	}
@@ -254,6 +259,78 @@ func TestConsoleActs(t *testing.T) {
 	s.err = errors.New("postgres://secret")
 	if status, body := post("Sec-Fetch-Site", "same-origin"); status != http.StatusInternalServerError || strings.Contains(body, "secret") || !strings.Contains(body, `role="alert"`) {
 		t.Errorf("an act that fails: %d %s", status, body)
+	}
+}
+
+// TestConsoleApprovals: what one officer has left waits on a page for others, who add
+// their own on the page of the act.
+func TestConsoleApprovals(t *testing.T) {
+	t.Parallel()
+	s := furnished(t)
+	mine := approval.Approval{Act: "enable-sae eve", Node: "km1/km1-a", Expires: time.Now().Add(time.Minute), Nonce: []byte{1}}
+	hers, other := mine, mine
+	hers.Nonce, other.Nonce, other.Act = []byte{2}, []byte{3}, "erase <all>"
+	if _, body := s.page("root", "/console/approvals"); !strings.Contains(body, "Nothing waits") {
+		t.Errorf("nothing waits:\n%s", body)
+	}
+	if _, body := s.page("root", "/console/acts/enable?sae=eve"); !strings.Contains(body, "kmectl approve --node km1/km1-a 'enable-sae eve'") || strings.Contains(body, `name="other"`) {
+		t.Errorf("the page of an act that may take two:\n%s", body)
+	}
+	if _, body := s.page("root", "/console/acts/disable?sae=eve"); strings.Contains(body, "approve") {
+		t.Errorf("the page of an act that takes one:\n%s", body)
+	}
+	if err := s.client("root").LeaveApproval(t.Context(), mine); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.client("vera").LeaveApproval(t.Context(), mine); err == nil {
+		t.Error("who is no security officer has left an approval")
+	}
+	s.waiting = append(s.waiting, admin.Waiting{Officer: "olga", Approval: hers}, admin.Waiting{Officer: "olga", Approval: other})
+	if list, err := s.client("vera").Waiting(t.Context()); err != nil || len(list) != 3 || list[0].Officer != "root" || list[1].Approval.Act != mine.Act {
+		t.Errorf("waiting: %+v, %v", list, err)
+	}
+	_, body := s.page("root", "/console/approvals")
+	for _, want := range []string{"another officer&#39;s turn", `<a href="/console/acts/enable?sae=eve"`, "olga", "erase &lt;all&gt;", "by kmectl"} {
+		if !strings.Contains(strings.ReplaceAll(body, "another officer's", "another officer&#39;s"), want) {
+			t.Errorf("the page does not say %q:\n%s", want, body)
+		}
+	}
+	if found := inline.FindString(body); found != "" {
+		t.Errorf("it has %q in it", found)
+	}
+	if _, body := s.page("root", "/console/acts/enable?sae=eve"); !strings.Contains(body, "olga has approved it") || !strings.Contains(body, `name="other" value="02"`) {
+		t.Errorf("the page of the act:\n%s", body)
+	}
+	text, err := json.Marshal(mine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		other, pasted string
+		status        int
+		given         int
+	}{
+		{"02", string(text), http.StatusOK, 2},
+		{"", string(text) + "\n" + string(text) + "\n", http.StatusOK, 2},
+		{"02", "", http.StatusOK, 0},
+		{"02", "  \r\n", http.StatusOK, 0},
+		{"07", string(text), http.StatusGone, 0},
+		{"02", string(text[:20]), http.StatusBadRequest, 0},
+		{"", "let her in", http.StatusBadRequest, 0},
+	} {
+		s.given, s.acts = nil, nil
+		form := url.Values{"sae": {"eve"}, "other": {tt.other}, "approvals": {tt.pasted}}
+		resp, err := s.http("root").PostForm(s.server.URL+"/console/acts/enable", form)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != tt.status || len(s.given) != tt.given || (len(s.acts) == 1) != (tt.status == http.StatusOK) {
+			t.Errorf("%+v: %d, given %+v, acts %q", tt, resp.StatusCode, s.given, s.acts)
+		}
+		if tt.given == 2 && tt.other != "" && (s.given[0].Nonce[0] != 2 || s.given[1].Nonce[0] != 1) {
+			t.Errorf("given: %+v, want olga's and root's", s.given)
+		}
 	}
 }
 

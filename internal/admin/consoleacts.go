@@ -3,7 +3,10 @@ package admin
 import (
 	"fmt"
 	"net/http"
+	"net/url"
+	"strings"
 
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
 )
@@ -13,10 +16,11 @@ import (
 type consoleAct struct {
 	Path, Name, Says string
 	duty             identity.Duty
-	run              func(*exchange) (done string, err error)
+	run              func(x *exchange, given []approval.Approval) (done string, err error)
 
-	ofSAE  bool // the query, and then the form, names an SAE; it is asked for at the list of SAEs
-	reason bool // the form asks for a reason
+	ofSAE  bool   // the query, and then the form, names an SAE; it is asked for at the list of SAEs
+	reason bool   // the form asks for a reason
+	act    string // what officers sign where a site wants two; an SAE's ID follows. "": it takes one everywhere
 }
 
 // acts are those that there are.
@@ -25,25 +29,25 @@ func (c Config) acts() []consoleAct {
 		{
 			"/console/acts/cleanup", "End overdue keys", "Keys whose lifetime is over are ended now, rather than within the next seconds. Nothing else is touched.",
 			identity.Operating,
-			func(x *exchange) (string, error) {
-				n, err := c.Backend.Cleanup(x.r.Context(), x.caller, x.rid, nil)
+			func(x *exchange, given []approval.Approval) (string, error) {
+				n, err := c.Backend.Cleanup(x.r.Context(), x.caller, x.rid, given)
 				return fmt.Sprintf("%d overdue keys were ended.", n), err
 			},
-			false, false,
+			false, false, "cleanup",
 		},
 		{
 			"/console/acts/reload", "Read policies anew", "The files of policies are put in force at this node as they are now; or, if anything is wrong with them, none of them.",
 			identity.Operating,
-			func(x *exchange) (string, error) {
-				p, err := c.Backend.ReloadPolicies(x.r.Context(), x.caller, x.rid, nil)
+			func(x *exchange, given []approval.Approval) (string, error) {
+				p, err := c.Backend.ReloadPolicies(x.r.Context(), x.caller, x.rid, given)
 				return fmt.Sprintf("The policies in force have the digest %.16s.", p.Digest), err
 			},
-			false, false,
+			false, false, "reload-policies",
 		},
 		{
 			"/console/acts/disable", "Shut out", "It is shut out at every node of this site, within a second, whatever certificates it has. Keys that it was named for stay.",
 			identity.Operating,
-			func(x *exchange) (string, error) {
+			func(x *exchange, _ []approval.Approval) (string, error) {
 				sae, err := x.formSAE()
 				if err != nil {
 					return "", err
@@ -54,19 +58,19 @@ func (c Config) acts() []consoleAct {
 				}
 				return sae.String() + " is shut out.", c.Backend.DisableSAE(x.r.Context(), x.caller, x.rid, sae, reason)
 			},
-			true, true,
+			true, true, "",
 		},
 		{
 			"/console/acts/enable", "Let in again", "It is let in again at every node of this site, if a rule names its certificate.",
 			identity.SecurityOfficer,
-			func(x *exchange) (string, error) {
+			func(x *exchange, given []approval.Approval) (string, error) {
 				sae, err := x.formSAE()
 				if err != nil {
 					return "", err
 				}
-				return sae.String() + " is let in again.", c.Backend.EnableSAE(x.r.Context(), x.caller, x.rid, nil, sae)
+				return sae.String() + " is let in again.", c.Backend.EnableSAE(x.r.Context(), x.caller, x.rid, given, sae)
 			},
-			true, false,
+			true, false, "enable-sae",
 		},
 	}
 }
@@ -101,7 +105,6 @@ func (c Config) saesPage(x *exchange) (content, error) {
 
 // formSAE is the SAE that a form names.
 func (x *exchange) formSAE() (identity.SAE, error) {
-	x.r.Body = http.MaxBytesReader(x.w, x.r.Body, maxBody)
 	sae, err := identity.ParseSAE(x.r.PostFormValue("sae"))
 	if err != nil {
 		return sae, refusal{problem.New(problem.Invalid, "no SAE is named: %v", err)}
@@ -114,6 +117,7 @@ type confirmation struct {
 	Says, Action, Button, Back string
 	Reason                     bool // a reason is asked for
 	Fields                     []field
+	Second                     *secondOfficer // nil: it takes one officer everywhere
 }
 
 // field is what the form of a confirmation carries on.
@@ -127,7 +131,33 @@ func (a consoleAct) ask(x *exchange) (content, error) {
 		sae := x.r.URL.Query().Get("sae")
 		title, form.Back, form.Fields = a.Name+": "+sae+"?", "/console/saes", []field{{"sae", sae}}
 	}
+	if a.act != "" {
+		second, err := x.second(a.signed(form.Fields))
+		if err != nil {
+			return content{}, err
+		}
+		if form.Second = &second; second.Other != "" {
+			form.Fields = append(form.Fields, field{"other", second.Nonce})
+		}
+	}
 	return content{title: title, name: "confirm", data: form}, nil
+}
+
+// signed is what officers sign for it, done to what the fields name.
+func (a consoleAct) signed(fields []field) approval.Act {
+	words := []string{a.act}
+	for _, f := range fields {
+		words = append(words, f.Value)
+	}
+	return approval.Act(strings.Join(words, " "))
+}
+
+// path is the address of the page that asks for it, of that SAE if it is of one.
+func (a consoleAct) path(sae string) string {
+	if !a.ofSAE {
+		return a.Path
+	}
+	return a.Path + "?" + url.Values{"sae": {sae}}.Encode()
 }
 
 // do has it done, at the word of our own page.
@@ -138,7 +168,12 @@ func (a consoleAct) do(x *exchange) (content, error) {
 	if err := x.may(a.duty); err != nil {
 		return content{}, refusal{err}
 	}
-	done, err := a.run(x)
+	x.r.Body = http.MaxBytesReader(x.w, x.r.Body, maxBody)
+	given, err := x.given()
+	if err != nil {
+		return content{}, err
+	}
+	done, err := a.run(x, given)
 	if err != nil {
 		return content{}, err
 	}

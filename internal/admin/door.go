@@ -55,6 +55,8 @@ func Handler(c Config) (http.Handler, error) {
 	r.Post(pathDisable, act(c, identity.Operating, c.disableSAE))
 	r.Post(pathEnable, act(c, identity.SecurityOfficer, c.enableSAE))
 	r.Post(pathTrust, act(c, identity.SecurityOfficer, c.trustLink))
+	r.Get(pathWaiting, serve(c, c.waiting))
+	r.Post(pathLeave, act(c, identity.SecurityOfficer, c.leave))
 	r.Post(pathReload, act(c, identity.Operating, c.reloadPolicies))
 	if c.Trail != nil {
 		r.Get(pathTrail, serveTrail(c, c.trail))

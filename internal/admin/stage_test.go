@@ -47,9 +47,11 @@ type script struct {
 	saes   []admin.SAE
 
 	certificates []admin.Certificate
+	waiting      []admin.Waiting
+	given        []approval.Approval // to the last EnableSAE
 
-	acts   []string
-	past   map[string][]admin.Span
+	acts []string
+	past map[string][]admin.Span
 
 	findings []admin.Finding
 	queries  []admin.Query
@@ -134,8 +136,17 @@ func (s *script) DisableSAE(_ context.Context, c identity.Caller, rid string, sa
 	return s.saw(c, rid)
 }
 
-func (s *script) EnableSAE(_ context.Context, c identity.Caller, rid string, _ []approval.Approval, sae identity.SAE) error {
-	s.acts = append(s.acts, "enable "+sae.String())
+func (s *script) LeaveApproval(_ context.Context, c identity.Caller, rid string, a approval.Approval) error {
+	s.waiting = append(s.waiting, admin.Waiting{Officer: c.ID(), Approval: a})
+	return s.saw(c, rid)
+}
+
+func (s *script) Waiting(_ context.Context, c identity.Caller, rid string) ([]admin.Waiting, error) {
+	return s.waiting, s.saw(c, rid)
+}
+
+func (s *script) EnableSAE(_ context.Context, c identity.Caller, rid string, given []approval.Approval, sae identity.SAE) error {
+	s.acts, s.given = append(s.acts, "enable "+sae.String()), given
 	return s.saw(c, rid)
 }
 
@@ -186,7 +197,7 @@ func newStage(t *testing.T) *stage {
 			return operators(r)
 		},
 		Certificates: func() []admin.Certificate { return s.certificates },
-		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("kme_up 1\n")) }),
+		Metrics:      http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("kme_up 1\n")) }),
 	})
 	if err != nil {
 		t.Fatal(err)

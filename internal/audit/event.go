@@ -54,8 +54,9 @@ const (
 	KEKMade Action = "kek-created"
 	KEKGone Action = "kek-destroyed"
 
-	KeyShown   Action = "key-shown"  // an operator was told the story of Keys, without their bytes
-	Compromise Action = "compromise" // keys that somebody may know are burned at both ends: Reason says which
+	Approve    Action = "approval-left" // an officer left word for another one, for the act that Reason says
+	KeyShown   Action = "key-shown"     // an operator was told the story of Keys, without their bytes
+	Compromise Action = "compromise"    // keys that somebody may know are burned at both ends: Reason says which
 
 	EpochSealed   Action = "epoch-sealed"    // no key comes into it any more
 	EpochDraining Action = "epoch-draining"  // no key in it lives: copies of its KEKs are given up

@@ -76,6 +76,7 @@ func (c *call) byTwo(ctx context.Context, caller identity.Caller, given []approv
 	} else if err != nil {
 		return fmt.Errorf("using up approvals: %w", err)
 	}
+	c.k.waiting.used(now, nonces)
 	return nil
 }
 

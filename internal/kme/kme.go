@@ -87,6 +87,7 @@ type KME struct {
 	noPIN   chan error   // the HSM refused the PIN: the node ends
 	hsmDown atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
 	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
+	waiting waiting      // for a second officer
 	greeted atomic.Int64 // how often all peers were
 	known   compromises
 	burning sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it

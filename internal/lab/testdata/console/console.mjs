@@ -42,7 +42,7 @@ async function judge(page, what) {
 try {
   for (const scheme of ["light", "dark"]) {
     const page = await open(scheme);
-    const views = ["/console/", "/console/?range=month", "/console/saes", "/console/acts/disable?sae=carol", "/console/keks", "/console/audit", "/console/audit?action=start", "/console/acts", "/console/acts/cleanup"];
+    const views = ["/console/", "/console/?range=month", "/console/saes", "/console/acts/disable?sae=carol", "/console/keks", "/console/audit", "/console/audit?action=start", "/console/acts", "/console/acts/cleanup", "/console/acts/enable?sae=carol", "/console/approvals"];
     for (const [i, view] of views.entries()) {
       page.loads.length = 0;
       await page.goto(url + view, { waitUntil: "load" });
