@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 )
 
 // MaxGates is the most gates that a block may have.
@@ -51,13 +52,16 @@ func (g *Gates) append(gap uint64) {
 	}
 }
 
-// widen gives every gap twice the bytes.
+// widen gives every gap twice the bytes, in place, from the last to the first.
 func (g *Gates) widen() {
-	wide := Gates{gaps: make([]byte, 0, max(cap(g.gaps), 2*len(g.gaps)+64)), log: g.log + 1}
-	for i := range g.Len() {
-		wide.append(g.gap(i))
+	n, size := g.Len(), 1<<g.log
+	g.gaps = slices.Grow(g.gaps, n*size)[:2*n*size]
+	for i := n - 1; i >= 0; i-- {
+		wide := g.gaps[2*i*size:][:2*size]
+		copy(wide, g.gaps[i*size:][:size])
+		clear(wide[size:])
 	}
-	g.gaps, g.log = wide.gaps, wide.log
+	g.log++
 }
 
 func (g Gates) gap(i int) uint64 {

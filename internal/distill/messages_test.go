@@ -2,6 +2,7 @@ package distill
 
 import (
 	"bytes"
+	"encoding/binary"
 	"math"
 	"testing"
 
@@ -154,6 +155,32 @@ func TestDetectedRoundTrip(t *testing.T) {
 			t.Fatal("a gate beyond the block's last was accepted")
 		}
 	})
+}
+
+func TestGatesRefused(t *testing.T) {
+	head := func(count uint64, log byte, gaps ...byte) []byte {
+		return append(append(binary.BigEndian.AppendUint64(nil, count), log), gaps...)
+	}
+	if g, rest, err := ParseGates(head(1, 1, 7, 1, 9), 1000); err != nil || g.Len() != 1 || g.End() != 264 || len(rest) != 1 {
+		t.Fatalf("a good list: %d gates up to %d, %v", g.Len(), g.End(), err)
+	}
+	for name, body := range map[string][]byte{
+		"nothing":                  nil,
+		"no size":                  head(1, 0)[:8],
+		"no such size":             head(1, 4, make([]byte, 16)...),
+		"fewer than said":          head(2, 0, 1),
+		"half a gap":               head(1, 2, 1, 2, 3),
+		"more than there is space": head(1<<61, 3, make([]byte, 8)...),
+		"two bytes for one":        head(1, 1, 255, 0),
+		"eight bytes for four":     head(1, 3, 1, 0, 0, 0, 0, 0, 0, 0),
+		"two bytes for nothing":    head(0, 1),
+		"beyond the last":          head(2, 1, 0, 1, 0xe8, 2), // 256, then 744 more
+		"beyond any number":        head(2, 3, append(bytes.Repeat([]byte{0xff}, 8), 1, 0, 0, 0, 0, 0, 0, 0)...),
+	} {
+		if g, _, err := ParseGates(body, 1000); err == nil {
+			t.Errorf("%s: accepted as %d gates up to %d", name, g.Len(), g.End())
+		}
+	}
 }
 
 func TestQuestionsRoundTrip(t *testing.T) {
