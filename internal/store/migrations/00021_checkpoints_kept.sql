@@ -13,22 +13,26 @@
 CREATE FUNCTION end_audit_checkpoints(n int) RETURNS int
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = kme, pg_temp AS $$
 DECLARE
-    ended int;
+    l record;
+    ended int := 0;
+    more int;
 BEGIN
-    DELETE FROM audit_checkpoint WHERE (origin, size) IN (
-        SELECT c.origin, c.size
-        FROM audit_log l JOIN audit_checkpoint newest USING (origin, size) JOIN audit_checkpoint c ON c.origin = l.origin
-        WHERE c.at < newest.at - interval '24 hours'
-            AND date_bin('1 hour', c.at, 'epoch') = (
-                SELECT date_bin('1 hour', d.at, 'epoch') FROM audit_checkpoint d
-                WHERE d.origin = c.origin AND d.size > c.size ORDER BY d.size LIMIT 1)
-            AND NOT EXISTS (
-                SELECT FROM audit_cosignature s WHERE s.origin = c.origin AND s.size = c.size
-                AND date_bin('1 hour', c.at, 'epoch') IS DISTINCT FROM (
-                    SELECT date_bin('1 hour', d.at, 'epoch') FROM audit_cosignature t JOIN audit_checkpoint d USING (origin, size)
-                    WHERE t.origin = s.origin AND t.witness = s.witness AND t.size > s.size ORDER BY t.size LIMIT 1))
-        ORDER BY c.origin, c.size LIMIT n FOR UPDATE OF c SKIP LOCKED);
-    GET DIAGNOSTICS ended = ROW_COUNT;
+    FOR l IN SELECT origin, at - interval '24 hours' AS before FROM audit_log JOIN audit_checkpoint USING (origin, size) LOOP
+        DELETE FROM audit_checkpoint WHERE (origin, size) IN (
+            SELECT c.origin, c.size FROM audit_checkpoint c
+            WHERE c.origin = l.origin AND c.at < l.before
+                AND date_bin('1 hour', c.at, 'epoch') = (
+                    SELECT date_bin('1 hour', d.at, 'epoch') FROM audit_checkpoint d
+                    WHERE d.origin = c.origin AND d.size > c.size ORDER BY d.size LIMIT 1)
+                AND NOT EXISTS (
+                    SELECT FROM audit_cosignature s WHERE s.origin = c.origin AND s.size = c.size
+                    AND date_bin('1 hour', c.at, 'epoch') IS DISTINCT FROM (
+                        SELECT date_bin('1 hour', d.at, 'epoch') FROM audit_cosignature t JOIN audit_checkpoint d USING (origin, size)
+                        WHERE t.origin = s.origin AND t.witness = s.witness AND t.size > s.size ORDER BY t.size LIMIT 1))
+            ORDER BY c.size LIMIT n - ended FOR UPDATE OF c SKIP LOCKED);
+        GET DIAGNOSTICS more = ROW_COUNT;
+        ended := ended + more;
+    END LOOP;
     RETURN ended;
 END $$;
 -- +goose StatementEnd
