@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -11,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/pgdev"
 )
@@ -105,19 +108,8 @@ func TestNodeGone(t *testing.T) {
 		back(t)
 	})
 	t.Run("stopped", func(t *testing.T) {
-		each(func(n *Node) { untilLeased(t, n) })
-		took := takeovers(t, l)
-		each(func(n *Node) {
-			if err := n.Stop(); err != nil {
-				t.Error(err)
-			}
-		})
-		survivors(func(survivor, gone *Node) { untilSettled(t, survivor, gone) })
+		restartInTurn(t, l, f)
 		well(t, f)
-		if n := takeovers(t, l); n != took {
-			t.Errorf("%d takeovers from nodes that had given everything back", n-took)
-		}
-		back(t)
 	})
 	t.Run("both of a site", func(t *testing.T) {
 		for _, n := range l.KM1.Nodes {
@@ -131,6 +123,131 @@ func TestNodeGone(t *testing.T) {
 		well(t, f)
 	})
 	f.close(t)
+}
+
+// restartInTurn stops each node of both sites in good order, and starts it again. Nobody
+// takes over from it, and clients that turn to the other node when one does not serve
+// them are always served.
+func restartInTurn(t *testing.T, l *Lab, f *traffic) {
+	t.Helper()
+	f.rest.Lock() // its clients wait for the node that they asked
+	defer f.rest.Unlock()
+	clients := []*insistent{insist(t, f, f.routes[0]), insist(t, f, f.routes[1])} // alice and bob, both ways
+	served := func(t *testing.T) {
+		for _, c := range clients {
+			c.flows(t)
+		}
+	}
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		for i, n := range s.Nodes {
+			survivor := s.Nodes[1-i]
+			untilLeased(t, n)
+			took := takeovers(t, l)
+			if err := n.Stop(); err != nil {
+				t.Error(err)
+			}
+			untilSettled(t, survivor, n)
+			served(t)
+			if now := takeovers(t, l); now != took {
+				t.Errorf("%d takeovers from %s, which had given everything back", now-took, n.Name)
+			}
+			if err := n.Restart(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			untilNodeAlarm(t, survivor, "node-"+n.Name, false)
+			served(t)
+		}
+	}
+	for _, c := range clients {
+		c.end()
+		for _, why := range c.refused {
+			t.Error(why)
+		}
+	}
+}
+
+// insistent is a client that asks for keys and has them taken, one after the other, on
+// a route of the traffic. What one node does not serve it asks of the next.
+type insistent struct {
+	f       *traffic
+	r       *route
+	turn    int // whose turn it is to be asked first
+	served  atomic.Int64
+	refused []string // by every node
+	end     func()   // stops it, after the request that it is at
+}
+
+func insist(t *testing.T, f *traffic, r *route) *insistent {
+	t.Helper()
+	c := &insistent{f: f, r: r}
+	stop, ended := make(chan struct{}), make(chan struct{})
+	c.end = sync.OnceFunc(func() {
+		close(stop)
+		<-ended
+	})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(light.pace):
+			}
+			c.exchange()
+		}
+	}()
+	t.Cleanup(c.end)
+	return c
+}
+
+// exchange asks for a key and has it taken.
+func (c *insistent) exchange() {
+	c.turn++
+	got, err := c.either(c.r.masters, func(p *Person) (etsi014.Container, error) {
+		return p.Client.EncKeys(context.Background(), c.r.slave.ID, etsi014.KeyRequest{})
+	})
+	if err != nil {
+		c.refused = append(c.refused, fmt.Sprintf("%v: a request for a key was refused by all nodes: %v", c.r, err))
+		return
+	}
+	ids := c.f.give(c.r, got)
+	got, err = c.either(c.r.slaves, func(p *Person) (etsi014.Container, error) {
+		return p.Client.DecKeys(context.Background(), c.r.master.ID, ids)
+	})
+	if err != nil {
+		c.refused = append(c.refused, fmt.Sprintf("%v: a key could be taken from no node: %v", c.r, err))
+		return
+	}
+	defer got.Wipe()
+	c.f.mu.Lock()
+	defer c.f.mu.Unlock()
+	c.f.took(c.r, got)
+	c.served.Add(1)
+}
+
+// either asks the nodes in turn until one of them serves.
+func (c *insistent) either(nodes []*Person, do func(*Person) (etsi014.Container, error)) (etsi014.Container, error) {
+	var errs []error
+	for i := range nodes {
+		got, err := do(nodes[(c.turn+i)%len(nodes)])
+		if err == nil {
+			return got, nil
+		}
+		errs = append(errs, err)
+	}
+	return etsi014.Container{}, errors.Join(errs...)
+}
+
+// flows returns when it has been served some more.
+func (c *insistent) flows(t *testing.T) {
+	t.Helper()
+	want := c.served.Load() + 10
+	eventually(t, fmt.Sprintf("keys from %v", c.r), func(context.Context) error {
+		if n := c.served.Load(); n < want {
+			return fmt.Errorf("%d exchanges more, want 10", n-want+10)
+		}
+		return nil
+	})
 }
 
 // A node dies while no node of the peer can be asked what it had announced: its

@@ -355,17 +355,7 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err == nil {
-		r.taken.Add(1)
-		for _, k := range got.Keys {
-			a := f.of(r, k.ID)
-			if a.taken || a.gone || a.burned {
-				f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s was handed to its slave twice", r, k.ID))
-			}
-			if sha256.Sum256(k.Material.Reveal()) != a.master {
-				f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s has other bytes for its slave", r, k.ID))
-			}
-			a.taken = true
-		}
+		f.took(r, got)
 		return true
 	}
 	r.untaken.Add(1)
@@ -385,6 +375,21 @@ func (f *traffic) takeOnce(r *route, c *client, ids []key.ID) (done bool) {
 		a.gone = true
 	}
 	return true
+}
+
+// took enters keys that a slave got. The caller holds mu.
+func (f *traffic) took(r *route, got etsi014.Container) {
+	r.taken.Add(1)
+	for _, k := range got.Keys {
+		a := f.of(r, k.ID)
+		if a.taken || a.gone || a.burned {
+			f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s was handed to its slave twice", r, k.ID))
+		}
+		if sha256.Sum256(k.Material.Reveal()) != a.master {
+			f.wrong = append(f.wrong, fmt.Sprintf("%v: key %s has other bytes for its slave", r, k.ID))
+		}
+		a.taken = true
+	}
 }
 
 // flows returns when on every route keys have been asked for and taken since it was called.
