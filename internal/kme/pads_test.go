@@ -174,7 +174,7 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 			}
 		}
 		up := open()
-		for range 16 {
+		for range 8 {
 			switch rapid.SampledFrom([]string{"go on", "hear", "go on", "spoil", "crash"}).Draw(t, "act") {
 			case "go on":
 				if up {
