@@ -63,15 +63,15 @@ func newClient(nodes []*Person) *client {
 
 func (c *client) person() *Person { return c.nodes[c.at] }
 
-// patience is how long a client waits after it was refused: a daemon that starts again
+// afterRefusal is how long a client waits after it was refused: a daemon that starts again
 // needs the machine more than twenty clients that ask whether it has.
-const patience = 50 * time.Millisecond
+const afterRefusal = 50 * time.Millisecond
 
 // answered has the client turn to the next node after no answer, or a 503, and now
 // and then for no reason.
 func (c *client) answered(err error) {
 	if c.wait = 0; err != nil {
-		c.wait = patience
+		c.wait = afterRefusal
 	}
 	if err == nil && rand.IntN(50) == 0 {
 		c.at = (c.at + 1) % len(c.nodes)
