@@ -174,7 +174,7 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 			}
 		}
 		up := open()
-		for range 8 {
+		for range 16 {
 			switch rapid.SampledFrom([]string{"go on", "hear", "go on", "spoil", "crash"}).Draw(t, "act") {
 			case "go on":
 				if up {

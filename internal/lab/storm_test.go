@@ -11,7 +11,7 @@ import (
 
 // What a longer storm is made of, in the environment: `make storm` sets them.
 const (
-	stormTime   = "KME_STORM_TIME"   // how long it blows; 12s if not set
+	stormTime   = "KME_STORM_TIME"   // how long it blows; 20s if not set
 	stormSeed   = "KME_STORM_SEED"   // of its troubles; another each time if not set
 	stormFiller = "KME_STORM_FILLER" // atoms of a random block; without it the keys are made of light
 )
@@ -63,7 +63,7 @@ type storm struct {
 
 func newStorm(t *testing.T) *storm {
 	t.Helper()
-	s := &storm{time: 12 * time.Second, mix: mix{clients: 6, number: 16, bits: []int{256, 256, 256, 64, 128, 512, 1024, 4096}, pace: 2 * time.Millisecond, patient: true}}
+	s := &storm{time: 20 * time.Second, mix: mix{clients: 6, number: 16, bits: []int{256, 256, 256, 64, 128, 512, 1024, 4096}, pace: 2 * time.Millisecond, patient: true}}
 	seed := rand.Uint64()
 	var err error
 	if text := os.Getenv(stormTime); text != "" {
