@@ -11,6 +11,16 @@ func (r *Revocations) Fetch(ctx context.Context) { r.fetch(ctx) }
 // Flush has what was gathered recorded, as Run does.
 func (q *Refusals) Flush(ctx context.Context) { q.flush(ctx) }
 
+// Refused is how many refusals there were, recorded or not.
+func (q *Refusals) Refused() (n int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, of := range q.total {
+		n += of
+	}
+	return n
+}
+
 // Open is how many connections are open.
 func (g *Gate) Open() int {
 	g.mu.Lock()

@@ -466,8 +466,9 @@ func TestRefusalsAreSummedUp(t *testing.T) {
 	d := newDoor(t, pki.Limits{})
 	d.failing = true
 	km1 := mint(t, d.ca, "kme", "km1", nil)
-	for range 5 {
-		_, _ = d.ask(d.client(km1))
+	for i := range 5 {
+		_, _ = d.ask(d.client(km1)) // it may know of its refusal before the gate counts it
+		d.until("it is counted", func() bool { return d.refusals.Refused() == int64(i+1) })
 		if got := d.reasons(); got != "" {
 			t.Errorf("on record: %q, and nothing can be", got)
 		}

@@ -309,7 +309,7 @@ func folded(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// file NAME GLOB: wait until there is one, and set $NAME to its path.
+// file NAME GLOB: wait until there is one that is not empty, and set $NAME to its path.
 func file(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: file NAME GLOB")
@@ -320,14 +320,16 @@ func file(ts *testscript.TestScript, neg bool, args []string) {
 	for {
 		found, err := filepath.Glob(ts.MkAbs(args[1]))
 		ts.Check(err)
-		if len(found) > 0 {
-			ts.Setenv(args[0], found[0])
-			return
+		for _, name := range found {
+			if info, err := os.Stat(name); err == nil && info.Size() > 0 {
+				ts.Setenv(args[0], name)
+				return
+			}
 		}
 		select {
 		case <-tick.C:
 		case <-late:
-			ts.Fatalf("there is no %s", args[1])
+			ts.Fatalf("there is no %s with anything in it", args[1])
 		}
 	}
 }
