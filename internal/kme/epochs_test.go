@@ -403,3 +403,28 @@ func TestRotationByWraps(t *testing.T) {
 		t.Errorf("alarms: %v", alarms)
 	}
 }
+
+// TestWaitForKEK: while a KEK is made or opened, which takes as long as the HSM does,
+// whoever needs one waits for no longer than his request lives.
+func TestWaitForKEK(t *testing.T) {
+	t.Parallel()
+	r := newKeyring(&KME{})
+	if err := r.enter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	held := time.AfterFunc(10*time.Second, r.leave)
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, wait := range map[string]func() error{
+		"sealing":   func() error { _, err := r.forEpoch(over, 1); return err },
+		"opening":   func() error { _, err := r.byID(over, 1); return err },
+		"giving up": func() error { return r.giveUp(over, store.KEK{}) },
+	} {
+		if err := wait(); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v, want that the request is over", name, err)
+		}
+	}
+	if !held.Stop() {
+		t.Error("somebody waited beyond the end of his request")
+	}
+}

@@ -20,8 +20,8 @@ import (
 // per epoch that seals, and those that still open. It makes the epochs and their KEKs
 // ahead of need, and lets go of what the site's register says is over: see follow.
 type keyring struct {
-	k  *KME
-	mu sync.Mutex // held while a KEK is made or opened: rare, and never on the hot path
+	k    *KME
+	busy chan struct{} // of one place, taken while a KEK is made or opened: rare, and never on the hot path
 
 	snapshot sync.Map // kek id (int64) -> *hsm.KEK
 	current  sync.Map // key.Epoch -> openKEK
@@ -35,7 +35,22 @@ type openKEK struct {
 	kek *hsm.KEK
 }
 
-func newKeyring(k *KME) *keyring { return &keyring{k: k, counted: make(map[int64]int64)} }
+func newKeyring(k *KME) *keyring {
+	return &keyring{k: k, busy: make(chan struct{}, 1), counted: make(map[int64]int64)}
+}
+
+// enter waits until nobody else makes or opens a KEK, which may take as long as the HSM
+// does: no longer than ctx. Whoever has entered leaves.
+func (r *keyring) enter(ctx context.Context) error {
+	select {
+	case r.busy <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for another KEK to be opened: %w", ctx.Err())
+	}
+}
+
+func (r *keyring) leave() { <-r.busy }
 
 // verify is nil if the token holds every KEK of the register that is in use, as it was
 // made, and no two keys of one label: another token, a token from an old backup or one
@@ -89,8 +104,10 @@ func (r *keyring) forEpoch(ctx context.Context, e key.Epoch) (openKEK, error) {
 	if v, ok := r.current.Load(e); ok {
 		return v.(openKEK), nil
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	if err := r.enter(ctx); err != nil {
+		return openKEK{}, err
+	}
+	defer r.leave()
 	if v, ok := r.current.Load(e); ok {
 		return v.(openKEK), nil
 	}
@@ -224,7 +241,7 @@ func (r *keyring) sweep(ctx context.Context, rows []store.KEK, inToken []hsm.KEK
 
 // open opens a KEK that is in the token. That this run has a copy of it is written down
 // before: until it is given up, or the run is taken over, the KEK is not destroyed. The
-// caller holds mu.
+// caller has entered.
 func (r *keyring) open(ctx context.Context, row store.KEK) (*hsm.KEK, error) {
 	if v, ok := r.snapshot.Load(row.ID); ok {
 		return v.(*hsm.KEK), nil
@@ -261,8 +278,10 @@ func (r *keyring) byID(ctx context.Context, id int64) (*hsm.KEK, error) {
 	if v, ok := r.snapshot.Load(id); ok {
 		return v.(*hsm.KEK), nil
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	if err := r.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer r.leave()
 	rows, err := r.k.Store.KEKs(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("listing KEKs: %w", err)
@@ -329,8 +348,10 @@ func (r *keyring) follow(ctx context.Context, epochs []store.Epoch) error {
 // giveUp destroys this node's session copy of a KEK whose epoch is draining, and records
 // it. If the process dies in between, its run, and with it the copy, is over.
 func (r *keyring) giveUp(ctx context.Context, row store.KEK) error {
-	r.mu.Lock() // nobody is opening it
-	defer r.mu.Unlock()
+	if err := r.enter(ctx); err != nil { // nobody is opening it
+		return err
+	}
+	defer r.leave()
 	if v, ok := r.snapshot.Load(row.ID); ok {
 		if err := v.(*hsm.KEK).Close(); err != nil {
 			return fmt.Errorf("giving up the copy of KEK %d: %w", row.ID, err)
