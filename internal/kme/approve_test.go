@@ -135,7 +135,7 @@ func TestByTwo(t *testing.T) {
 	if err := k.Store.Record(t.Context(), c.ev); err != nil {
 		t.Fatal(err)
 	}
-	conn, err := pgx.Connect(t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/hsm"
@@ -42,26 +43,39 @@ type blob struct {
 }
 
 // TestEndOfEpoch: what was delivered in an epoch cannot be opened when the epoch has
-// ended, by nobody: not with a copy of the blobs from when the key was there, the token and
-// its PIN, nor by the node. With a copy of the token of that time it can,
-// which shows that the blob is the one.
+// ended, by nobody: not with the database as it was when the keys waited (a base backup
+// and the WAL since, restored into another Postgres), the token and its PIN, and not by
+// any node. With a copy of the token of that time it can, which shows that the blobs are
+// those.
 func TestEndOfEpoch(t *testing.T) {
 	t.Parallel()
 	dir := tokenDir(t)
-	s := newSite(t)
-	k := s.withToken(dir)
-	stop := run(t, k)
-	keys, err := get(t, k, 2, time.Hour)
-	if err != nil {
-		t.Fatal(err)
+	s := newSiteApart(t)
+	base := s.baseBackup()
+	nodes := []*KME{s.withToken(dir)}
+	nodes = append(nodes, s.beside(nodes[0], "b"))
+	var stop []func()
+	secrets := make(map[string]bool)
+	var ids []key.ID
+	for _, k := range nodes {
+		stop = append(stop, run(t, k))
+		keys, err := get(t, k, 2, time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, served := range keys {
+			ids = append(ids, served.ID)
+			secrets[string(served.Material.Reveal())] = true
+		}
 	}
-	secret := bytes.Clone(keys[0].Material.Reveal())
 	rows := s.backup() // anna has not taken her keys yet
+	s.exec(s.name, "SELECT pg_create_restore_point('keys wait')")
 	oldToken := t.TempDir()
 	if err := errors.Join(os.CopyFS(oldToken, os.DirFS(dir)), os.Chmod(filepath.Join(oldToken, "pin"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := takes(t, k, keys[0].ID); err != nil {
+	k := nodes[0]
+	if _, err := takes(t, k, ids[0]); err != nil {
 		t.Fatal(err)
 	}
 	expiry := key.EpochAt(s.now().Add(time.Hour), time.Hour)
@@ -71,17 +85,34 @@ func TestEndOfEpoch(t *testing.T) {
 	}
 	i := slices.IndexFunc(epochs, func(e store.Epoch) bool { return e.Epoch == expiry })
 	kek := epochs[i].KEKs[0].KEK
+	var copies []*hsm.KEK // what each node has in its hands
+	for _, k := range nodes {
+		open, ok := k.keks.snapshot.Load(kek.ID)
+		if !ok {
+			t.Fatalf("node %s has no copy of the KEK that it has sealed under", k.Config.Node)
+		}
+		copies = append(copies, open.(*hsm.KEK))
+	}
 
-	for range 3 { // the second key expires by itself
+	for range 3 { // the other keys expire by themselves
 		s.step(time.Hour)
 		k.expire(t.Context())
 	}
 	eventually(t, "the epoch to be dropped", func() bool { _, ok := states(t, k)[expiry]; return !ok })
-	if _, err := takes(t, k, keys[1].ID); problem.KindOf(err) != problem.Invalid {
-		t.Errorf("taking what has gone with its epoch: %v, want that it is not found", err)
-	}
-	if _, err := k.keks.byID(t.Context(), kek.ID); !errors.Is(err, hsm.ErrNoKEK) {
-		t.Errorf("the node still has the KEK, or: %v", err)
+	for i, k := range nodes {
+		for _, id := range ids {
+			if _, err := takes(t, k, id); problem.KindOf(err) != problem.Invalid {
+				t.Errorf("taking what has gone with its epoch from node %s: %v, want that it is not found", k.Config.Node, err)
+			}
+		}
+		if _, err := k.keks.byID(t.Context(), kek.ID); !errors.Is(err, hsm.ErrNoKEK) {
+			t.Errorf("node %s still has the KEK, or: %v", k.Config.Node, err)
+		}
+		for _, b := range rows {
+			if _, err := copies[i].Unwrap(t.Context(), [12]byte(b.iv), b.ct, b.aad(t)); !errors.Is(err, hsm.ErrNoKEK) {
+				t.Errorf("node %s opens blobs with what it had in its hands, or: %v", k.Config.Node, err)
+			}
+		}
 	}
 	var steps []string
 	for _, ev := range s.audit() {
@@ -91,54 +122,49 @@ func TestEndOfEpoch(t *testing.T) {
 			}
 		}
 	}
-	if want := "epoch-sealed epoch-draining kek-copy-closed kek-destroyed epoch-dropped"; strings.Join(steps, " ") != want {
+	slices.Sort(steps) // those of two nodes: audit tells a's first
+	if want := "epoch-draining epoch-dropped epoch-sealed kek-copy-closed kek-copy-closed kek-destroyed"; strings.Join(steps, " ") != want {
 		t.Errorf("recorded: %s, want %s", steps, want)
 	}
-	stop()
+	for _, stop := range stop {
+		stop()
+	}
 	_ = k.Token.Close()
 
-	if len(rows) != 2 {
-		t.Fatalf("the backup has %d blobs, want 2", len(rows))
+	if n := len(s.backup()); n > 0 {
+		t.Errorf("%d blobs are left in the database", n)
 	}
-	try := func(tokens string) (opened [][]byte, keks int) {
-		useTokens(t, tokens)
-		token := openToken(t, tokens)
-		defer token.Close()
-		list, err := token.ListKEKs(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, info := range list {
-			object, err := token.OpenKEK(t.Context(), info)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, b := range rows {
-				aad := DueAAD(nil, k.Self, b.kek, b.id, saeID(t, "alice"), saeID(t, "anna"), 256, key.LocalRNG, b.expires, false)
-				if plain, err := object.Unwrap(t.Context(), [12]byte(b.iv), b.ct, aad); err == nil {
-					opened = append(opened, plain)
-				}
-			}
-		}
-		return opened, len(list)
+	restored := s.restored(base, "keys wait")
+	if diff := cmp.Diff(rows, restored.backup(), cmp.AllowUnexported(blob{})); diff != "" || len(rows) != len(ids) {
+		t.Errorf("%d blobs were there, and otherwise restored (-was +restored):\n%s", len(rows), diff)
 	}
-	if opened, keks := try(dir); len(opened) > 0 || keks == 0 {
-		t.Errorf("%d of the blobs in the backup were opened with the %d keys of the token", len(opened), keks)
+	rows = restored.backup()
+	if opened, objects := openAll(t, dir, rows); len(opened) > 0 || objects == 0 {
+		t.Errorf("%d of the blobs in the backup were opened with the %d objects of the token", len(opened), objects)
 	}
-	if opened, _ := try(oldToken); len(opened) != 2 || !bytes.Equal(opened[0], secret) && !bytes.Equal(opened[1], secret) {
-		t.Errorf("with a copy of the token from before, %d of 2 blobs were opened", len(opened))
+	opened, _ := openAll(t, oldToken, rows)
+	for _, plain := range opened {
+		delete(secrets, string(plain))
 	}
+	if len(opened) != len(ids) || len(secrets) > 0 {
+		t.Errorf("with a copy of the token from before, %d of %d blobs were opened, and %d are other keys", len(opened), len(ids), len(secrets))
+	}
+}
+
+// aad is what a blob was sealed with: whoever has the row knows it.
+func (b blob) aad(t testing.TB) []byte {
+	return DueAAD(nil, kmeID(t, "km1"), b.kek, b.id, saeID(t, "alice"), saeID(t, "anna"), 256, key.LocalRNG, b.expires, false)
 }
 
 // backup reads the blobs that wait to be taken, as whoever has a copy of the database can.
 func (s *site) backup() (rows []blob) {
 	s.t.Helper()
-	conn, err := pgx.Connect(s.t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(s.t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	defer conn.Close(context.Background())
-	found, _ := conn.Query(s.t.Context(), "SELECT key_id, kek, iv, ct, expires_at FROM kme.due WHERE ct IS NOT NULL")
+	found, _ := conn.Query(s.t.Context(), "SELECT key_id, kek, iv, ct, expires_at FROM kme.due WHERE ct IS NOT NULL ORDER BY key_id")
 	rows, err = pgx.CollectRows(found, func(row pgx.CollectableRow) (b blob, err error) {
 		return b, row.Scan((*[16]byte)(&b.id), &b.kek, &b.iv, &b.ct, &b.expires)
 	})
@@ -247,7 +273,7 @@ func TestRotation(t *testing.T) {
 // ask runs a query of one number.
 func (s *site) ask(sql string) (n int64) {
 	s.t.Helper()
-	conn, err := pgx.Connect(s.t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(s.t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		s.t.Fatal(err)
 	}

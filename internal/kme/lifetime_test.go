@@ -280,7 +280,7 @@ func TestPoolLifetime(t *testing.T) {
 // atom is the key_ID of an atom of the only block in the pool.
 func (s *site) atom(index int) (id key.ID) {
 	s.t.Helper()
-	conn, err := pgx.Connect(s.t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(s.t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -78,7 +78,7 @@ func TestOverflow(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k := s.node()
-	conn, err := pgx.Connect(t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +129,7 @@ func TestSequencerLosesTheLead(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k, other := s.trailed()
-	k.Trail.Sequencer = cluster.DSN(store.SequencerRole, s.name)
+	k.Trail.Sequencer = s.cluster.DSN(store.SequencerRole, s.name)
 	ctx, cancel := context.WithCancel(t.Context())
 	var folding sync.WaitGroup
 	folding.Go(func() { _ = k.sequence(ctx) })

@@ -26,13 +26,13 @@ func TestReplayedRow(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(dir)
 	stand(t, k)
-	reader, err := auditlog.NewReader(t.Context(), cluster.DSN(store.AuditorRole, s.name))
+	reader, err := auditlog.NewReader(t.Context(), s.cluster.DSN(store.AuditorRole, s.name))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(reader.Close)
 	fold, err := auditlog.NewSequencer(auditlog.Config{
-		DSN: cluster.DSN(store.SequencerRole, s.name), TrustDomain: k.Trail.TrustDomain, Site: "km1", Key: k.trail.logKey, Now: s.now,
+		DSN: s.cluster.DSN(store.SequencerRole, s.name), TrustDomain: k.Trail.TrustDomain, Site: "km1", Key: k.trail.logKey, Now: s.now,
 	})
 	if err != nil {
 		t.Fatal(err)

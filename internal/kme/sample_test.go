@@ -108,7 +108,7 @@ func TestSample(t *testing.T) {
 	}
 
 	// The other way: the peer asks about the second chunk, which is its own.
-	conn, err := pgx.Connect(t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -72,22 +72,23 @@ func (c *clock) step(d time.Duration) { c.ms.Add(d.Milliseconds()) }
 
 // site is the database of km1 and a clock.
 type site struct {
-	t    testing.TB
-	name string
-	data string // folder of the node's files
+	t       testing.TB
+	cluster *pgdev.Cluster
+	name    string
+	data    string // folder of the node's files
 	*clock
 }
 
 func newSite(t testing.TB) *site {
 	t.Helper()
-	s := &site{t: t, name: fmt.Sprintf("site%d", databases.Add(1)), data: t.TempDir(), clock: newClock()}
+	s := &site{t: t, cluster: cluster, name: fmt.Sprintf("site%d", databases.Add(1)), data: t.TempDir(), clock: newClock()}
 	s.exec("postgres", "CREATE DATABASE "+s.name+" TEMPLATE "+template)
 	return s
 }
 
 func (s *site) exec(database, sql string) {
 	s.t.Helper()
-	conn, err := pgx.Connect(s.t.Context(), cluster.DSN(pgdev.Superuser, database))
+	conn, err := pgx.Connect(s.t.Context(), s.cluster.DSN(pgdev.Superuser, database))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -97,19 +98,22 @@ func (s *site) exec(database, sql string) {
 	}
 }
 
-// connect opens the node's store. No run has begun.
-func (s *site) connect() *store.DB {
+// connect opens the store of node a. No run has begun.
+func (s *site) connect() *store.DB { return s.connectAs("a", s.data) }
+
+// connectAs opens the store of a node whose files lie in the folder data.
+func (s *site) connectAs(node, data string) *store.DB {
 	s.t.Helper()
-	w, err := store.OpenWitness(filepath.Join(s.data, "witness"), "a")
+	w, err := store.OpenWitness(filepath.Join(data, "witness"), node)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	key, err := audit.OpenNodeKey(filepath.Join(s.data, "audit.key"))
+	key, err := audit.OpenNodeKey(filepath.Join(data, "audit.key"))
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	db, err := store.Open(s.t.Context(), store.Config{
-		DSN: cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: "a", EpochLength: time.Hour, Now: s.now, Witness: w, Key: key,
+		DSN: s.cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: node, EpochLength: time.Hour, Now: s.now, Witness: w, Key: key,
 	})
 	if err != nil {
 		s.t.Fatal(err)
@@ -159,7 +163,7 @@ type told struct {
 // audit lists what was recorded, in order.
 func (s *site) audit() []told {
 	s.t.Helper()
-	conn, err := pgx.Connect(s.t.Context(), cluster.DSN(pgdev.Superuser, s.name))
+	conn, err := pgx.Connect(s.t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
 	if err != nil {
 		s.t.Fatal(err)
 	}

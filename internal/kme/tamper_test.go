@@ -24,7 +24,7 @@ import (
 // change runs SQL as somebody who has the database, and says how many rows it changed.
 func (s *site) change(sql string, args ...any) {
 	s.t.Helper()
-	conn, err := pgx.Connect(s.t.Context(), cluster.DSN(pgdev.Superuser, s.name)+" search_path=kme")
+	conn, err := pgx.Connect(s.t.Context(), s.cluster.DSN(pgdev.Superuser, s.name)+" search_path=kme")
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -98,6 +99,19 @@ func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 	return k
 }
 
+// beside is another node of the site, on the same token. It does not run yet.
+func (s *site) beside(k *KME, node string) *KME {
+	s.t.Helper()
+	c := k.Config
+	c.Node, c.DataDir = node, s.t.TempDir()
+	c.Store = s.connectAs(c.Node, c.DataDir)
+	other, err := New(c)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return other
+}
+
 // run runs the node until the returned function is called, which waits for its end.
 func run(t *testing.T, k *KME) (stop func()) {
 	t.Helper()
@@ -176,8 +190,62 @@ func copyInToken(t *testing.T, kek hsm.KEKInfo, label string) []byte {
 	return id
 }
 
+// openAll is what somebody does who has the token in a folder, its PIN and blobs: every
+// object of the token is tried on every blob. It returns what could be opened, and how
+// many objects there are. Nobody has the module open.
+func openAll(t *testing.T, dir string, blobs []blob) (opened [][]byte, objects int) {
+	t.Helper()
+	useTokens(t, dir)
+	pin, err := os.ReadFile(filepath.Join(dir, "pin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := pkcs11.New(softHSM)
+	defer p.Destroy()
+	if err := p.Initialize(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := p.Finalize(); err != nil {
+			t.Error(err)
+		}
+	}()
+	slots, err := p.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := p.OpenSession(slots[0], pkcs11.CKF_SERIAL_SESSION)
+	if err == nil {
+		err = p.Login(s, pkcs11.CKU_USER, strings.TrimSpace(string(pin)))
+	}
+	if err == nil {
+		err = p.FindObjectsInit(s, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, _, err := p.FindObjects(s, 1000)
+	if err = errors.Join(err, p.FindObjectsFinal(s)); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range found {
+		for _, b := range blobs {
+			params := pkcs11.NewGCMParams(b.iv, b.aad(t), 128)
+			err := p.DecryptInit(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, o)
+			if err == nil {
+				var plain []byte
+				if plain, err = p.Decrypt(s, b.ct); err == nil {
+					opened = append(opened, plain)
+				}
+			}
+			params.Free()
+		}
+	}
+	return opened, len(found)
+}
+
 // eventually waits for what must come.
-func eventually(t *testing.T, what string, is func() bool) {
+func eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()

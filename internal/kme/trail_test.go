@@ -197,7 +197,7 @@ func (s *site) trailed() (*KME, *auditlog.Sequencer) {
 	k.trail.logKey, k.trail.witnessKey = key, key
 	k.Trail = Trail{TrustDomain: "qutemail.example"}
 	var err error
-	if k.Trail.Reader, err = auditlog.NewReader(s.t.Context(), cluster.DSN(store.AuditorRole, s.name)); err != nil {
+	if k.Trail.Reader, err = auditlog.NewReader(s.t.Context(), s.cluster.DSN(store.AuditorRole, s.name)); err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(k.Trail.Reader.Close)
@@ -211,7 +211,7 @@ func (s *site) trailed() (*KME, *auditlog.Sequencer) {
 	}
 	k.note(s.t.Context(), ev)
 	q, err := auditlog.NewSequencer(auditlog.Config{
-		DSN: cluster.DSN(store.SequencerRole, s.name), TrustDomain: "qutemail.example", Site: "km1", Key: key, Now: s.now,
+		DSN: s.cluster.DSN(store.SequencerRole, s.name), TrustDomain: "qutemail.example", Site: "km1", Key: key, Now: s.now,
 	})
 	if err != nil {
 		s.t.Fatal(err)
