@@ -51,6 +51,9 @@ func checkConfig(path string, stdout io.Writer) error {
 		if lc.Filler == 0 {
 			errs = append(errs, private(lc.SecretFile))
 		}
+		if lc.AuthFile != "" {
+			errs = append(errs, private(lc.AuthFile))
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err

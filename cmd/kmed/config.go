@@ -198,8 +198,10 @@ type LinkConfig struct {
 	Socket     string `yaml:"socket"`
 	SecretFile string `yaml:"secret_file"`
 	// AuthFile holds a secret of 32 bytes or more that both ends share, and nobody else:
-	// it authenticates the first block of a link. Not needed with a filler.
-	AuthFile string `yaml:"auth_file"`
+	// it authenticates the first block of a link. Instead, AuthInHSM says that the token
+	// has it (kmed hsm auth-secret). One of the two, and with a filler neither.
+	AuthFile  string `yaml:"auth_file"`
+	AuthInHSM bool   `yaml:"auth_in_hsm"`
 	// Interval is the least time from the start of a block to that of the next, at
 	// Alice's end. Default 1s.
 	Interval time.Duration `yaml:"interval"`
@@ -418,9 +420,8 @@ func (c *Config) checkLinks(k *checker) {
 		}
 		k.has(at+"socket", l.Socket)
 		k.has(at+"secret_file", l.SecretFile)
-		if l.Filler == 0 {
-			k.has(at+"auth_file", l.AuthFile)
-		}
+		k.must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
+		k.must(l.AuthFile == "" || !l.AuthInHSM, at+"auth_in_hsm", "is there beside auth_file: one of them")
 		k.must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
 		k.must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
 		k.must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")

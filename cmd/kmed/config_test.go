@@ -51,7 +51,7 @@ func TestExample(t *testing.T) {
 
 	text := read(t, example)
 	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 37 {
+	if len(defaults) != 38 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
 	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})

@@ -5,7 +5,9 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"os"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -130,7 +132,7 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		}
 		_, profile := qlink.Standard()
 		c := kme.LinkConfig{
-			ID: lc.ID, TTL: l.TTL, PoolTTL: l.PoolTTL, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler, AuthFile: lc.AuthFile,
+			ID: lc.ID, TTL: l.TTL, PoolTTL: l.PoolTTL, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler, Secret: n.linkSecret(lc),
 		}
 		switch n.self {
 		case l.Alice:
@@ -149,6 +151,21 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		return c, nil
 	}
 	return kme.LinkConfig{}, fmt.Errorf("link %s is not among the links of %s", lc.ID, n.network())
+}
+
+// linkSecret is how the secret of a link is read: from its file, or from the token. Either
+// way only when the link needs it.
+func (n *node) linkSecret(lc LinkConfig) func(context.Context) ([]byte, error) {
+	if !lc.AuthInHSM {
+		return func(context.Context) ([]byte, error) { return os.ReadFile(lc.AuthFile) }
+	}
+	return func(ctx context.Context) ([]byte, error) {
+		secret, err := n.token.AuthSecret(ctx, lc.ID)
+		if errors.Is(err, hsm.ErrNoAuthSecret) {
+			err = fmt.Errorf("%w: kmed hsm auth-secret makes one, or imports that of the other end", err)
+		}
+		return secret, err
+	}
 }
 
 // reload reads the policies anew. What a node builds on when it starts can only be

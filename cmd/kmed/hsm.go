@@ -51,9 +51,10 @@ type hsmSelftest struct {
 }
 
 type hsmAuthSecret struct {
-	Make   authSecretMake   `cmd:"" help:"Make one, keep it in the token, and write it to a file for the other end."`
-	Import authSecretImport `cmd:"" help:"Keep in the token what the other end has made."`
-	Show   authSecretShow   `cmd:"" help:"Show the check value, by which both ends see that they have the same."`
+	Make    authSecretMake    `cmd:"" help:"Make one, keep it in the token, and write it to a file for the other end."`
+	Import  authSecretImport  `cmd:"" help:"Keep in the token what the other end has made."`
+	Show    authSecretShow    `cmd:"" help:"Show the check value, by which both ends see that they have the same."`
+	Destroy authSecretDestroy `cmd:"" help:"Destroy it in the token: before another one is made, or when it is not needed any more."`
 }
 
 type authSecretMake struct {
@@ -69,6 +70,11 @@ type authSecretImport struct {
 }
 
 type authSecretShow struct {
+	tokenFlags
+	Link string `required:"" help:"ID of the link, as in network.yaml."`
+}
+
+type authSecretDestroy struct {
 	tokenFlags
 	Link string `required:"" help:"ID of the link, as in network.yaml."`
 }
@@ -296,5 +302,19 @@ func (c authSecretShow) Run(ctx context.Context, stdout io.Writer, log *slog.Log
 	}
 	defer clear(secret)
 	fmt.Fprintf(stdout, "link %s, check value %s\n", c.Link, hsm.AuthSecretCheck(secret))
+	return nil
+}
+
+// Run destroys the secret.
+func (c authSecretDestroy) Run(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
+	token, err := c.open(ctx, log)
+	if err != nil {
+		return err
+	}
+	defer token.Close()
+	if err := token.DestroyAuthSecret(ctx, c.Link); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "the token has no authentication secret for link %s any more.\n", c.Link)
 	return nil
 }

@@ -34,7 +34,7 @@ type LinkConfig struct {
 	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
 	Dial       func(context.Context) (*peer.Stream, error) // Alice's end only: the classical channel
 	Box        func(context.Context) (*qlink.Box, error)   // this end of the quantum channel
-	AuthFile   string                                      // secret that both sites share, to begin the reserve of pads with
+	Secret     func(context.Context) ([]byte, error)       // that both sites share, to begin the reserve of pads with; whoever asks for it wipes it
 	Random     io.Reader                                   // seeds and public choices: crypto/rand XOR the HSM
 }
 

@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
@@ -69,7 +68,7 @@ func (r *reserve) find(ctx context.Context, name distill.PadName) (distill.Pad, 
 		if err != nil {
 			return distill.Pad{}, err
 		}
-		return r.expand(name)
+		return r.expand(ctx, name)
 	}
 	p, err := r.l.k.Store.Pad(ctx, r.l.ID, store.PadName(name))
 	if err == nil {
@@ -125,18 +124,18 @@ func (r *reserve) fresh(ctx context.Context) (distill.Pad, error) {
 	if name.Compare(padName(at.Spent)) <= 0 || name.Index >= 1<<16 {
 		return distill.Pad{}, fmt.Errorf("the reserve of session %d is used up: another session begins anew", r.session)
 	}
-	return r.expand(name)
+	return r.expand(ctx, name)
 }
 
 // expand makes a pad from the secret that both sites share.
-func (r *reserve) expand(name distill.PadName) (distill.Pad, error) {
-	secret, err := os.ReadFile(r.l.AuthFile)
+func (r *reserve) expand(ctx context.Context, name distill.PadName) (distill.Pad, error) {
+	secret, err := r.l.Secret(ctx)
 	if err != nil {
 		return distill.Pad{}, fmt.Errorf("reading the secret that both sites share: %w", err)
 	}
 	defer clear(secret)
 	if len(secret) < minAuthSecret {
-		return distill.Pad{}, fmt.Errorf("the secret that both sites share, %s, has %d bytes: at least %d", r.l.AuthFile, len(secret), minAuthSecret)
+		return distill.Pad{}, fmt.Errorf("the secret that both sites share has %d bytes: at least %d", len(secret), minAuthSecret)
 	}
 	bits, err := hkdf.Key(sha256.New, secret, nil, fmt.Sprintf("kme/pad/1 %s %s", r.l.ID, name), distill.PadBytes)
 	if err != nil {

@@ -5,8 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -52,11 +50,8 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(tokenDir(t))
 	run(t, k)
-	secret := filepath.Join(t.TempDir(), "auth")
-	if err := os.WriteFile(secret, make([]byte, minAuthSecret), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	rows, err := pgx.Connect(t.Context(), cluster.DSN(pgdev.Superuser, s.name)+" search_path=kme")
+	secret := func(context.Context) ([]byte, error) { return make([]byte, minAuthSecret), nil }
+	rows, err := pgx.Connect(t.Context(), s.cluster.DSN(pgdev.Superuser, s.name)+" search_path=kme")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +68,7 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 				t.Fatal(err)
 			}
 			return &padEnd{
-				link: &link{LinkConfig: LinkConfig{ID: id, Peer: peer, End: end, Provenance: key.Simulated, AuthFile: secret}, k: k},
+				link: &link{LinkConfig: LinkConfig{ID: id, Peer: peer, End: end, Provenance: key.Simulated, Secret: secret}, k: k},
 				used: make(map[[distill.PadBytes]byte]string),
 			}
 		}

@@ -98,7 +98,7 @@ links:
   - id: {{.Link}}
     socket: {{.Sockets}}/{{.End}}.sock
     secret_file: ../../qlink/{{.End}}.secret
-    auth_file: ../../qlink/auth.secret
+    {{if eq .End "bob"}}auth_in_hsm: true{{else}}auth_file: ../../qlink/link.secret{{end}}
     interval: {{.Interval}}{{if .Filler}}
     filler: {{.Filler}}{{end}}
 epoch: {{.Epoch}}

@@ -11,6 +11,7 @@ package lab
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -27,6 +28,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/qlink"
 )
 
@@ -140,6 +142,9 @@ func (l *Lab) up(ctx context.Context) error {
 	if err := l.saveState(); err != nil {
 		return err
 	}
+	if err := l.prepareLinkSecret(); err != nil {
+		return err
+	}
 	if l.Proxy {
 		if err := l.startProxies(); err != nil {
 			return err
@@ -237,6 +242,23 @@ func (l *Lab) Fibre(ctx context.Context, command string) (string, error) {
 	return qlink.Command(ctx, l.ControlSocket(), command)
 }
 
+// linkSecretFile has the secret that both ends of the link share.
+func (l *Lab) linkSecretFile() string { return l.path("qlink", "link.secret") }
+
+// prepareLinkSecret makes the secret that both ends of the link share. KM1 reads it from
+// the file; KM2 has it in its token.
+func (l *Lab) prepareLinkSecret() error {
+	if _, err := os.Stat(l.linkSecretFile()); err == nil {
+		return nil
+	}
+	if err := os.MkdirAll(l.path("qlink"), 0o700); err != nil {
+		return err
+	}
+	secret := make([]byte, hsm.AuthSecretBytes)
+	_, _ = rand.Read(secret) // never fails: it ends the process instead
+	return os.WriteFile(l.linkSecretFile(), secret, 0o600)
+}
+
 // ControlSocket is where the quantum channel takes commands.
 func (l *Lab) ControlSocket() string { return filepath.Join(l.sockets(), "control.sock") }
 
@@ -251,7 +273,7 @@ func (l *Lab) startFibre(ctx context.Context) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	for _, name := range []string{"alice", "bob", "auth"} { // of either end, and what the KMEs share
+	for _, name := range []string{"alice", "bob"} { // of either end
 		if err := secretFile(filepath.Join(dir, name+".secret")); err != nil {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -168,7 +169,31 @@ func (s *Site) prepareToken() error {
 	if err := os.WriteFile(s.path("hsm", "so-pin"), []byte(soPIN+"\n"), 0o600); err != nil {
 		return err
 	}
-	return os.WriteFile(pin, []byte(userPIN+"\n"), 0o600) // last: it says that the token is whole
+	if err := os.WriteFile(pin+".new", []byte(userPIN+"\n"), 0o600); err != nil {
+		return err
+	}
+	if s.End == handover.Bob {
+		if err := s.keepLinkSecret(pin + ".new"); err != nil {
+			return err
+		}
+	}
+	return os.Rename(pin+".new", pin) // last: it says that the token is whole
+}
+
+// keepLinkSecret has the site's token keep the secret of the link, as kmed hsm
+// auth-secret import does.
+func (s *Site) keepLinkSecret(pinFile string) error {
+	secret, err := os.ReadFile(s.lab.linkSecretFile())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	token, err := hsm.Open(ctx, hsm.Config{Module: softHSM, TokenLabel: s.Name, PINFile: pinFile})
+	if err != nil {
+		return err
+	}
+	return errors.Join(token.SetAuthSecret(ctx, linkID, secret), token.Close())
 }
 
 // TokenDir is where the site's tokens lie.
