@@ -115,13 +115,19 @@ func run(t *testing.T, name string, args ...string) string {
 // is at most 2.0 of 10.
 func TestUnits(t *testing.T) {
 	t.Parallel()
-	for _, unit := range []string{"systemd/kmed.service", "systemd/kme-ca@.service"} {
+	for _, unit := range []string{"systemd/kmed.service", "systemd/kmed-sequencer.service", "systemd/kme-ca@.service"} {
 		run(t, "systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit)
 	}
 	unit := read(t, "systemd/kmed.service")
 	for _, line := range []string{"Type=notify", "WatchdogSec=", "LoadCredential=hsm.pin:", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
 		if !strings.Contains(unit, "\n"+line) {
 			t.Errorf("kmed.service has no %s", line)
+		}
+	}
+	sequencer := read(t, "systemd/kmed-sequencer.service")
+	for _, line := range []string{"User=kme-seq", "LoadCredential=hsm.pin:", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
+		if !strings.Contains(sequencer, "\n"+line) {
+			t.Errorf("kmed-sequencer.service has no %s", line)
 		}
 	}
 }
@@ -147,7 +153,7 @@ func TestPackage(t *testing.T) {
 	run(t, "dpkg-deb", "-R", debs[0], root)
 	for _, file := range []string{
 		"usr/share/kme/kmed.yaml", "usr/share/kme/openapi.json", "usr/share/kme/policies/default.cedar", "usr/share/kme/policies/schema.cedarschema",
-		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md",
+		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md", "usr/share/kme/AUDIT.md",
 		"usr/share/doc/kme/copyright", "usr/lib/sysusers.d/kme.conf", "usr/lib/tmpfiles.d/kme.conf",
 	} {
 		if info, err := os.Stat(filepath.Join(root, file)); err != nil || info.Size() == 0 || info.Mode().Perm() != 0o644 && file != "usr/share/kme/clients/kme.py" {
@@ -161,9 +167,9 @@ func TestPackage(t *testing.T) {
 	if out := run(t, filepath.Join(root, "usr/bin/kmed"), "config", "print-default"); out != KmedYAML {
 		t.Errorf("kmed of the package prints another configuration than deploy/kmed.yaml: make build?")
 	}
-	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kme-ca@sae.service").CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kmed-sequencer.service", "kme-ca@sae.service").CombinedOutput()
 	for _, line := range strings.Split(string(out), "\n") {
-		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kme-ca@")) && !strings.Contains(line, "/bin/kill") { // which is not ours
+		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kmed-sequencer") || strings.Contains(line, "kme-ca@")) && !strings.Contains(line, "/bin/kill") { // which is not ours
 			t.Errorf("systemd-analyze verify: %s (%v)", line, err)
 		}
 	}

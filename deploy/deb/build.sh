@@ -13,7 +13,7 @@ umask 022
 for program in kmed kmectl kme-ca qlink; do
 	install -D -m 755 "$bin/$program" "$root/usr/bin/$program"
 done
-for unit in kmed.service kme-ca@.service; do
+for unit in kmed.service kmed-sequencer.service kme-ca@.service; do
 	install -D -m 644 "deploy/systemd/$unit" "$root/lib/systemd/system/$unit"
 done
 install -D -m 644 deploy/systemd/sysusers.conf "$root/usr/lib/sysusers.d/kme.conf"
@@ -23,7 +23,7 @@ share=$root/usr/share/kme
 mkdir -p "$share/policies"
 cp -R deploy/alerts deploy/dashboards deploy/runbooks deploy/clients deploy/patroni "$share/"
 find "$share" -name __pycache__ -prune -exec rm -rf {} +
-cp deploy/DEGRADED.md deploy/RECOVERY.md deploy/THREATMODEL.md deploy/kmed.yaml internal/etsi014/openapi.json "$share/"
+cp deploy/AUDIT.md deploy/DEGRADED.md deploy/RECOVERY.md deploy/THREATMODEL.md deploy/kmed.yaml internal/etsi014/openapi.json "$share/"
 cp policies/*.yaml policies/*.cedar policies/*.cedarschema policies/README.md "$share/policies/"
 doc=$root/usr/share/doc/kme
 install -D -m 644 README.md "$doc/README.md"
