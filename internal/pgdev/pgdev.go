@@ -31,8 +31,8 @@ import (
 // Superuser is the name of the role that initdb makes.
 const Superuser = "postgres"
 
-// fresh ends the data folder's name until initdb has finished it.
-const fresh = ".new"
+// lockName is the file in a cluster's folder that its owner holds locked.
+const lockName = "lock"
 
 // Config says where the cluster lies.
 type Config struct {
@@ -41,6 +41,12 @@ type Config struct {
 	// directory if the server's user cannot reach Dir or if the path would be too
 	// long for a unix socket.
 	Dir string
+
+	// Template, if set, is the Dir of another cluster, which has been stopped. A new
+	// cluster begins as a copy of it, with its roles and databases, which takes a
+	// small part of what initdb does. It has the system identifier of its template.
+	Template string
+
 	Log *slog.Logger // nil discards
 }
 
@@ -53,23 +59,23 @@ type Cluster struct {
 	exited    chan struct{} // closed when the postmaster has been waited for
 }
 
-// Start starts the cluster in cfg.Dir, after initdb if it is new, and returns when
-// it takes connections. What a killed owner left running or locked is cleaned up
-// first; a cluster that a living process owns is an error.
+// Start starts the cluster in cfg.Dir, after initdb or a copy of the template if it is
+// new, and returns when it takes connections. What a killed owner left running or
+// locked is cleaned up first; a cluster that a living process owns is an error.
 func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 	c := &Cluster{log: cfg.Log}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
-	if err := c.start(ctx, cfg.Dir); err != nil {
+	if err := c.start(ctx, cfg); err != nil {
 		return nil, errors.Join(fmt.Errorf("starting postgres in %s: %w", cfg.Dir, err), c.release())
 	}
 	return c, nil
 }
 
-func (c *Cluster) start(ctx context.Context, dir string) (err error) {
+func (c *Cluster) start(ctx context.Context, cfg Config) (err error) {
 	began := time.Now()
-	if c.dir, err = filepath.Abs(dir); err != nil {
+	if c.dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return err
 	}
 	bin, err := binaries(ctx)
@@ -89,7 +95,7 @@ func (c *Cluster) start(ctx context.Context, dir string) (err error) {
 	if err := clearAway(ctx, c.data()); err != nil {
 		return err
 	}
-	if err := c.initdb(ctx, bin, cred); err != nil {
+	if err := c.populate(ctx, cfg.Template, bin, cred); err != nil {
 		return err
 	}
 	if err := c.launch(bin, cred); err != nil {
@@ -112,7 +118,7 @@ func (c *Cluster) own(cred *syscall.Credential) error {
 			return err
 		}
 	}
-	f, err := os.OpenFile(filepath.Join(c.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(c.dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return err
 	}
@@ -135,26 +141,6 @@ func (c *Cluster) release() error {
 func (c *Cluster) data() string    { return filepath.Join(c.home, "data") }
 func (c *Cluster) run() string     { return filepath.Join(c.home, "run") }
 func (c *Cluster) logFile() string { return filepath.Join(c.home, "postgres.log") }
-
-// initdb makes the data folder under another name and moves it into place, so
-// that a folder of the right name is always whole.
-func (c *Cluster) initdb(ctx context.Context, bin string, cred *syscall.Credential) error {
-	if _, err := os.Stat(c.data()); err == nil || !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	dir := c.data() + fresh
-	if err := os.RemoveAll(dir); err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "initdb"), "-D", dir, "-U", Superuser, "-A", "trust",
-		"--locale=C", "-E", "UTF8", "--data-checksums", "--no-sync", "--no-instructions")
-	cmd.Dir, cmd.Env = c.home, environment()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("initdb: %w: %s", err, tail(out))
-	}
-	return os.Rename(dir, c.data())
-}
 
 // launch starts the postmaster as a child that dies with this process. The signal
 // of a parent's death comes when the thread that forked ends, so one goroutine
@@ -191,21 +177,23 @@ func (c *Cluster) launch(bin string, cred *syscall.Credential) error {
 	return nil
 }
 
-// ready waits until the server takes connections.
+// ready waits until the server takes connections, which it says in its lock file: to
+// try would cost it more than the waiting.
 func (c *Cluster) ready(ctx context.Context) error {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		conn, err := pgx.Connect(ctx, c.DSN(Superuser, "postgres"))
-		if err == nil {
-			return conn.Close(ctx)
+		const status = 7 // its line, as pg_ctl reads it
+		text, err := os.ReadFile(filepath.Join(c.data(), pidName))
+		if lines := strings.Split(string(text), "\n"); len(lines) > status && strings.TrimSpace(lines[status]) == "ready" {
+			return nil
 		}
 		select {
 		case <-c.exited:
 			out, _ := os.ReadFile(c.logFile())
 			return fmt.Errorf("postgres ended at once: %s", tail(out))
 		case <-ctx.Done():
-			return fmt.Errorf("postgres does not answer: %w (last: %w)", ctx.Err(), err)
+			return fmt.Errorf("postgres is not ready: %w (%q, %v)", ctx.Err(), text, err)
 		case <-tick.C:
 		}
 	}

@@ -37,10 +37,15 @@ func TestMain(m *testing.M) {
 // start starts a cluster in dir that ends with the test.
 func start(t *testing.T, dir string) *Cluster {
 	t.Helper()
+	return startAs(t, Config{Dir: dir})
+}
+
+func startAs(t *testing.T, cfg Config) *Cluster {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	began := time.Now()
-	c, err := Start(ctx, Config{Dir: dir})
+	c, err := Start(ctx, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,6 +162,53 @@ func TestLongPathFallsBack(t *testing.T) {
 	}
 	if !isLink(filepath.Join(dir, "cluster")) {
 		t.Error("the cluster's folder is not linked from Dir")
+	}
+}
+
+// TestTemplate: clusters begin as copies of one that was stopped, each for itself, and
+// are as safe as it: none is made of one that runs or was killed.
+func TestTemplate(t *testing.T) {
+	dir := t.TempDir()
+	c := start(t, dir)
+	do(t, c, "CREATE ROLE somebody")
+	do(t, c, "CREATE TABLE copied AS SELECT 'yes' AS v")
+	refused := func(why string) {
+		t.Helper()
+		_, err := Start(t.Context(), Config{Dir: t.TempDir(), Template: dir})
+		if err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("a copy was answered %v, want %q", err, why)
+		}
+	}
+	refused("a process runs it")
+	if err := c.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	refused("not stopped in good order")
+	c = start(t, dir)
+	if err := c.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+
+	own := t.TempDir()
+	one, two := startAs(t, Config{Dir: own, Template: dir}), startAs(t, Config{Dir: t.TempDir(), Template: dir})
+	do(t, one, "UPDATE copied SET v = 'changed'")
+	for _, c := range []*Cluster{one, two} {
+		if got := ask(t, c, "SELECT rolname FROM pg_roles WHERE rolname = 'somebody'"); got != "somebody" {
+			t.Errorf("the role is %q", got)
+		}
+		if got := ask(t, c, "SELECT current_setting('data_checksums')"); got != "on" {
+			t.Errorf("data_checksums is %q", got)
+		}
+	}
+	if got := ask(t, two, "SELECT v FROM copied"); got != "yes" {
+		t.Errorf("a copy holds %q after a change in another", got)
+	}
+	if err := one.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	one = startAs(t, Config{Dir: own, Template: dir})
+	if got := ask(t, one, "SELECT v FROM copied"); got != "changed" {
+		t.Errorf("after Kill and Start a copy holds %q: it was copied again, or has lost a commit", got)
 	}
 }
 

@@ -13,15 +13,19 @@ import (
 	"time"
 )
 
+// pidName is the file in the data folder that a server has while it runs, and keeps if
+// it is killed.
+const pidName = "postmaster.pid"
+
 // killWait bounds the wait for processes that were sent SIGKILL.
-const killWait = 10 * time.Second
+const killWait = time.Minute
 
 // clearAway ends what a killed owner left running in the data folder, and removes
 // the lock files, which the server would believe if another process had been
 // given the same number since. The caller holds the cluster's lock, so whatever
 // runs there has no owner.
 func clearAway(ctx context.Context, data string) error {
-	pidFile := filepath.Join(data, "postmaster.pid")
+	pidFile := filepath.Join(data, pidName)
 	text, err := os.ReadFile(pidFile)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
