@@ -2,16 +2,19 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/qutemail/kme/internal/lab/binaries"
+	"github.com/qutemail/kme/internal/lab/freeport"
 )
 
 func TestMain(m *testing.M) {
@@ -46,12 +49,20 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: waitfor HOST:PORT")
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ts.Defer(cancel)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
 	for {
-		if conn, err := new(net.Dialer).DialContext(ctx, "tcp", args[0]); err == nil {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", args[0])
+		if err == nil {
 			conn.Close()
 			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			ts.Fatalf("nothing listens at %s: %v", args[0], err)
 		}
 	}
 }
@@ -65,11 +76,8 @@ func readEnv(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
+	port, err := freeport.Find()
+	return fmt.Sprintf("127.0.0.1:%d", port), err
 }
 
 // stepDir is the folder of the stock step CLI.

@@ -27,6 +27,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/lab/freeport"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/policies"
@@ -57,6 +58,7 @@ func TestScripts(t *testing.T) {
 			"waitfor":     waitFor,
 			"sigterm":     sigTerm,
 			"folded":      folded,
+			"suspended":   suspended,
 			"file":        file,
 		},
 	})
@@ -106,11 +108,8 @@ func setup(env *testscript.Env) error {
 }
 
 func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
+	port, err := freeport.Find()
+	return fmt.Sprintf("127.0.0.1:%d", port), err
 }
 
 // writeCertificate writes a certificate that signs itself, with its key.
@@ -258,6 +257,8 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
 	for _, address := range args {
 		for {
 			conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
@@ -265,7 +266,9 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 				ts.Check(conn.Close())
 				break
 			}
-			if ctx.Err() != nil {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
 				ts.Fatalf("nothing listens at %s: %v", address, err)
 			}
 		}
@@ -287,24 +290,37 @@ func folded(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 0 {
 		ts.Fatalf("usage: folded")
 	}
+	inDatabase(ts, `SELECT count(*) > 0 AND count(*) = coalesce((SELECT c.size FROM kme.audit_log l JOIN kme.audit_checkpoint c USING (origin, size)), 0)
+		FROM kme.audit`)
+}
+
+// suspended: wait until the site is.
+func suspended(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: suspended")
+	}
+	inDatabase(ts, "SELECT suspended IS NOT NULL FROM kme.settings")
+}
+
+// inDatabase waits until a query is answered with true.
+func inDatabase(ts *testscript.TestScript, query string) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, ts.Getenv("OWNER"))
 	ts.Check(err)
-	defer conn.Close(ctx)
+	defer conn.Close(context.WithoutCancel(ctx))
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		var events, leaves int64
-		err := conn.QueryRow(ctx, `SELECT (SELECT count(*) FROM kme.audit),
-			coalesce((SELECT c.size FROM kme.audit_log l JOIN kme.audit_checkpoint c USING (origin, size)), 0)`).Scan(&events, &leaves)
-		if err == nil && events > 0 && leaves == events {
+		var holds bool
+		if err := conn.QueryRow(ctx, query).Scan(&holds); err == nil && holds {
 			return
+		} else if ctx.Err() != nil {
+			ts.Fatalf("not within a minute: %s: %v", query, err)
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			ts.Fatalf("%d of %d events are in the tree: %v", leaves, events, err)
 		}
 	}
 }

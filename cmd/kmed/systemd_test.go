@@ -26,7 +26,7 @@ func TestSystemd(t *testing.T) {
 	defer heard.Close()
 	hear := func() string {
 		b := make([]byte, 100)
-		if err := heard.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		if err := heard.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		n, err := heard.Read(b)

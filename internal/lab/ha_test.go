@@ -30,6 +30,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/qutemail/kme/internal/lab/freeport"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -432,7 +433,7 @@ func must(t testing.TB, err error) {
 // freePorts finds ports that nobody listens on.
 func freePorts(t testing.TB, n int) (ports []string) {
 	for range n {
-		ln, err := listenAnywhere()
+		ln, err := freeport.Listen()
 		must(t, err)
 		t.Cleanup(func() { ln.Close() })
 		_, port, _ := net.SplitHostPort(ln.Addr().String())

@@ -47,6 +47,7 @@ var rings = map[string]int{
 	"internal/lab": 4,
 
 	"internal/lab/binaries": 0, // for tests
+	"internal/lab/freeport": 0,
 	"deploy":                0, // files
 	"hsm/hsmtest":           0, // likewise
 
@@ -62,6 +63,8 @@ var only = map[string][]string{
 	"pki/authority":  {"cmd/kme-ca", "internal/lab"},
 	"internal/pgdev": {"internal/lab"},
 	"internal/lab":   {"cmd/kmelab"},
+
+	"internal/lab/freeport": {"internal/lab"},
 
 	"internal/lab/binaries": {}, // only tests
 	"hsm/hsmtest":           {},

@@ -1,12 +1,9 @@
 package lab
 
 import (
-	"errors"
-	"fmt"
-	"net"
 	"slices"
-	"sync"
-	"sync/atomic"
+
+	"github.com/qutemail/kme/internal/lab/freeport"
 )
 
 // Ports are the TCP ports of a lab, all on localhost.
@@ -33,13 +30,9 @@ func ReadmePorts(nodes int) Ports {
 func FreePorts(nodes int) (Ports, error) {
 	ports := make([]int, 6+8*nodes)
 	for i := range ports {
-		ln, err := listenAnywhere()
-		if err != nil {
+		var err error
+		if ports[i], err = freeport.Find(); err != nil {
 			return Ports{}, err
-		}
-		ports[i] = ln.Addr().(*net.TCPAddr).Port
-		if err := ln.Close(); err != nil {
-			return Ports{}, fmt.Errorf("finding a free port: %w", err)
 		}
 	}
 	p := Ports{
@@ -50,44 +43,6 @@ func FreePorts(nodes int) (Ports, error) {
 		p.KM1, p.KM2 = append(p.KM1, [4]int(doors[:4])), append(p.KM2, [4]int(doors[4:]))
 	}
 	return p, nil
-}
-
-// portRange is a part of the machine's ports that this process has for itself among all
-// that look for free ones: a port is looked for long before its owner listens on it, and
-// again whenever that starts anew. All lie below those that the kernel gives to outgoing
-// connections, one of which might take it meanwhile.
-type portRange struct {
-	first int
-	taken atomic.Int64 // ports that were given out, again from the first on when all were
-	mark  net.Listener // while it is open the range is this process's: the kernel ends it with the process
-}
-
-const rangePorts = 1000
-
-var reserved = sync.OnceValues(func() (*portRange, error) {
-	const first, last = 12_000, 32_000
-	for at := first; at < last; at += rangePorts {
-		if mark, err := net.Listen("unix", fmt.Sprintf("@kme-lab-ports-%d", at)); err == nil {
-			return &portRange{first: at, mark: mark}, nil
-		}
-	}
-	return nil, errors.New("finding free ports: too many processes look for them")
-})
-
-// listenAnywhere takes the next port of this process's range that nobody listens on.
-func listenAnywhere() (net.Listener, error) {
-	r, err := reserved()
-	if err != nil {
-		return nil, err
-	}
-	for range rangePorts {
-		var ln net.Listener
-		port := r.first + int((r.taken.Add(1)-1)%rangePorts)
-		if ln, err = net.Listen("tcp", fmt.Sprintf("localhost:%d", port)); err == nil {
-			return ln, nil
-		}
-	}
-	return nil, fmt.Errorf("finding a free port: %w", err)
 }
 
 // shipped are those that a shipped file may name: there each KME has one node.

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/qutemail/kme/internal/lab/freeport"
 	"github.com/qutemail/kme/pki"
 	"github.com/qutemail/kme/policies"
 )
@@ -61,7 +62,7 @@ func (l *Lab) startProxies() error {
 		p := &Proxy{node: n, from: from, changed: make(chan struct{}), open: make(map[net.Conn]bool)}
 		for i := range p.doors {
 			var err error
-			if p.doors[i], err = listenAnywhere(); err != nil {
+			if p.doors[i], err = freeport.Listen(); err != nil {
 				return err
 			}
 		}
