@@ -281,9 +281,9 @@ func TestSelfTestGuardsOpen(t *testing.T) {
 // until waits for what another goroutine or thread is about to do.
 func until(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !is(); runtime.Gosched() {
+	for deadline := time.Now().Add(time.Minute); !is(); runtime.Gosched() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 	}
 }
@@ -340,12 +340,9 @@ func TestStuckModule(t *testing.T) {
 		t.Cleanup(cancel)
 		return ctx
 	}
-	for range 2 {
+	for token.stuck.Load() < 2 { // one that is over before it begins is none
 		_, err := k.Unwrap(short(), s.iv, s.ct, s.aad)
 		wantErr(t, "Unwrap", err, ErrUnavailable)
-	}
-	if n := token.stuck.Load(); n != 2 {
-		t.Errorf("%d calls are stuck, want 2", n)
 	}
 	_, err := token.NewKEK(t.Context(), "epoch-2") // it would keep all others out while it waits
 	wantErr(t, "NewKEK", err, ErrUnavailable)

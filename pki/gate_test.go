@@ -385,7 +385,7 @@ func (d *door) until(what string, is func() bool) {
 	d.t.Helper()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	for range 20_000 {
+	for range 60_000 {
 		if is() {
 			return
 		}
@@ -440,6 +440,7 @@ func TestLimits(t *testing.T) {
 		c.Close()
 	}
 	d.until("their places are free", func() bool { return d.gate.Shaking() == 0 })
+	d.until("all are counted", func() bool { return d.refusals.Refused() == 5 }) // these three, and the two that were not heard
 	d.reasons()
 
 	alice := d.alice()

@@ -198,16 +198,22 @@ func TestRotation(t *testing.T) {
 	k := s.withToken(dir, func(c *Config) { c.MaxWraps = 60 })
 	stop := run(t, k)
 	began := key.EpochAt(s.now(), time.Hour)
-	over, cancel := context.WithTimeout(t.Context(), seconds*time.Second)
+	over, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	var served atomic.Int64
 	var all sync.WaitGroup
-	all.Go(func() { // sixty minutes a second
-		until(over, time.Second/60, func() { s.step(time.Minute) })
+	all.Go(func() { // sixty minutes a second, on a machine that has the time
+		minutes := 0
+		until(over, time.Second/60, func() {
+			s.step(time.Minute)
+			if minutes++; minutes >= seconds*60 && (served.Load() >= 100 || t.Failed()) {
+				cancel()
+			}
+		})
 	})
 	all.Go(func() {
 		until(over, time.Second/10, func() { k.expire(t.Context()) })
 	})
-	var served atomic.Int64
 	for range 4 {
 		all.Go(func() {
 			for over.Err() == nil {
@@ -258,7 +264,7 @@ func TestRotation(t *testing.T) {
 		}
 	}
 	epochs := int(ended - began)
-	if int(served.Load()) < 100 || epochs < seconds-1 || destroyed < epochs-2 || made <= epochs {
+	if epochs < seconds-1 || destroyed < epochs-2 || made <= epochs {
 		t.Errorf("%d keys in %d epochs, %d KEKs made and %d destroyed", served.Load(), epochs, made, destroyed)
 	}
 	t.Logf("%d keys in %d epochs, %d KEKs made and %d destroyed", served.Load(), epochs, made, destroyed)

@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -178,6 +179,22 @@ func newClientOf(t testing.TB, cfg *tls.Config, addresses ...string) *Client {
 func within(t testing.TB, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
+	return ctx
+}
+
+// untilSeen is the patience of a caller that leaves once its message has arrived.
+func untilSeen(t testing.TB, arrived func() bool) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		defer cancel()
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for ctx.Err() == nil && !arrived() {
+			<-tick.C
+		}
+	})
+	t.Cleanup(func() { cancel(); watching.Wait() })
 	return ctx
 }
 

@@ -35,7 +35,7 @@ func TestFlood(t *testing.T) {
 	var all sync.WaitGroup
 	for i := range maxAtOnce {
 		all.Go(func() {
-			if _, err := c.Announce(within(t, 30*time.Second), anAnnounce(int64(i+1))); err != nil {
+			if _, err := c.Announce(within(t, time.Minute), anAnnounce(int64(i+1))); err != nil {
 				t.Errorf("batch %d, which had a place: %v", i+1, err)
 			}
 		})
@@ -45,7 +45,7 @@ func TestFlood(t *testing.T) {
 	}
 	const beyond = 3
 	for range beyond {
-		err := c.Void(within(t, 5*time.Second), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms})
+		err := c.Void(within(t, time.Minute), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms})
 		wantFate(t, err, refused)
 		if r, _ := errors.AsType[*Refused](err); r == nil || r.Status != http.StatusTooManyRequests {
 			t.Errorf("beyond the places: %v, want 429", err)
@@ -60,12 +60,12 @@ func TestFlood(t *testing.T) {
 			t.Errorf("turned away for %v", r.Err)
 		}
 	}
-	if err := newClient(t, addr, ca.client(ca.issue(t, "kme", "km3"))).Void(within(t, 5*time.Second), handover.Void{Node: "c1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
+	if err := newClient(t, addr, ca.client(ca.issue(t, "kme", "km3"))).Void(within(t, time.Minute), handover.Void{Node: "c1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
 		t.Errorf("another peer: %v", err)
 	}
 	close(h.let)
 	all.Wait()
-	if err := c.Void(within(t, 5*time.Second), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
+	if err := c.Void(within(t, time.Minute), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
 		t.Errorf("when there are places again: %v", err)
 	}
 }

@@ -65,7 +65,7 @@ func TestStreamOverTLS(t *testing.T) {
 		who = from
 		echo(ctx, from, s)
 	})
-	s, err := DialClassical(within(t, 5*time.Second), []string{addr}, ca.client(ca.issue(t, "kme", "km1")))
+	s, err := DialClassical(within(t, time.Minute), []string{addr}, ca.client(ca.issue(t, "kme", "km1")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestStreamOfNobody(t *testing.T) {
 			},
 		})
 	}()
-	s, err := DialClassical(within(t, 5*time.Second), []string{ln.Addr().String()}, ca.client(ca.issue(t, "kme", "km1")))
+	s, err := DialClassical(within(t, time.Minute), []string{ln.Addr().String()}, ca.client(ca.issue(t, "kme", "km1")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestClassicalRefuses(t *testing.T) {
 	})
 	// expectEnd dials, and reads until the door has closed.
 	expectEnd := func(name string, cfg *tls.Config) {
-		s, err := DialClassical(within(t, 5*time.Second), []string{addr}, cfg)
+		s, err := DialClassical(within(t, time.Minute), []string{addr}, cfg)
 		if err != nil {
 			return
 		}
@@ -197,7 +197,7 @@ func TestClassicalConfigMadeAnew(t *testing.T) {
 	inner := ca.server(ca.issue(t, "kme", "km2"))
 	cfg := &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return inner, nil }}
 	addr, _, _ := classical(t, cfg, echo)
-	s, err := DialClassical(within(t, 5*time.Second), []string{addr}, ca.client(ca.issue(t, "kme", "km1")))
+	s, err := DialClassical(within(t, time.Minute), []string{addr}, ca.client(ca.issue(t, "kme", "km1")))
 	if err != nil {
 		t.Fatal(err)
 	}

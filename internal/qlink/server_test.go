@@ -334,7 +334,7 @@ func TestKMEsRestart(t *testing.T) {
 // waitStatus asks until the status says want.
 func waitStatus(t *testing.T, c *channel, want string) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(c.tell(t, "status"), want); {
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(c.tell(t, "status"), want); {
 		if time.Now().After(deadline) {
 			t.Fatalf("status never said %q", want)
 		}

@@ -81,7 +81,7 @@ func TestNoStandby(t *testing.T) {
 	first := s.awaitStandbyWait(0)
 	began := time.Now()
 	s.await("the node to say so", func() bool { return db.Healthy() != nil })
-	if waited := time.Since(began); waited > hangTime+time.Second {
+	if waited := time.Since(began); waited > 3*hangTime {
 		t.Errorf("it said so after %v", waited)
 	}
 	if err := db.Record(t.Context(), audit.Event{}); !errors.Is(err, ErrUnavailable) {
@@ -176,7 +176,7 @@ func TestManyHosts(t *testing.T) {
 	if err := db.Record(t.Context(), audit.Event{Action: audit.Status, Outcome: audit.Done}); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); took > 4*hostTime {
+	if took := time.Since(began); took > 10*hostTime {
 		t.Errorf("it took %v to find the host that answers", took)
 	}
 }
