@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -10,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/hex"
 	"errors"
 	"math/big"
 	"strings"
@@ -200,11 +202,21 @@ func TestJudge(t *testing.T) {
 		// The role extension: right, if it is there; testRequirements do not ask for it.
 		{"role", "", with(func(r *recipe) { r.edit = says(RoleExtension(RoleSAE)) }), "sae/alice by sae-uri"},
 		{"another role", "", with(func(r *recipe) { r.edit = says(RoleExtension(RoleKME)) }), BadRole},
-		{"role and more", "", with(func(r *recipe) {
-			r.edit = says(pkix.Extension{Id: oidRole, Value: append(RoleExtension(RoleSAE).Value, 0)})
+		{"role and more", "", with(func(r *recipe) { r.edit = saysDER(append(RoleExtension(RoleSAE).Value, 0)) }), BadRole},
+		{"two roles", "", with(func(r *recipe) {
+			r.edit = saysDER(attributes(t, directoryAttribute{oidRole, roles(RoleSAE, RoleOperator)}))
 		}), BadRole},
-		{"role as another string", "", with(func(r *recipe) { r.edit = says(pkix.Extension{Id: oidRole, Value: []byte("\x13\x03sae")}) }), BadRole},
-		{"empty role", "", with(func(r *recipe) { r.edit = says(pkix.Extension{Id: oidRole}) }), BadRole},
+		{"two role attributes", "", with(func(r *recipe) {
+			r.edit = saysDER(attributes(t, directoryAttribute{oidRole, roles(RoleSAE)}, directoryAttribute{oidRole, roles(RoleSAE)}))
+		}), BadRole},
+		{"role of no syntax", "", with(func(r *recipe) {
+			r.edit = saysDER(attributes(t, directoryAttribute{oidRole, []asn1.RawValue{{FullBytes: []byte("\x0c\x03sae")}}}))
+		}), BadRole},
+		{"role and a birthplace", "", with(func(r *recipe) {
+			r.edit = saysDER(attributes(t, directoryAttribute{oidO, roles(RoleKME)}, directoryAttribute{oidRole, roles(RoleSAE)}))
+		}), "sae/alice by sae-uri"},
+		{"no role attribute", "", with(func(r *recipe) { r.edit = saysDER(attributes(t, directoryAttribute{oidO, roles(RoleKME)})) }), "sae/alice by sae-uri"},
+		{"no attributes", "", with(func(r *recipe) { r.edit = saysDER(nil) }), BadRole},
 
 		// Rules.
 		{"no names", "", recipe{subject: cn("alice")}, NoRule},
@@ -322,6 +334,33 @@ func TestJudge(t *testing.T) {
 }
 
 // says gives a certificate an extension.
+// directoryAttribute is one of the subjectDirectoryAttributes.
+type directoryAttribute struct {
+	Type   asn1.ObjectIdentifier
+	Values []asn1.RawValue `asn1:"set"`
+}
+
+func attributes(t *testing.T, list ...directoryAttribute) []byte {
+	t.Helper()
+	der, err := asn1.Marshal(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// roles are values of the attribute role.
+func roles(rs ...Role) (values []asn1.RawValue) {
+	for _, r := range rs {
+		values = append(values, asn1.RawValue{FullBytes: roleSyntax(r)})
+	}
+	return values
+}
+
+func saysDER(value []byte) func(*x509.Certificate) {
+	return says(pkix.Extension{Id: oidSubjectDirectoryAttributes, Value: value})
+}
+
 func says(x pkix.Extension) func(*x509.Certificate) {
 	return func(c *x509.Certificate) { c.ExtraExtensions = append(c.ExtraExtensions, x) }
 }
@@ -461,5 +500,17 @@ func TestGateway(t *testing.T) {
 	}
 	if c.Has(Viewer) || (Caller{}).Has(Viewer) {
 		t.Error("who is no operator has no duty")
+	}
+}
+
+// TestRoleExtension: the bytes that our CAs write are those of the standards' syntax.
+func TestRoleExtension(t *testing.T) {
+	got := RoleExtension(RoleSAE)
+	want := attributes(t, directoryAttribute{oidRole, roles(RoleSAE)})
+	if got.Id.String() != "2.5.29.9" || got.Critical || !bytes.Equal(got.Value, want) {
+		t.Errorf("%v %v %x, want 2.5.29.9 false %x", got.Id, got.Critical, got.Value, want)
+	}
+	if got, want := hex.EncodeToString(roleSyntax(RoleSAE)), "300ba1098607"+hex.EncodeToString([]byte("qkd:sae")); got != want {
+		t.Errorf("the value: %s, want %s", got, want)
 	}
 }

@@ -147,7 +147,7 @@ func (s settings) smallstepConfig(dir string, acme bool) (*config.Config, error)
 // smallstep would hand to anyone who asks. Its extension stays in the
 // certificates: without it smallstep would let any CA renew them.
 func (s settings) jwkProvisioner() (*provisioner.JWK, error) {
-	variables, err := json.Marshal(map[string]string{"TrustDomain": s.TrustDomain, "CRL": s.crlURL()})
+	variables, err := json.Marshal(map[string]any{"TrustDomain": s.TrustDomain, "CRL": s.crlURL(), "Role": identity.RoleExtension(s.Role).Value})
 	if err != nil {
 		return nil, err
 	}

@@ -23,5 +23,5 @@
   "keyUsage": ["digitalSignature"],
   "extKeyUsage": ["serverAuth", "clientAuth"],
   "crlDistributionPoints": [{{ toJson .CRL }}],
-  "extensions": [{"id": "1.3.6.1.4.1.55555.1.1", "critical": false, "value": {{ asn1Enc "utf8:kme" | toJson }}}]
+  "extensions": [{"id": "2.5.29.9", "critical": false, "value": {{ toJson .Role }}}]
 }

@@ -6,8 +6,9 @@ package templates
 
 import _ "embed"
 
-// The profiles. Beside what step gives every template they need the variables
-// TrustDomain ("lab.test") and CRL (the URL of the CRL).
+// The profiles. Beside what step gives every template they need the variables TrustDomain
+// ("lab.test"), CRL (the URL of the CRL) and Role (the value of identity.RoleExtension,
+// base64).
 var (
 	//go:embed sae.tpl
 	SAE string
@@ -16,5 +17,5 @@ var (
 	//go:embed operator.tpl
 	Operator string
 	//go:embed server.tpl
-	Server string // without TrustDomain: it names nobody
+	Server string // without TrustDomain and Role: it names nobody
 )
