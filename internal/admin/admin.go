@@ -303,7 +303,8 @@ type Backend interface {
 	// Spans of which nothing is known are left out.
 	History(ctx context.Context, c identity.Caller, rid, link string, from time.Time, each time.Duration) ([]Span, error)
 	// Doctor looks at everything that the node depends on. If c may act, a key of each
-	// link is compared with the other end's, and burned.
+	// link is compared with the other end's, burned, and the comparison recorded; how many
+	// in a time is bounded.
 	Doctor(ctx context.Context, c identity.Caller, rid string) ([]Finding, error)
 	Callers
 	Approvals

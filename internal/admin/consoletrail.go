@@ -31,9 +31,9 @@ type auditRow struct {
 
 // searchable are the actions that people look for.
 var searchable = []audit.Action{
-	audit.EncKeys, audit.DecKeys, audit.Assign, audit.Consume, audit.Expire, audit.Burn, audit.VoidKeys, audit.Malformed, audit.Status, audit.Lost, audit.Cleanup,
+	audit.EncKeys, audit.DecKeys, audit.Assign, audit.Consume, audit.Expire, audit.Burn, audit.VoidKeys, audit.Compare, audit.Malformed, audit.Status, audit.Lost, audit.Cleanup,
 	audit.Alarm, audit.Start, audit.Stop, audit.Takeover, audit.LinkAbort, audit.LinkOpen, audit.Hold, audit.DropBlock, audit.KEKMade, audit.KEKGone,
-	audit.Certificate, audit.Handshake, audit.Outage, audit.Recover, audit.AuditRead,
+	audit.Disable, audit.Enable, audit.Policies, audit.TrustLink, audit.Approve, audit.Compromise, audit.KeyShown, audit.Certificate, audit.Handshake, audit.Outage, audit.Recover, audit.AuditRead,
 }
 
 // foundOnPage is how many events a page shows.

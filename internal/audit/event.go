@@ -56,6 +56,7 @@ const (
 
 	Approve    Action = "approval-left" // an officer left word for another one, for the act that Reason says
 	KeyShown   Action = "key-shown"     // an operator was told the story of Keys, without their bytes
+	Compare    Action = "compared"      // an operator had a key of Link compared with the other end's; Reason says how that ended
 	Compromise Action = "compromise"    // keys that somebody may know are burned at both ends: Reason says which
 
 	EpochSealed   Action = "epoch-sealed"    // no key comes into it any more

@@ -13,7 +13,7 @@ import (
 
 // Doctor looks at everything that this node depends on, now, rather than at what the
 // last heartbeat said, and says what to do about what is not well. For an operator who
-// may act, a key of each link is compared with the peer's, and burned.
+// may act, a key of each link is compared with the peer's, and burned: so many in a time.
 func (d OperatorDoor) Doctor(ctx context.Context, c identity.Caller, rid string) ([]admin.Finding, error) {
 	k := d.k
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -35,7 +35,7 @@ func (d OperatorDoor) Doctor(ctx context.Context, c identity.Caller, rid string)
 		here, _, err := k.Store.Pool(ctx, s.ID)
 		found = append(found, judgeLink(s, here, err))
 		if l := k.links[s.ID]; err == nil && answers[l.Peer] && k.isReady() && c.Has(identity.Operating) {
-			found = append(found, l.sample(ctx, c, rid, k.Peers[l.Peer].Sample))
+			found = append(found, l.compare(ctx, c, rid, k.Peers[l.Peer].Sample))
 		}
 	}
 	for _, other := range k.watch.others(k.Config.Node) {

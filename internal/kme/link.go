@@ -61,6 +61,7 @@ type link struct {
 
 	balance balance
 	history history
+	sampled sampled
 }
 
 // askQueue is how many requests may wait for an announce: what the request

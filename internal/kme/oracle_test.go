@@ -50,7 +50,8 @@ func asSAE(t testing.TB, name string, now time.Time) identity.Caller {
 
 // BenchmarkNoOracle asks, in turns, for keys to share with an SAE that nobody knows,
 // one that policy forbids and one that is disabled, and reports Welch's t between how
-// long they were answered in, down to the commit of their records. A 401 and the 400 of
+// long they were answered in, down to the commit of their records: over 100,000 of them with
+// -benchtime 100000x. A 401 and the 400 of
 // dec_keys can be told apart by whoever is named for keys: that is the standard's.
 func BenchmarkNoOracle(b *testing.B) {
 	s := newSite(b)

@@ -4,6 +4,10 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
@@ -18,6 +22,50 @@ import (
 // not open would be the first to tell. It is burned here before the peer is asked, and
 // there before it answers. If a process dies on the way, or a message is lost, one end
 // has a key left that the other has not: it owned it alone, and nobody is given it.
+
+// So many keys of a link an operator may have compared by a node at once, and one more
+// after each pause: each is lost to both ends.
+const (
+	sampleBurst = 5
+	samplePause = time.Minute
+)
+
+// sampled holds what each operator may still have compared. It is the node's own, and full
+// again when that starts.
+type sampled struct{ sync.Map } // operator's ID -> *rate.Limiter
+
+// spend takes one key out of the operator's bucket, or says when there is one in it.
+func (s *sampled) spend(operator string, now time.Time) (wait time.Duration) {
+	b, ok := s.Load(operator)
+	if !ok {
+		b, _ = s.LoadOrStore(operator, rate.NewLimiter(rate.Every(samplePause), sampleBurst))
+	}
+	r := b.(*rate.Limiter).ReserveN(now, 1)
+	if wait = r.DelayFrom(now); wait > 0 {
+		r.CancelAt(now)
+	}
+	return wait
+}
+
+// compare is sample at the word of an operator: within what an operator may have compared,
+// and recorded. That it is refused is no sign of anything that is not well.
+func (l *link) compare(ctx context.Context, c identity.Caller, rid string, ask func(context.Context, handover.Sample) (handover.SampleAnswer, error)) admin.Finding {
+	k := l.k
+	ev := k.begin(c, rid, audit.Compare, identity.SAE{}).ev
+	ev.Link = l.ID
+	var found admin.Finding
+	if wait := l.sampled.spend(c.ID(), k.Now()); wait > 0 {
+		found = admin.Good("keys of "+l.ID, "not compared: %s has had %d burned for it here of late, and may have the next one in %v", c.ID(), sampleBurst, wait.Truncate(time.Second)+time.Second)
+		ev.Outcome = audit.Refused
+	} else if found = l.sample(ctx, c, rid, ask); found.OK {
+		ev.Outcome = audit.Done
+	} else {
+		ev.Outcome = audit.Failed
+	}
+	ev.Reason = found.Says
+	k.note(ctx, ev)
+	return found
+}
 
 // sample takes a key of the link out of this node's hand and has the peer, by ask, say
 // what it holds under it.

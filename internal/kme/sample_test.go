@@ -21,16 +21,13 @@ import (
 	"github.com/qutemail/kme/internal/qlink"
 )
 
-// TestSample: a key that both ends compare is gone at each before anybody learns how it
-// compared, whatever comes of it; one that the asker does not own is not touched.
-func TestSample(t *testing.T) {
-	t.Parallel()
-	dir := tokenDir(t)
-	s := newSite(t)
-	running := s.withToken(dir)
+// distilled is a KME with a link "fibre" to km2, which nobody distils, whose pool holds a
+// block of two chunks: its own, and the peer's. secret is the bytes of the block.
+func (s *site) distilled(atoms int) (k *KME, l *link, secret []byte) {
+	t := s.t.(*testing.T)
+	running := s.withToken(tokenDir(t))
 	run(t, running)
-	// A KME with a link, which nobody distils, on what the running one has.
-	k := &KME{metrics: newMetrics(), Config: running.Config, keks: running.keks}
+	k = &KME{metrics: newMetrics(), Config: running.Config, keks: running.keks}
 	k.hsmDown.Store("")
 	km2 := kmeID(t, "km2")
 	if err := k.Store.EnsureLink(t.Context(), "fibre", km2, handover.Alice); err != nil {
@@ -39,11 +36,10 @@ func TestSample(t *testing.T) {
 	if err := k.Store.OpenSession(t.Context(), "fibre", 1, k.own(audit.LinkOpen)); err != nil {
 		t.Fatal(err)
 	}
-	l := newLink(k, LinkConfig{ID: "fibre", Peer: km2, End: handover.Alice, Provenance: key.Simulated})
+	l = newLink(k, LinkConfig{ID: "fibre", Peer: km2, End: handover.Alice, Provenance: key.Simulated})
 	l.pool.nodes = one
 	k.links = map[string]*link{l.ID: l}
-	const atoms = 2 * key.ChunkAtoms
-	secret := make([]byte, atoms*key.AtomBytes)
+	secret = make([]byte, atoms*key.AtomBytes)
 	_, _ = rand.Read(secret)
 	terms := distill.Terms{Epoch: int64(key.EpochAt(s.now(), time.Hour)), Owners: "ab"}
 	block := qlink.Block{Outcome: distill.Outcome{Session: 1, Terms: terms, Bits: bytes.Clone(secret), Length: atoms * key.AtomBits}, Provenance: key.Simulated}
@@ -51,6 +47,16 @@ func TestSample(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.change("UPDATE block SET state = 'ready'")
+	return k, l, secret
+}
+
+// TestSample: a key that both ends compare is gone at each before anybody learns how it
+// compared, whatever comes of it; one that the asker does not own is not touched.
+func TestSample(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, l, secret := s.distilled(2 * key.ChunkAtoms)
+	km2 := l.Peer
 	bytesOf := func(q handover.Sample) []byte { return secret[q.Key.First*key.AtomBytes:][:key.AtomBytes] }
 	pooled := func(id key.ID) bool { return s.ask("SELECT count(*) FROM kme.key WHERE id = '"+id.String()+"'") == 1 }
 	burned := func() (n int) {
@@ -148,4 +154,51 @@ func TestSample(t *testing.T) {
 	if got, err := k.PeerDoor().Sample(t.Context(), km2, question(key.ChunkAtoms+1)); err != nil || !got.Lacking {
 		t.Errorf("a blob that was changed: %+v, %v, want it lacking", got, err)
 	}
+}
+
+// TestCompareIsBounded: an operator has so many keys burned for a look at them, one more
+// after each pause, and is refused in between; another one is not. Each is in the audit.
+func TestCompareIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	_, l, secret := s.distilled(2 * key.ChunkAtoms)
+	root, olga := asSAE(t, "alice", s.now()), asSAE(t, "bob", s.now()) // whose IDs count, not their roles
+	answer := func(_ context.Context, q handover.Sample) (handover.SampleAnswer, error) {
+		return handover.SampleAnswer{MAC: q.MAC(secret[q.Key.First*key.AtomBytes:][:key.AtomBytes])}, nil
+	}
+	count := func() (n map[string]int) {
+		n = make(map[string]int)
+		for _, ev := range s.audit() {
+			switch ev.Action {
+			case string(audit.Burn):
+				n["burned"] += ev.Count
+			case string(audit.Compare):
+				n[ev.Outcome]++
+			}
+		}
+		return n
+	}
+	compare := func(c identity.Caller, refused bool) {
+		t.Helper()
+		before := count()
+		got := l.compare(t.Context(), c, "r", answer)
+		if !got.OK || strings.HasPrefix(got.Says, "not compared: ") != refused {
+			t.Errorf("%+v", got)
+		}
+		outcome, burned := "done", 1
+		if refused {
+			outcome, burned = "refused", 0
+		}
+		if now := count(); now["burned"] != before["burned"]+burned || now[outcome] != before[outcome]+1 {
+			t.Errorf("%v before, %v after, want one more %s", before, now, outcome)
+		}
+	}
+	for range sampleBurst {
+		compare(root, false)
+	}
+	compare(root, true)
+	compare(olga, false)
+	s.step(samplePause)
+	compare(root, false)
+	compare(root, true)
 }
