@@ -24,61 +24,75 @@ import (
 //
 // We use session copies. key=token shows what they are good for.
 
-const slice = 200 // operations of each worker
+const slice = 192 // operations of each worker
+
+// atOnce are how many of them are asked for in one call: of one key in a request, or of
+// those of a batch.
+var atOnce = []int{1, turnItems}
 
 func BenchmarkWrap(b *testing.B) {
-	plain, aad := make([]byte, 32), make([]byte, 150)
-	against(b, "wrap", func(b *testing.B, k *KEK) func() error {
+	against(b, "wrap", func(b *testing.B, k *KEK, n int) func() error {
+		plains, aads := make([][]byte, n), make([][]byte, n)
+		for i := range n {
+			plains[i], aads[i] = make([]byte, 32), make([]byte, 150)
+		}
 		return func() error {
-			_, _, err := k.Wrap(b.Context(), plain, aad)
+			_, err := k.WrapAll(b.Context(), plains, aads)
 			return err
 		}
 	})
 }
 
 func BenchmarkUnwrap(b *testing.B) {
-	aad := make([]byte, 150)
-	against(b, "unwrap", func(b *testing.B, k *KEK) func() error {
-		iv, ct, err := k.Wrap(b.Context(), make([]byte, 32), aad)
-		if err != nil {
-			b.Fatal(err)
+	against(b, "unwrap", func(b *testing.B, k *KEK, n int) func() error {
+		sealed := make([]Sealed, n)
+		for i := range sealed {
+			aad := make([]byte, 150)
+			iv, ct, err := k.Wrap(b.Context(), make([]byte, 32), aad)
+			if err != nil {
+				b.Fatal(err)
+			}
+			sealed[i] = Sealed{iv, ct, aad}
 		}
 		return func() error {
-			plain, err := k.Unwrap(b.Context(), iv, ct, aad)
-			clear(plain)
+			plains, err := k.UnwrapAll(b.Context(), sealed)
+			wipe(plains)
 			return err
 		}
 	})
 }
 
 // against measures one kind of call on both kinds of key and several workers.
-func against(b *testing.B, op string, ours func(*testing.B, *KEK) func() error) {
+func against(b *testing.B, op string, ours func(b *testing.B, k *KEK, n int) func() error) {
 	for _, kind := range []string{"session", "token"} {
 		for _, workers := range []int{1, 2, 4} {
-			b.Run(fmt.Sprintf("key=%s/workers=%d", kind, workers), func(b *testing.B) {
-				env, token := newToken(b)
-				k := newKEK(b, token, "bench")
-				bare := startBare(b, env, "bench")
-				if kind == "token" {
-					copied := k.copy
-					k.copy = k.object
-					defer func() { k.copy = copied }()
-				}
-				compare(b, op+"s/s", workers, ours(b, k), func(n int) (wall, cpu time.Duration) {
-					return bare(op, kind, workers, n)
+			for _, n := range atOnce {
+				b.Run(fmt.Sprintf("key=%s/workers=%d/at-once=%d", kind, workers, n), func(b *testing.B) {
+					env, token := newToken(b)
+					k := newKEK(b, token, "bench")
+					bare := startBare(b, env, "bench")
+					if kind == "token" {
+						copied := k.copy
+						k.copy = k.object
+						defer func() { k.copy = copied }()
+					}
+					compare(b, op+"s/s", workers, n, ours(b, k, n), func(n int) (wall, cpu time.Duration) {
+						return bare(op, kind, workers, n)
+					})
 				})
-			})
+			}
 		}
 	}
 }
 
-// compare does b.N operations of ours in slices, with as many of bare in between.
-func compare(b *testing.B, unit string, workers int, ours func() error, bare func(n int) (wall, cpu time.Duration)) {
+// compare does b.N operations of ours, so many a call, in slices, with as many of bare
+// in between.
+func compare(b *testing.B, unit string, workers, atOnce int, ours func() error, bare func(n int) (wall, cpu time.Duration)) {
 	var ratios, rates, bareRates []float64
 	b.ReportAllocs()
 	b.ResetTimer()
 	for left := b.N; left > 0; left -= slice * workers {
-		n := min(max(left/workers, 1), slice)
+		n := min(max(left/workers/atOnce, 1)*atOnce, slice)
 		b.StopTimer()
 		bareWall, bareCPU := bare(n)
 		b.StartTimer()
@@ -86,7 +100,7 @@ func compare(b *testing.B, unit string, workers int, ours func() error, bare fun
 		var all sync.WaitGroup
 		for range workers {
 			all.Go(func() {
-				for range n {
+				for range n / atOnce {
 					if err := ours(); err != nil {
 						b.Error(err)
 						return

@@ -409,7 +409,10 @@ func TestUnwrapsGoFirst(t *testing.T) {
 		})
 	}
 	for range 3 {
-		in("wrap", func() error { _, _, err := k.WrapInBackground(t.Context(), s.plain, s.aad); return err })
+		in("wrap", func() error {
+			_, err := k.WrapAllInBackground(t.Context(), [][]byte{s.plain}, [][]byte{s.aad})
+			return err
+		})
 	}
 	until(t, "intake has one turn and waits for another", func() bool {
 		return f.Inside(hsmtest.Encrypt) == 1 && token.gate.waiting() == 2

@@ -109,6 +109,13 @@ type Info struct {
 	Software     bool // SoftHSM: for tests and labs only
 }
 
+// Sealed is what Wrap makes of a plain text.
+type Sealed struct {
+	IV  [IVBytes]byte
+	CT  []byte // the ciphertext, as long as the plain text, then the tag
+	AAD []byte // what it is bound to
+}
+
 // KEKInfo names one KEK for ever: the label for people, the ID against labels
 // used twice, the check value against another key in the same place.
 type KEKInfo struct {

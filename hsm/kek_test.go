@@ -73,6 +73,39 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+// TestAllOrNone: several at once are opened as one by one, and none if one was changed.
+func TestAllOrNone(t *testing.T) {
+	_, token := newToken(t)
+	k := newKEK(t, token, "epoch-1")
+	rapid.Check(t, func(rt *rapid.T) {
+		plains := rapid.SliceOfN(rapid.SliceOfN(rapid.Byte(), 1, 64), 0, 2*turnItems+3).Draw(rt, "plains")
+		aads := make([][]byte, len(plains))
+		for i := range aads {
+			aads[i] = []byte{byte(i)}
+		}
+		before, counted := k.Wraps(), token.count.wraps.done.Load()
+		sealed, err := k.WrapAll(t.Context(), plains, aads)
+		if err != nil || len(sealed) != len(plains) {
+			rt.Fatalf("WrapAll: %d of %d, %v", len(sealed), len(plains), err)
+		}
+		if n := k.Wraps() - before; n != int64(len(plains)) || token.count.wraps.done.Load()-counted != n {
+			rt.Errorf("%d wraps are counted of %d", n, len(plains))
+		}
+		got, err := k.UnwrapAll(t.Context(), sealed)
+		if err != nil || !slices.EqualFunc(got, plains, bytes.Equal) {
+			rt.Fatalf("UnwrapAll: %x, %v, want %x", got, err, plains)
+		}
+		if len(sealed) == 0 {
+			return
+		}
+		at := rapid.IntRange(0, len(sealed)-1).Draw(rt, "changed")
+		sealed[at].CT[0] ^= 1
+		if got, err := k.UnwrapAll(t.Context(), sealed); !errors.Is(err, ErrTampered) || got != nil {
+			rt.Fatalf("UnwrapAll of a changed blob among others: %x, %v, want ErrTampered", got, err)
+		}
+	})
+}
+
 func TestWrapsAreCountedAndDiffer(t *testing.T) {
 	_, token := newToken(t)
 	k := newKEK(t, token, "epoch-1")

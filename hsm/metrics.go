@@ -30,10 +30,8 @@ func (c *counters) recovered(how string) {
 // outcomes of one kind of call.
 type outcomes struct{ done, tampered, noKEK, unavailable, refused atomic.Int64 }
 
-func (o *outcomes) add(err error) {
+func (o *outcomes) failed(err error) {
 	switch {
-	case err == nil:
-		o.done.Add(1)
 	case errors.Is(err, ErrTampered):
 		o.tampered.Add(1)
 	case errors.Is(err, ErrNoKEK):

@@ -65,12 +65,17 @@ func (*Token) Collect(chan<- prometheus.Metric)                    {}
 func (*KEK) Info() KEKInfo                                         { return KEKInfo{} }
 func (*KEK) Wraps() int64                                          { return 0 }
 func (*KEK) Close() error                                          { return errNoCgo }
-func (*KEK) Unwrap(context.Context, [IVBytes]byte, []byte, []byte) ([]byte, error) {
+func (*KEK) UnwrapAll(context.Context, []Sealed) ([][]byte, error) { return nil, errNoCgo }
+func (*KEK) WrapAll(context.Context, [][]byte, [][]byte) ([]Sealed, error) {
 	return nil, errNoCgo
 }
 
-func (*KEK) WrapInBackground(context.Context, []byte, []byte) (iv [IVBytes]byte, ct []byte, err error) {
-	return iv, nil, errNoCgo
+func (*KEK) WrapAllInBackground(context.Context, [][]byte, [][]byte) ([]Sealed, error) {
+	return nil, errNoCgo
+}
+
+func (*KEK) Unwrap(context.Context, [IVBytes]byte, []byte, []byte) ([]byte, error) {
+	return nil, errNoCgo
 }
 
 func (*KEK) Wrap(context.Context, []byte, []byte) (iv [IVBytes]byte, ct []byte, err error) {

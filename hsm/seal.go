@@ -8,65 +8,114 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/miekg/pkcs11"
 )
+
+// turnItems is how many blobs are sealed or opened in one turn in the module: to get
+// in costs about as much as one of them, and whoever waits for a turn waits for all.
+const turnItems = 16
 
 // Wrap seals plain (1 byte or more) and binds it to aad. It returns the fresh
 // random IV and the blob: the ciphertext, as long as plain, then the tag. It keeps
 // nothing of plain. After an error because ctx has ended, the module may still be
 // reading plain and aad: they may be wiped, but not be used for something else.
 func (k *KEK) Wrap(ctx context.Context, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
-	return k.wrap(ctx, urgent, plain, aad)
-}
-
-// WrapInBackground is Wrap for what nobody waits for: every other call goes first.
-func (k *KEK) WrapInBackground(ctx context.Context, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
-	return k.wrap(ctx, background, plain, aad)
-}
-
-func (k *KEK) wrap(ctx context.Context, c class, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
-	nonce := make([]byte, IVBytes+len(plain)+TagBytes)
-	blob := nonce[IVBytes:]
-	nonce = nonce[:IVBytes:IVBytes]
-	_, _ = rand.Read(nonce) // never fails: it ends the process instead
-	err = k.call(ctx, c, "wrapping", func(s pkcs11.SessionHandle) error {
-		k.wraps.Add(1) // before the call: an attempt that fails may have used the key
-		return k.t.m.seal(s, k.copy, nonce, aad, plain, blob)
-	}, nil)
-	k.t.count.wraps.add(err)
+	sealed, err := k.wrap(ctx, urgent, [][]byte{plain}, [][]byte{aad})
 	if err != nil {
 		return iv, nil, err
 	}
-	return [IVBytes]byte(nonce), blob, nil
+	return sealed[0].IV, sealed[0].CT, nil
+}
+
+// WrapAll is Wrap of several, at little more than what the module takes for them. It
+// seals all or none.
+func (k *KEK) WrapAll(ctx context.Context, plains, aads [][]byte) ([]Sealed, error) {
+	return k.wrap(ctx, urgent, plains, aads)
+}
+
+// WrapAllInBackground is WrapAll for what nobody waits for: every other call goes first.
+func (k *KEK) WrapAllInBackground(ctx context.Context, plains, aads [][]byte) ([]Sealed, error) {
+	return k.wrap(ctx, background, plains, aads)
+}
+
+func (k *KEK) wrap(ctx context.Context, c class, plains, aads [][]byte) ([]Sealed, error) {
+	all := make([]Sealed, 0, len(plains))
+	for len(all) < len(plains) {
+		first := len(all)
+		turn := make([]Sealed, min(turnItems, len(plains)-first))
+		err := k.each(ctx, c, "wrapping", len(turn), &k.t.count.wraps, func(s pkcs11.SessionHandle, i int) error {
+			plain, to := plains[first+i], &turn[i]
+			to.AAD, to.CT = aads[first+i], make([]byte, len(plain)+TagBytes)
+			_, _ = rand.Read(to.IV[:]) // never fails: it ends the process instead
+			k.wraps.Add(1)             // before the call: an attempt that fails may have used the key
+			return k.t.m.seal(s, k.copy, to.IV[:], to.AAD, plain, to.CT)
+		}, nil)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, turn...)
+	}
+	return all, nil
 }
 
 // Unwrap opens what Wrap returned, given the same aad. The caller owns the plain
 // bytes and wipes them. ErrTampered if anything about the blob was changed.
 func (k *KEK) Unwrap(ctx context.Context, iv [IVBytes]byte, ct, aad []byte) ([]byte, error) {
-	buf := make([]byte, len(ct))
-	n := 0
-	err := k.call(ctx, urgent, "unwrapping", func(s pkcs11.SessionHandle) (err error) {
-		if len(ct) <= TagBytes {
-			return fmt.Errorf("%w: %d bytes", ErrTampered, len(ct))
-		}
-		if n, err = k.t.m.unseal(s, k.copy, iv[:], aad, ct, buf); !errors.Is(err, errRefused) {
+	plains, err := k.UnwrapAll(ctx, []Sealed{{iv, ct, aad}})
+	if err != nil {
+		return nil, err
+	}
+	return plains[0], nil
+}
+
+// UnwrapAll is Unwrap of several, at little more than what the module takes for them.
+// It opens all or none: who is told ErrTampered opens each alone to learn which.
+func (k *KEK) UnwrapAll(ctx context.Context, blobs []Sealed) ([][]byte, error) {
+	all := make([][]byte, 0, len(blobs))
+	for len(all) < len(blobs) {
+		first := len(all)
+		turn := make([][]byte, min(turnItems, len(blobs)-first))
+		err := k.each(ctx, urgent, "unwrapping", len(turn), &k.t.count.unwraps, func(s pkcs11.SessionHandle, i int) (err error) {
+			turn[i], err = k.open(s, blobs[first+i])
 			return err
+		}, func() { wipe(turn) })
+		if err != nil {
+			wipe(all)
+			return nil, err
 		}
+		all = append(all, turn...)
+	}
+	return all, nil
+}
+
+// open opens one blob.
+func (k *KEK) open(s pkcs11.SessionHandle, blob Sealed) ([]byte, error) {
+	if len(blob.CT) <= TagBytes {
+		return nil, fmt.Errorf("%w: %d bytes", ErrTampered, len(blob.CT))
+	}
+	buf := make([]byte, len(blob.CT))
+	n, err := k.t.m.unseal(s, k.copy, blob.IV[:], blob.AAD, blob.CT, buf)
+	if errors.Is(err, errRefused) {
 		if err := k.vouch(s, err); err != nil {
-			return err
+			return nil, err
 		}
 		// The token is well. If it refuses once more, it is the blob.
-		if n, err = k.t.m.unseal(s, k.copy, iv[:], aad, ct, buf); errors.Is(err, errRefused) {
-			return fmt.Errorf("%w (%v)", ErrTampered, err)
+		if n, err = k.t.m.unseal(s, k.copy, blob.IV[:], blob.AAD, blob.CT, buf); errors.Is(err, errRefused) {
+			return nil, fmt.Errorf("%w (%v)", ErrTampered, err)
 		}
-		return err
-	}, func() { clear(buf) })
-	k.t.count.unwraps.add(err)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return buf[:n:n], nil
+}
+
+func wipe(plains [][]byte) {
+	for _, plain := range plains {
+		clear(plain)
+	}
 }
 
 // vouch is asked when the token refused a blob, which a broken token does too. It
@@ -81,13 +130,41 @@ func (k *KEK) vouch(s pkcs11.SessionHandle, refusal error) error {
 	return err
 }
 
-func (k *KEK) call(ctx context.Context, c class, verb string, f func(pkcs11.SessionHandle) error, discard func()) error {
-	return k.t.call(ctx, c, verb+" under KEK "+k.info.Label, func() error {
+// each does n operations with the KEK in one turn, the next only after the one before,
+// and counts them. Unless all succeed, discard, if it is not nil, is called when the
+// module has let go of the last one.
+func (k *KEK) each(ctx context.Context, c class, verb string, n int, count *outcomes, op func(pkcs11.SessionHandle, int) error, discard func()) error {
+	if discard == nil {
+		discard = func() {}
+	}
+	var done atomic.Int64
+	err := k.t.call(ctx, c, verb+" under KEK "+k.info.Label, func() (err error) {
 		if k.gone != nil {
 			return k.gone
 		}
-		return k.t.onSession(f)
+		defer func() {
+			if err != nil {
+				discard()
+			}
+		}()
+		return k.t.onSession(func(s pkcs11.SessionHandle) error {
+			for i := range n {
+				if i > 0 && ctx.Err() != nil { // nobody waits for the rest
+					return fmt.Errorf("%w: %w", ErrUnavailable, context.Cause(ctx))
+				}
+				if err := op(s, i); err != nil {
+					return err
+				}
+				done.Add(1)
+			}
+			return nil
+		})
 	}, discard)
+	count.done.Add(done.Load())
+	if err != nil {
+		count.failed(err)
+	}
+	return err
 }
 
 // canary is a blob that is known to be good, to ask a key whether it works.

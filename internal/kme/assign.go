@@ -146,7 +146,8 @@ func (d PeerDoor) prepare(ctx context.Context, from identity.KME, a handover.Ann
 	return nil
 }
 
-// prepare seals the keys of admitted requests, as many at a time as there are processors.
+// prepare seals the keys of admitted requests, some at a time, as many processors as
+// there are.
 func (l *link) prepare(ctx context.Context, a handover.Announce, requests []handover.Request, p *prepared) error {
 	var wanted []handover.Key
 	for _, r := range requests {
@@ -159,63 +160,121 @@ func (l *link) prepare(ctx context.Context, a handover.Announce, requests []hand
 	maps.Copy(p.seen, pooled)
 	g, ctx := errgroup.WithContext(ctx)
 	workers := min(runtime.GOMAXPROCS(0), len(requests))
-	for w := range workers {
-		g.Go(func() error {
-			for i := w; i < len(requests); i += workers {
-				r := requests[i]
-				due, bad, why, err := l.seal(ctx, a, r, pooled)
-				if err != nil {
-					return fmt.Errorf("sealing for request %s: %w", r.ID, err)
-				}
-				p.mu.Lock()
-				p.due[r.ID], p.refused[r.ID], p.unusable[r.ID] = due, why, bad
-				p.mu.Unlock()
-			}
-			return nil
-		})
+	for some := range slices.Chunk(requests, min((len(requests)+workers-1)/workers, sealRequests)) {
+		g.Go(func() error { return l.seal(ctx, a, some, pooled, p) })
 	}
 	return g.Wait()
 }
 
-// seal seals the keys of one request anew for their takers. It returns why the
-// request is refused ("" if it is not), and which atom is of no use here.
-func (l *link) seal(ctx context.Context, a handover.Announce, r handover.Request, pooled map[key.ID]store.PooledAtom) (due []store.Due, bad []key.ID, why string, err error) {
-	expires := l.k.expiry(r.Lifetime())
-	secret := make([]byte, 0, (r.Bits+key.AtomBits-1)/key.AtomBits*key.AtomBytes)
-	defer clear(secret[:cap(secret)])
+// sealRequests is how many requests' keys are in the clear at a time, by each processor.
+const sealRequests = 64
+
+// wish is a request whose atoms are all in the pool.
+type wish struct {
+	handover.Request
+	blobs []wrapped // of its atoms, key by key
+}
+
+// seal seals the keys of requests anew for their takers, and notes in p what became of
+// each request. An error is the HSM's or the database's.
+func (l *link) seal(ctx context.Context, a handover.Announce, requests []handover.Request, pooled map[key.ID]store.PooledAtom, p *prepared) error {
+	var wishes []wish
+	for _, r := range requests {
+		if w, ok := l.wish(r, pooled, p); ok {
+			wishes = append(wishes, w)
+		}
+	}
+	wishes, plains, err := l.grant(ctx, wishes, p)
+	defer clearAll(plains)
+	if err != nil {
+		return err
+	}
+	var due []store.Due
+	var secrets [][]byte // of due
+	defer func() { clearAll(secrets) }()
+	ends := make([]int, len(wishes)) // of each wish's rows in due
+	for i, w := range wishes {
+		expires := l.k.expiry(w.Lifetime())
+		for _, want := range w.Keys {
+			secret := joined(plains[:len(want.Atoms)])
+			plains = plains[len(want.Atoms):]
+			clear(secret[w.Bits/8:]) // a smaller key is the first bits of an atom
+			secret = secret[:w.Bits/8]
+			for _, slave := range w.Slaves {
+				secrets = append(secrets, secret)
+				due = append(due, store.Due{
+					Key: want.ID(), SAE: slave, Master: w.Master, Bits: w.Bits, Provenance: pooled[want.ID()].Provenance,
+					ExpiresAt: expires, Reread: w.Reread, Node: a.Node, Run: a.Run, Batch: a.Batch,
+				})
+			}
+		}
+		ends[i] = len(due)
+	}
+	if err := l.k.sealDue(ctx, due, secrets); err != nil {
+		return fmt.Errorf("sealing %d keys: %w", len(due), err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	first := 0
+	for i, w := range wishes {
+		p.due[w.ID] = due[first:ends[i]]
+		first = ends[i]
+	}
+	return nil
+}
+
+// wish looks for the atoms of a request.
+func (l *link) wish(r handover.Request, pooled map[key.ID]store.PooledAtom, p *prepared) (wish, bool) {
+	w := wish{Request: r}
 	for _, want := range r.Keys {
-		secret = secret[:0]
 		for i, id := range want.Atoms {
 			atom, ok := pooled[id]
 			if !ok {
-				return nil, nil, "", nil // DecideFresh refuses it, and says which atoms are lacking
+				return w, false // DecideFresh refuses it, and says which atoms are lacking
 			}
 			if why := l.claims(want, i, atom); why != "" {
-				return nil, []key.ID{id}, why, nil
+				p.refuse(r.ID, why, id)
+				return w, false
 			}
-			plain, err := l.k.unsealAtom(ctx, atom.Atom, *lentOf(atom).from)
-			if spoilt(err) {
-				l.k.incident(ctx, "tampered-"+l.ID, fmt.Sprintf("the blob of atom %s does not open: %v", id, err))
-				return nil, []key.ID{id}, "the blob does not open", nil
-			}
-			if err != nil {
-				return nil, nil, "", err
-			}
-			secret = append(secret, plain...)
-			clear(plain)
-		}
-		for _, slave := range r.Slaves {
-			row := store.Due{
-				Key: want.ID(), SAE: slave, Master: r.Master, Bits: r.Bits, Provenance: pooled[want.ID()].Provenance,
-				ExpiresAt: expires, Reread: r.Reread, Node: a.Node, Run: a.Run, Batch: a.Batch,
-			}
-			if err := l.k.sealDue(ctx, &row, secret[:r.Bits/8]); err != nil {
-				return nil, nil, "", err
-			}
-			due = append(due, row)
+			w.blobs = append(w.blobs, l.k.wrappedAtom(atom.Atom, lentOf(atom).from))
 		}
 	}
-	return due, nil, "", nil
+	return w, true
+}
+
+// grant opens the atoms of wishes, one after the other, and returns the wishes all of
+// whose atoms opened.
+func (l *link) grant(ctx context.Context, wishes []wish, p *prepared) ([]wish, [][]byte, error) {
+	for {
+		var blobs []wrapped
+		for _, w := range wishes {
+			blobs = append(blobs, w.blobs...)
+		}
+		plains, bad, err := l.k.unseal(ctx, blobs...)
+		if err == nil {
+			return wishes, plains, nil
+		}
+		if !spoilt(err) {
+			return nil, nil, fmt.Errorf("opening %d atoms: %w", len(blobs), err)
+		}
+		i := 0
+		for ; bad >= len(wishes[i].blobs); i++ {
+			bad -= len(wishes[i].blobs)
+		}
+		w := wishes[i]
+		per := len(w.Keys[0].Atoms) // of each key, see admit
+		id := w.Keys[bad/per].Atoms[bad%per]
+		l.k.incident(ctx, "tampered-"+l.ID, fmt.Sprintf("the blob of atom %s does not open: %v", id, err))
+		p.refuse(w.ID, "the blob does not open", id)
+		wishes = slices.Delete(wishes, i, i+1)
+	}
+}
+
+// refuse notes why a request is refused, and which atom is of no use here.
+func (p *prepared) refuse(request, why string, bad key.ID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refused[request], p.unusable[request] = why, []key.ID{bad}
 }
 
 // lentOf is a pool atom as a request holds it.

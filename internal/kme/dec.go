@@ -65,7 +65,25 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 	if err != nil {
 		return nil, err
 	}
-	keys = make([]taken, 0, len(due))
+	blobs, refs := make([]wrapped, len(due)), make([]store.DueRef, len(due))
+	for i, d := range due {
+		blobs[i], refs[i] = k.wrappedDue(d), store.DueRef{Key: d.Key, ExpiryEpoch: d.ExpiryEpoch}
+	}
+	began := time.Now()
+	plains, bad, err := k.unseal(ctx, blobs...)
+	if errors.Is(err, hsm.ErrNoKEK) {
+		return nil, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{due[bad].Key, "expired: " + err.Error()}}
+	}
+	if errors.Is(err, hsm.ErrTampered) {
+		k.incident(ctx, "tampered-due", fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", due[bad].Key, due[bad].SAE))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("unwrapping key %s: %w", due[bad].Key, err)
+	}
+	keys = make([]taken, len(due))
+	for i, d := range due {
+		keys[i] = taken{d, key.NewMaterial(plains[i])}
+	}
 	defer func() {
 		if err != nil {
 			for _, t := range keys {
@@ -73,22 +91,6 @@ func (k *KME) take(ctx context.Context, c *call, master identity.SAE, ids []key.
 			}
 		}
 	}()
-	refs := make([]store.DueRef, len(due))
-	began := time.Now()
-	for i, d := range due {
-		plain, err := k.unsealDue(ctx, d)
-		if errors.Is(err, hsm.ErrNoKEK) {
-			return keys, &problem.Error{Kind: problem.Invalid, Detail: notFound, Err: goneError{d.Key, "expired: " + err.Error()}}
-		}
-		if errors.Is(err, hsm.ErrTampered) {
-			k.incident(ctx, "tampered-due", fmt.Sprintf("the blob of key %s for %s does not open: its row was changed", d.Key, d.SAE))
-		}
-		if err != nil {
-			return keys, fmt.Errorf("unwrapping key %s: %w", d.Key, err)
-		}
-		keys = append(keys, taken{d, key.NewMaterial(plain)})
-		refs[i] = store.DueRef{Key: d.Key, ExpiryEpoch: d.ExpiryEpoch}
-	}
 	since(k.metrics.hsm, began)
 	failpoint.Hit(failpoint.DecUnwrapped)
 	defer since(k.metrics.commit, time.Now())

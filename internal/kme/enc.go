@@ -189,23 +189,34 @@ func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.D
 func (l *link) open(ctx context.Context, lends []lent, o order) (issue, lent, error) {
 	defer since(l.k.metrics.hsm, time.Now())
 	got := issue{provenance: lends[0].from.Provenance, expires: l.k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
+	blobs := make([]wrapped, len(lends))
+	for i, a := range lends {
+		blobs[i] = l.k.wrappedAtom(a.Atom, a.from)
+	}
+	plains, bad, err := l.k.unseal(ctx, blobs...)
+	if err != nil {
+		return issue{}, lends[bad], fmt.Errorf("unwrapping atom %s: %w", lends[bad].ID, err)
+	}
 	per := len(lends) / o.number
 	for i := 0; i < len(lends); i += per {
-		secret := make([]byte, 0, per*key.AtomBytes)
-		for _, a := range lends[i : i+per] {
-			plain, err := l.k.unsealAtom(ctx, a.Atom, *a.from)
-			if err != nil {
-				clear(secret[:cap(secret)])
-				wipe(got.keys)
-				return issue{}, a, fmt.Errorf("unwrapping atom %s: %w", a.ID, err)
-			}
-			secret = append(secret, plain...)
-			clear(plain)
-		}
+		secret := joined(plains[i : i+per])
 		clear(secret[o.bits/8:]) // a smaller key is the first bits of an atom
 		got.keys = append(got.keys, etsi014.Key{ID: lends[i].ID, Material: key.NewMaterial(secret[:o.bits/8]), Provenance: got.provenance})
 	}
 	return got, lent{}, nil
+}
+
+// joined is atoms one after the other, which are wiped.
+func joined(plains [][]byte) []byte {
+	if len(plains) == 1 {
+		return plains[0]
+	}
+	secret := make([]byte, 0, len(plains)*key.AtomBytes)
+	for _, plain := range plains {
+		secret = append(secret, plain...)
+	}
+	clearAll(plains)
+	return secret
 }
 
 // request is what the peer is asked to assign.
@@ -256,14 +267,15 @@ func (k *KME) sealFor(ctx context.Context, master identity.SAE, slaves []identit
 		}
 	}
 	var due []store.Due
+	var plains [][]byte
 	for _, served := range got.keys {
 		for _, slave := range slaves {
-			d := store.Due{Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires, Reread: o.reread}
-			if err := k.sealDue(ctx, &d, served.Material.Reveal()); err != nil {
-				return nil, fmt.Errorf("sealing key %s: %w", d.Key, err)
-			}
-			due = append(due, d)
+			due = append(due, store.Due{Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires, Reread: o.reread})
+			plains = append(plains, served.Material.Reveal())
 		}
+	}
+	if err := k.sealDue(ctx, due, plains); err != nil {
+		return nil, fmt.Errorf("sealing %d keys: %w", len(got.keys), err)
 	}
 	return due, nil
 }

@@ -71,24 +71,32 @@ func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
 		ids[i] = name.ID(block.Epoch.Start(k.EpochLength), i)
 	}
 	block.Digest = handover.DigestOf(ids, block.Owners)
-	workers := runtime.GOMAXPROCS(0)
 	g, ctx := errgroup.WithContext(ctx)
-	for w := range workers {
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for first := 0; first < len(ids); first += wrapAtoms {
 		g.Go(func() error {
-			var aad [256]byte
-			for i := w; i < len(ids); i += workers {
-				plain := b.Bits[i*key.AtomBytes : (i+1)*key.AtomBytes]
-				iv, ct, err := wrapInBackground(ctx, kek.kek, plain, AtomAAD(aad[:0], k.Self, kek.id, block.BlockRef, i, ids[i], b.Provenance))
-				if err != nil {
-					return fmt.Errorf("wrapping atom %d of block %s: %w", i, block.BlockRef, err)
-				}
-				block.Atoms[i] = store.Atom{ID: ids[i], Index: i, KEK: kek.id, IV: iv, CT: ct}
+			some := block.Atoms[first:min(first+wrapAtoms, len(ids))]
+			plains, aads := make([][]byte, len(some)), make([][]byte, len(some))
+			for i := range some {
+				at := first + i
+				plains[i] = b.Bits[at*key.AtomBytes : (at+1)*key.AtomBytes]
+				aads[i] = AtomAAD(make([]byte, 0, aadRoom), k.Self, kek.id, block.BlockRef, at, ids[at], b.Provenance)
+			}
+			sealed, err := wrap(ctx, kek.kek.WrapAllInBackground, plains, aads)
+			if err != nil {
+				return fmt.Errorf("wrapping atoms %d and on of block %s: %w", first, block.BlockRef, err)
+			}
+			for i, s := range sealed {
+				some[i] = store.Atom{ID: ids[first+i], Index: first + i, KEK: kek.id, IV: s.IV, CT: s.CT}
 			}
 			return nil
 		})
 	}
 	return block, g.Wait()
 }
+
+// wrapAtoms is how many atoms are prepared for the token at a time.
+const wrapAtoms = 256
 
 // tellPeers repeats, until it is answered, what the peers must hear: which blocks
 // we hold, which assigned keys they must void, and which chunks they are given.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/qlink"
@@ -148,15 +149,13 @@ func (r *reserve) expand(ctx context.Context, name distill.PadName) (distill.Pad
 // open unwraps a pad.
 func (r *reserve) open(ctx context.Context, p store.Pad) (distill.Pad, error) {
 	k := r.l.k
-	kek, err := k.keks.byID(ctx, p.KEK)
-	if err != nil {
-		return distill.Pad{}, err
-	}
 	name := distill.PadName(p.PadName)
-	bits, err := unwrap(ctx, kek, p.IV, p.CT, PadAAD(nil, k.Self, p.KEK, r.l.ID, name))
+	aad := PadAAD(nil, k.Self, p.KEK, r.l.ID, name)
+	plains, _, err := k.unseal(ctx, wrapped{hsm.Sealed{IV: p.IV, CT: p.CT, AAD: aad}, p.KEK})
 	if err != nil {
 		return distill.Pad{}, fmt.Errorf("unwrapping pad %s: %w", name, err)
 	}
+	bits := plains[0]
 	defer clear(bits)
 	if len(bits) != distill.PadBytes {
 		return distill.Pad{}, fmt.Errorf("pad %s has %d bytes", name, len(bits))
@@ -167,14 +166,18 @@ func (r *reserve) open(ctx context.Context, p store.Pad) (distill.Pad, error) {
 // wrapPads seals what a block gives to the reserve, and wipes it.
 func (l *link) wrapPads(ctx context.Context, b qlink.Block, kek openKEK) ([]store.Pad, error) {
 	defer clear(b.Pads)
-	var list []store.Pad
+	plains, aads := make([][]byte, len(b.Pads)), make([][]byte, len(b.Pads))
 	for i := range b.Pads {
 		p := &b.Pads[i]
-		iv, ct, err := wrap(ctx, kek.kek, p.Bits[:], PadAAD(nil, l.k.Self, kek.id, l.ID, p.Name))
-		if err != nil {
-			return nil, fmt.Errorf("wrapping pad %s: %w", p.Name, err)
-		}
-		list = append(list, store.Pad{PadName: store.PadName(p.Name), KEK: kek.id, IV: iv, CT: ct})
+		plains[i], aads[i] = p.Bits[:], PadAAD(nil, l.k.Self, kek.id, l.ID, p.Name)
+	}
+	sealed, err := wrap(ctx, kek.kek.WrapAll, plains, aads)
+	if err != nil {
+		return nil, fmt.Errorf("wrapping %d pads: %w", len(plains), err)
+	}
+	list := make([]store.Pad, len(sealed))
+	for i, s := range sealed {
+		list[i] = store.Pad{PadName: store.PadName(b.Pads[i].Name), KEK: kek.id, IV: s.IV, CT: s.CT}
 	}
 	return list, nil
 }

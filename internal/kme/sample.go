@@ -85,7 +85,7 @@ func (l *link) sample(ctx context.Context, c identity.Caller, rid string, ask fu
 		return admin.Good("keys of "+l.ID, "none is at hand to be compared with %s", l.Peer)
 	}
 	atom := lends[0]
-	secret, err := k.unsealAtom(ctx, atom.Atom, *atom.from)
+	secret, err := k.unsealAtom(ctx, atom.Atom, atom.from)
 	if spoilt(err) {
 		l.quarantine(ctx, rid, atom, err)
 		return judgeSample(l.ID, atom.ID, false, false, err)
@@ -155,7 +155,7 @@ func (d PeerDoor) Sample(ctx context.Context, from identity.KME, s handover.Samp
 	if why := l.claims(s.Key, 0, atom); why != "" {
 		return handover.SampleAnswer{}, d.refuse(ctx, from, fmt.Errorf("%s would compare %s: %s", from, id, why))
 	}
-	secret, err := k.unsealAtom(ctx, atom.Atom, *lentOf(atom).from)
+	secret, err := k.unsealAtom(ctx, atom.Atom, lentOf(atom).from)
 	if spoilt(err) {
 		k.incident(ctx, "tampered-"+l.ID, fmt.Sprintf("the blob of atom %s does not open: %v", id, err))
 		return handover.SampleAnswer{Lacking: true}, nil

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,10 +16,12 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // change runs SQL as somebody who has the database, and says how many rows it changed.
@@ -143,7 +146,10 @@ func TestTamperedPool(t *testing.T) {
 	l := &link{LinkConfig: LinkConfig{ID: "fibre", Peer: km2, End: handover.Alice, Provenance: key.Simulated}, k: k}
 	const atoms = 3
 	block := int64(0)
-	secret := bytes.Repeat([]byte("not for anybody "), atoms*key.AtomBytes/16)
+	secret := make([]byte, atoms*key.AtomBytes)
+	for i := range secret {
+		secret[i] = byte(i)
+	}
 	hold := func(t *testing.T) {
 		block++
 		terms := distill.Terms{Epoch: int64(key.EpochAt(s.now(), time.Hour)), Owners: "a"}
@@ -183,7 +189,7 @@ func TestTamperedPool(t *testing.T) {
 				}
 				got, bad, err := l.open(t.Context(), []lent{{a, &leases[0]}}, order{number: 1, bits: 256, ttl: time.Hour})
 				switch {
-				case sql == "" && (err != nil || !bytes.Equal(got.keys[0].Material.Reveal(), secret[:32])):
+				case sql == "" && (err != nil || !bytes.Equal(got.keys[0].Material.Reveal(), secret[a.Index*32:][:32])):
 					t.Errorf("an honest row: %v", err)
 				case sql != "" && (!errors.Is(err, hsm.ErrTampered) || len(got.keys) != 0 || bad.ID != a.ID):
 					t.Errorf("%d keys, %v, want none: it was tampered with", len(got.keys), err)
@@ -193,6 +199,62 @@ func TestTamperedPool(t *testing.T) {
 			if failed == 0 {
 				t.Error("nothing was tried")
 			}
+			if sql == "" {
+				return
+			}
+			var all []lent
+			for _, a := range leases[0].Atoms {
+				all = append(all, lent{a, &leases[0]})
+			}
+			got, bad, err := l.open(t.Context(), all, order{number: len(all), bits: 256, ttl: time.Hour})
+			if !errors.Is(err, hsm.ErrTampered) || len(got.keys) != 0 {
+				t.Errorf("%d keys of %d atoms at once, %v, want none: one was tampered with", len(got.keys), len(all), err)
+			}
+			if _, _, err := l.open(t.Context(), []lent{bad}, order{number: 1, bits: 256, ttl: time.Hour}); !errors.Is(err, hsm.ErrTampered) {
+				t.Errorf("atom %d is blamed, and alone: %v", bad.Index, err)
+			}
 		})
 	}
+
+	t.Run("one of a batch", func(t *testing.T) { // of the peer's: the others of it are well
+		s.change("DELETE FROM key")
+		s.change("UPDATE chunk SET remaining = 0 WHERE remaining >= 0")
+		hold(t)
+		s.change("UPDATE key SET ct = set_bit(ct, 9, 1 - get_bit(ct, 9)) WHERE index = 1")
+		leases, err := k.Store.Lease(t.Context(), "fibre", 8)
+		if err != nil || len(leases) != 1 || len(leases[0].Atoms) != atoms {
+			t.Fatalf("%d leases, %v", len(leases), err)
+		}
+		lease, batch, pooled := leases[0], handover.Announce{}, make(map[key.ID]store.PooledAtom)
+		for _, a := range lease.Atoms {
+			pooled[a.ID] = store.PooledAtom{Atom: a, Chunk: lease.Chunk, BlockRef: lease.BlockRef, Owner: handover.Alice, BlockState: handover.Ready, Epoch: lease.Epoch, Provenance: lease.Provenance}
+			want := handover.Key{Session: lease.Session, Block: lease.Block, First: a.Index, Atoms: []key.ID{a.ID}}
+			batch.Requests = append(batch.Requests, handover.Request{
+				ID: fmt.Sprint(a.Index), Link: l.ID, Master: saeID(t, "bob"), Slaves: []identity.SAE{saeID(t, "alice"), saeID(t, "anna")}, Bits: 200, TTL: time.Hour.Milliseconds(), Keys: []handover.Key{want},
+			})
+		}
+		there := &link{LinkConfig: LinkConfig{ID: "fibre", Peer: km2, End: handover.Bob, Provenance: key.Simulated}, k: k}
+		p := &prepared{due: make(map[string][]store.Due), refused: make(map[string]string), unusable: make(map[string][]key.ID)}
+		if err := there.seal(t.Context(), batch, batch.Requests, pooled, p); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range batch.Requests {
+			id := r.Keys[0].ID()
+			if r.ID == "1" {
+				if p.refused[r.ID] == "" || len(p.due[r.ID]) != 0 || !slices.Equal(p.unusable[r.ID], []key.ID{id}) {
+					t.Errorf("of the spoilt atom: refused %q, %d rows, unusable %v", p.refused[r.ID], len(p.due[r.ID]), p.unusable[r.ID])
+				}
+				continue
+			}
+			if p.refused[r.ID] != "" || len(p.due[r.ID]) != 2 {
+				t.Fatalf("atom %s beside it: refused %q, %d rows", r.ID, p.refused[r.ID], len(p.due[r.ID]))
+			}
+			for i, d := range p.due[r.ID] {
+				plains, _, err := k.unseal(t.Context(), k.wrappedDue(d))
+				if err != nil || !bytes.Equal(plains[0], secret[r.Keys[0].First*32:][:25]) || d.Key != id || d.SAE != r.Slaves[i] {
+					t.Errorf("atom %s for %s: %v; the row is of %s for %s", r.ID, r.Slaves[i], err, d.Key, d.SAE)
+				}
+			}
+		}
+	})
 }

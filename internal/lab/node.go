@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -52,7 +53,8 @@ func (n *Node) Start(ctx context.Context) error {
 	if err := n.writeConfig(ctx); err != nil {
 		return err
 	}
-	env := append([]string{"SOFTHSM2_CONF=" + n.site.path("hsm", "softhsm2.conf"), failpoint.FaultsFile + "=" + n.path("faults")}, n.env...)
+	half := max(1, runtime.NumCPU()/2) // of this machine's processors: the other half is the other site's
+	env := append([]string{fmt.Sprintf("GOMAXPROCS=%d", half), "SOFTHSM2_CONF=" + n.site.path("hsm", "softhsm2.conf"), failpoint.FaultsFile + "=" + n.path("faults")}, n.env...)
 	var err error
 	n.kmed, err = l.nursery.start("kmed "+n.Name, l.path("qlink"), n.LogFile(), env, filepath.Join(l.Bin, "kmed"), "serve", "--config", n.path("kmed.yaml"))
 	return err
