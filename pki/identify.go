@@ -2,7 +2,6 @@ package pki
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net"
@@ -63,7 +62,7 @@ type handshakeKey struct{}
 
 // ConnContext is http.Server's: it tells requests when their connection shook hands.
 func (g *Gate) ConnContext(ctx context.Context, c net.Conn) context.Context {
-	if conn, ok := c.(*tls.Conn); ok {
+	if conn, ok := c.(interface{ NetConn() net.Conn }); ok { // a *tls.Conn, or one around it
 		if raw, ok := conn.NetConn().(*gateConn); ok {
 			return context.WithValue(ctx, handshakeKey{}, raw.since)
 		}

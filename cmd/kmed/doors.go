@@ -65,6 +65,7 @@ type door struct {
 	log     *slog.Logger
 	raw     func(context.Context, net.Listener) error // instead of gate and handler
 	state   func(net.Conn, http.ConnState)            // told of each connection; may be nil
+	keys    bool                                      // are in its answers
 }
 
 // doors makes the four doors. A certificate of one role cannot reach a route of
@@ -114,7 +115,7 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 	}
 
 	return []door{
-		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: n.sweeper.watch(door014.Handler(doorOld.Mount)), state: n.sweeper.connection, log: n.log},
+		{name: "sae", address: n.env.address(e.SAE), gate: gateSAE, handler: n.sweeper.watch(door014.Handler(doorOld.Mount)), state: n.sweeper.connection, keys: true, log: n.log},
 		{name: "assign", address: e.Assign, gate: gateAssign, handler: peer.Handler(core.PeerDoor(), gateAssign.Identify, n.log), log: n.log},
 		{name: "operator", address: e.Operator, gate: gateOperator, handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
@@ -174,6 +175,10 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 		stopWatching()
 		_ = watch.Wait() // it has no errors
 	}()
+	ln = d.gate.Listen(ln)
+	if d.keys {
+		ln = wiping{ln}
+	}
 	s := &http.Server{
 		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ConnContext: d.gate.ConnContext, ConnState: d.state, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
@@ -186,7 +191,7 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 		defer cancel()
 		stopped <- s.Shutdown(grace)
 	}()
-	if err := s.Serve(d.gate.Listen(ln)); err != http.ErrServerClosed {
+	if err := s.Serve(ln); err != http.ErrServerClosed {
 		return fmt.Errorf("serving the %s door: %w", d.name, err)
 	}
 	return <-stopped

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"net"
 	"net/http"
 	"runtime"
@@ -70,6 +71,37 @@ func (s *sweeper) connection(_ net.Conn, state http.ConnState) {
 	if state == http.StateClosed {
 		s.left.Store(sweeps)
 	}
+}
+
+// wiping is the listener of a door that answers with keys: what a connection of HTTP/1.1
+// has sent is wiped. net/http gives the write buffer of a connection that has ended to
+// another one, of any server of the process, which keeps it for as long as it is open:
+// the rest of an old answer, behind the short ones of an operator who looks at alarms.
+// (Those of HTTP/2 go back after each write, and the sweeper has them collected.)
+type wiping struct{ net.Listener }
+
+// Accept returns the next connection.
+func (l wiping) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if t, ok := c.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol != "h2" { // for which net/http wants a *tls.Conn
+		return wipingConn{t}, err
+	}
+	return c, err
+}
+
+type wipingConn struct{ *tls.Conn }
+
+// httpBuffer is the size in bytes of net/http's write buffer of a connection. What is
+// longer comes from a handler's own buffer, around it.
+const httpBuffer = 4 << 10
+
+// Write sends b and wipes it, if it is net/http's.
+func (c wipingConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if len(b) <= httpBuffer {
+		clear(b)
+	}
+	return n, err
 }
 
 // run sweeps until ctx ends.

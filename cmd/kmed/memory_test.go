@@ -1,6 +1,13 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -24,5 +31,89 @@ func TestWithClobberFree(t *testing.T) {
 		if diff := cmp.Diff(was, tt.environ); diff != "" {
 			t.Errorf("%v was changed: %s", was, diff)
 		}
+	}
+}
+
+// shaken is a listener whose connections have shaken hands, as a gate's have.
+type shaken struct {
+	net.Listener
+	cfg *tls.Config
+}
+
+func (l shaken) Accept() (net.Conn, error) {
+	raw, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := tls.Server(raw, l.cfg)
+	return c, c.Handshake()
+}
+
+// TestWiping: a connection of HTTP/1.1 wipes the server's write buffer when it has sent
+// it, and nothing that belongs to a handler; one of HTTP/2 is left alone. Handlers see
+// TLS as before.
+func TestWiping(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := writeCertificate(dir, "km1"); err != nil {
+		t.Fatal(err)
+	}
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}
+	ln := wiping{shaken{raw, cfg}}
+	pages := map[string][]byte{"/short": []byte("short"), "/long": bytes.Repeat([]byte("long "), 5000)} // a handler's own
+	want := map[string]string{"/short": string(pages["/short"]), "/long": string(pages["/long"])}
+	s := &http.Server{TLSConfig: cfg, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.TLS == nil {
+			t.Error("the handler sees no TLS")
+		}
+		_, _ = w.Write(pages[r.URL.Path])
+	})}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(ln) }()
+	for _, protocol := range []int{1, 2} {
+		hc := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: protocol == 2}}
+		for range 2 { // on one connection
+			for path, text := range want {
+				res, err := hc.Get("https://" + raw.Addr().String() + path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := io.ReadAll(res.Body)
+				if err != nil || string(got) != text || res.ProtoMajor != protocol {
+					t.Errorf("HTTP/%d, %s: %d bytes, want %d; %v", res.ProtoMajor, path, len(got), len(text), err)
+				}
+				_ = res.Body.Close()
+			}
+		}
+		hc.CloseIdleConnections()
+	}
+	_ = s.Close()
+	if err := <-served; err != http.ErrServerClosed {
+		t.Error(err)
+	}
+
+	near, far := net.Pipe()
+	defer near.Close()
+	go func() {
+		c := tls.Client(far, &tls.Config{InsecureSkipVerify: true})
+		_, _ = io.Copy(io.Discard, c)
+	}()
+	b := bufio.NewWriterSize(wipingConn{tls.Server(near, cfg)}, httpBuffer)
+	if _, err := b.WriteString("a key"); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if sent := b.AvailableBuffer()[:httpBuffer]; !bytes.Equal(sent, make([]byte, httpBuffer)) {
+		t.Errorf("what was sent is still in the buffer: %q", sent[:8])
 	}
 }

@@ -13,14 +13,20 @@ import (
 	"github.com/qutemail/kme/internal/key"
 )
 
-// What happens to the light happens to one lab: the fibre is cut, then Eve comes.
+// What happens to the light happens to one lab: the fibre is cut, then Eve comes. Then
+// keys of it are looked for where none may be.
 func TestLightInTrouble(t *testing.T) {
 	t.Parallel()
-	l := start(t, nil)
+	variable, marker := planted()
+	l := start(t, func(c *Config) {
+		c.Bin = binaries(t, true) // whose memory may be looked into
+		c.Env = map[string][]string{"km1": {variable}, "km2": {variable}}
+	})
 	keysStored(t, l, 200)
 	t.Run("fibre cut", func(t *testing.T) { fibreCut(t, l) })
 	t.Run("Eve", func(t *testing.T) { eve(t, l) })
 	t.Run("no plaintext", func(t *testing.T) { noPlaintext(t, l) })
+	t.Run("not in memory", func(t *testing.T) { notInMemory(t, l, marker) })
 }
 
 // fibre sends a command to the quantum channel.

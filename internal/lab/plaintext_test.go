@@ -78,9 +78,11 @@ func noPlaintext(t *testing.T, l *Lab) {
 }
 
 // deliver has keys delivered in every way there is, taken and not taken, and adds
-// what the clients got to the search.
+// what the clients got to the search. No connection is left of it.
 func deliver(t *testing.T, l *Lab, s *search) {
 	alice, bob, dave := sae(t, l, "alice"), sae(t, l, "bob"), &Person{ID: SAEID("dave")}
+	defer alice.HTTP.CloseIdleConnections()
+	defer bob.HTTP.CloseIdleConnections()
 	taken := get(t, alice, bob, 150)
 	take(t, bob, alice, taken)
 	back := get(t, bob, alice, 100)
@@ -91,6 +93,7 @@ func deliver(t *testing.T, l *Lab, s *search) {
 		}
 	}
 	sender, reader := sae(t, l, "alice@qutemail.example"), sae(t, l, "bob@qutemail.example")
+	defer sender.HTTP.CloseIdleConnections()
 	at2, err := l.SAEAt(reader.ID.String(), "km2")
 	if err != nil {
 		t.Fatal(err)
