@@ -333,7 +333,6 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// says gives a certificate an extension.
 // directoryAttribute is one of the subjectDirectoryAttributes.
 type directoryAttribute struct {
 	Type   asn1.ObjectIdentifier
@@ -361,6 +360,7 @@ func saysDER(value []byte) func(*x509.Certificate) {
 	return says(pkix.Extension{Id: oidSubjectDirectoryAttributes, Value: value})
 }
 
+// says gives a certificate an extension.
 func says(x pkix.Extension) func(*x509.Certificate) {
 	return func(c *x509.Certificate) { c.ExtraExtensions = append(c.ExtraExtensions, x) }
 }
