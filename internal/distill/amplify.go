@@ -134,8 +134,7 @@ func (w *workspace) middle(out, s, x frame) {
 	xor(out[h:], l.p, l.q)
 }
 
-// xor sets dst to the sum of a and b, of the same length.
-func xor(dst, a, b frame) {
+func xorPortable(dst, a, b frame) {
 	a, b = a[:len(dst)], b[:len(dst)]
 	for i := range dst {
 		dst[i] = a[i] ^ b[i]

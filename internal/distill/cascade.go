@@ -179,30 +179,71 @@ func (s *search) current(pass int) []uint32 {
 	return s.found[pass]
 }
 
+// ahead is how many times so many odd nodes are halved by one question. Halving twice
+// leaks three bits where two would have done. But many of the questions of a frame are about
+// its last few errors, one after the other, and each of them costs a journey. (Measured at
+// n = 2^18 and 1.5 %: 212 rounds instead of 258, the longest of six frames 334 instead of
+// 477, and f 1.034 instead of 1.031.)
+func ahead(nodes int) int {
+	if nodes <= 4 {
+		return 2
+	}
+	return 1
+}
+
 // descend halves odd nodes of a pass, ascending, until each has led to a wrong bit,
 // and puts the bits right.
 func (s *search) descend(pass int, nodes []uint32) error {
 	for len(nodes) > 0 {
-		q := question{pass: pass, nodes: make([]uint32, len(nodes))}
-		for i, node := range nodes {
-			q.nodes[i] = 2 * node
+		levels := ahead(len(nodes))
+		q := question{pass: pass, nodes: make([]uint32, 0, len(nodes))}
+		for _, node := range nodes {
+			for l := range min(levels, s.depth(node)) {
+				for left := node << (l + 1); left>>(l+1) == node; left += 2 {
+					q.nodes = append(q.nodes, left)
+				}
+			}
+		}
+		if levels > 1 {
+			slices.Sort(q.nodes)
 		}
 		answers, err := s.put([]question{q})
 		if err != nil {
 			return err
 		}
-		rest := nodes[:0]
-		for i, half := range q.nodes {
-			s.halved[pass].flip(int(half / 2))
-			if bitAt(answers, i) == s.parity(pass, half) {
-				half++ // the other one is odd
+		differ := make([]byte, len(q.nodes))
+		for i, node := range q.nodes {
+			differ[i] = bitAt(answers, i) ^ s.parity(pass, node)
+		}
+		var rest, wrong []uint32
+		asked := 0
+		var halve func(node uint32, levels int, odd byte)
+		halve = func(node uint32, left int, odd byte) {
+			if left == 0 || node>>s.log != 0 {
+				if odd == 1 {
+					s.odd[pass].flip(int(node))
+					if node>>s.log != 0 {
+						wrong = append(wrong, node)
+					} else {
+						rest = append(rest, node)
+					}
+				}
+				return
 			}
-			s.odd[pass].flip(int(half))
-			if half>>s.log == 0 {
-				rest = append(rest, half)
-				continue
+			s.halved[pass].flip(int(node))
+			if levels > 1 {
+				asked, _ = slices.BinarySearch(q.nodes, 2*node)
 			}
-			at := int(half - 1<<s.log)
+			differs := differ[asked]
+			asked++
+			halve(2*node, left-1, differs)
+			halve(2*node+1, left-1, odd^differs)
+		}
+		for _, node := range nodes {
+			halve(node, levels, 1)
+		}
+		for _, node := range wrong { // once nothing is compared with the key as it was
+			at := int(node - 1<<s.log)
 			if pass == shufflePass {
 				at = s.index(at)
 			}
@@ -210,10 +251,16 @@ func (s *search) descend(pass int, nodes []uint32) error {
 				return err
 			}
 		}
+		if levels > 1 {
+			slices.Sort(rest)
+		}
 		nodes = rest
 	}
 	return nil
 }
+
+// depth is how many times a node can be halved.
+func (s *search) depth(node uint32) int { return s.log + 1 - bits.Len32(node) }
 
 // reconcile makes Bob's frames equal to Alice's, all at once: each question has those of
 // every frame that has some, so that a block takes as many journeys as its slowest frame.

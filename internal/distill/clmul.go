@@ -4,8 +4,9 @@ import "math/bits"
 
 // The carry-less products that amplification and the hashes are made of. Where the
 // processor has an instruction for them (PCLMULQDQ on amd64, PMULL on arm64) it is used,
-// from assembly; the portable functions here do the same without, in a time that
-// depends on no operand. The tag purego leaves the assembly out.
+// from assembly, and where it has one for four of them at once (VPCLMULQDQ with AVX-512),
+// that; the portable functions here do the same without, in a time that depends on no
+// operand. The tag purego leaves the assembly out.
 
 // kernelWords is the size of the middle product that the assembly computes.
 const kernelWords = 8

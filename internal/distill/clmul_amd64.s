@@ -75,3 +75,66 @@ TEXT ·kernelAsm(SB), NOSPLIT, $0-24
 	COLUMN(112)
 	WORD(7)
 	RET
+
+// func kernelWide(out *[8]uint64, s *[16]uint64, x *[8]uint64)
+//
+// Z4 and Z5 get the sums of the products s[a] x[b] with a+b = 8, 10, 12, 14 and 9, 11, 13,
+// 15: for each b, of the eight words of s from 8-b on by x[b]. Z6 gets that with a+b = 7,
+// of which the upper half counts. The answer is Z4, and one word higher Z5 behind Z6.
+TEXT ·kernelWide(SB), NOSPLIT, $0-24
+	MOVQ       out+0(FP), DI
+	MOVQ       s+8(FP), SI
+	MOVQ       x+16(FP), DX
+	VMOVDQU64  (DX), Z0
+	VSHUFI64X2 $0x1b, Z0, Z0, Z0
+	VMOVDQU64  (SI), Z1
+	VPCLMULQDQ $0x01, Z0, Z1, Z6
+	VPCLMULQDQ $0x10, Z0, Z1, Z7
+	VPXORQ     Z7, Z6, Z6
+	VPXORQ     Z4, Z4, Z4
+	VPXORQ     Z5, Z5, Z5
+
+#define BY(B) \
+	VMOVDQU64    (64-8*B)(SI), Z1; \
+	VPBROADCASTQ (8*B)(DX), Z0; \
+	VPCLMULQDQ   $0x00, Z0, Z1, Z2; \
+	VPCLMULQDQ   $0x01, Z0, Z1, Z3; \
+	VPXORQ       Z2, Z4, Z4; \
+	VPXORQ       Z3, Z5, Z5
+
+	BY(0)
+	BY(1)
+	BY(2)
+	BY(3)
+	BY(4)
+	BY(5)
+	BY(6)
+	BY(7)
+	VSHUFI64X2 $0x4e, Z6, Z6, Z7
+	VPXORQ     Z7, Z6, Z6
+	VSHUFI64X2 $0xb1, Z6, Z6, Z7
+	VPXORQ     Z7, Z6, Z6
+	VALIGNQ    $7, Z6, Z5, Z5
+	VPXORQ     Z5, Z4, Z4
+	VMOVDQU64  Z4, (DI)
+	VZEROUPPER
+	RET
+
+// func xorWide(dst, a, b *uint64, eights int)
+TEXT ·xorWide(SB), NOSPLIT, $0-32
+	MOVQ dst+0(FP), DI
+	MOVQ a+8(FP), SI
+	MOVQ b+16(FP), DX
+	MOVQ eights+24(FP), CX
+
+loop:
+	VMOVDQU64 (SI), Z0
+	VPXORQ    (DX), Z0, Z0
+	VMOVDQU64 Z0, (DI)
+	ADDQ      $64, SI
+	ADDQ      $64, DX
+	ADDQ      $64, DI
+	DECQ      CX
+	JNZ       loop
+	VZEROUPPER
+	RET

@@ -10,15 +10,6 @@ func product(x, y uint64) (hi, lo uint64) {
 	return productAsm(x, y)
 }
 
-// kernel sets out to words 8 to 15 of the carry-less product of s and x.
-func kernel(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64) {
-	if !hasProduct {
-		kernelPortable(out, s, x)
-		return
-	}
-	kernelAsm(out, s, x)
-}
-
 //go:noescape
 func productAsm(x, y uint64) (hi, lo uint64)
 

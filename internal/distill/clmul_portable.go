@@ -11,3 +11,6 @@ func product(x, y uint64) (hi, lo uint64) { return productPortable(x, y) }
 func kernel(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64) {
 	kernelPortable(out, s, x)
 }
+
+// xor sets dst to the sum of a and b, which are at least as long.
+func xor(dst, a, b frame) { xorPortable(dst, a, b) }

@@ -268,7 +268,7 @@ func TestBlock(t *testing.T) {
 	}{
 		{"one percent", standard, 0.01, 1.05},
 		{"two percent", standard, 0.02, 1.05},
-		{"one decoy", oneDecoy(small), 0.02, 1.4},
+		{"one decoy", oneDecoy(small), 0.02, 1.5},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l := shine(rand.New(rand.NewPCG(1, 1)), test.params, detection(test.params), test.errorRate)

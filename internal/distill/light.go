@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math/bits"
 	"slices"
 )
 
@@ -138,20 +139,39 @@ func ParseGates(b []byte, limit int64) (Gates, []byte, error) {
 		return Gates{}, nil, r.err
 	}
 	g := Gates{gaps: gaps, log: log}
-	end, all := int64(0), uint64(0) // all has the bits that any gap has
-	for i := range int(n) {
-		gap := g.gap(i)
-		if gap >= uint64(limit-end) {
-			return Gates{}, nil, fmt.Errorf("%d gates behind gate %d, of %d", gap, end-1, limit)
-		}
-		all |= gap
-		end += int64(gap) + 1
+	high, low, all := g.sum()
+	low, carry := bits.Add64(low, n, 0)
+	if high+carry > 0 || low > uint64(limit) {
+		return Gates{}, nil, fmt.Errorf("gates beyond the last of %d", limit)
 	}
 	if log > 0 && all>>(4<<log) == 0 {
 		return Gates{}, nil, errors.New("gates written in more bytes than they need")
 	}
-	g.end = end
+	g.end = int64(low)
 	return g, r.rest, nil
+}
+
+// sum is that of all gaps, as a number of 128 bits, and the bits that any of them has.
+func (g Gates) sum() (high, low, all uint64) {
+	switch g.log {
+	case 0:
+		for _, gap := range g.gaps {
+			low, all = low+uint64(gap), all|uint64(gap)
+		}
+	case 1:
+		for b := g.gaps; len(b) >= 2; b = b[2:] {
+			gap := uint64(binary.LittleEndian.Uint16(b))
+			low, all = low+gap, all|gap
+		}
+	default:
+		for i := range g.Len() {
+			var carry uint64
+			gap := g.gap(i)
+			low, carry = bits.Add64(low, gap, 0)
+			high, all = high+carry, all|gap
+		}
+	}
+	return high, low, all
 }
 
 // Detections is what Bob's detectors saw in a block.

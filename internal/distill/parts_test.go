@@ -323,6 +323,30 @@ func TestPick(t *testing.T) {
 	})
 }
 
+// The hash of a transcript is the polynomial of its messages, one coefficient after the other.
+func TestTranscriptIsPolynomial(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		pad := padNamed(PadName{Index: rapid.IntRange(1, 1000).Draw(t, "pad")})
+		var a authenticator
+		a.arm(pad)
+		point, want := elementFrom([16]byte(pad.Bits[:16])), element{}
+		add := func(e element) { want = want.plus(e).times(point) }
+		for _, size := range rapid.SliceOfN(rapid.IntRange(0, 300), 1, 5).Draw(t, "sizes") {
+			body := rapid.SliceOfN(rapid.Byte(), size, size).Draw(t, "body")
+			a.record(alice, kindSifted, body)
+			add(element{lo: uint64(alice)<<8 | uint64(kindSifted), hi: uint64(size)})
+			for ; len(body) > 0; body = body[min(16, len(body)):] {
+				var piece [16]byte
+				copy(piece[:], body)
+				add(elementFrom(piece))
+			}
+		}
+		if a.sum != want {
+			t.Fatalf("%v, want %v", a.sum, want)
+		}
+	})
+}
+
 // BenchmarkAmplify halves blocks of 1 Mbit.
 func BenchmarkAmplify(b *testing.B) {
 	const n = 1 << 20
@@ -334,6 +358,26 @@ func BenchmarkAmplify(b *testing.B) {
 	}
 	b.ReportMetric(n*float64(b.N)/b.Elapsed().Seconds()/1e6, "Mbit/s")
 	b.ReportMetric(n*float64(b.N)/(cpuTime()-begun).Seconds()/1e6, "Mbit/cpu-s")
+}
+
+// kernels are those that this processor has.
+var kernels = map[string]func(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64){"kernel": kernel}
+
+// TestXor: sums are the same in whatever pieces they are made, and nothing behind them changes.
+func TestXor(t *testing.T) {
+	random := rand.New(rand.NewPCG(18, 18))
+	for n := range 70 {
+		a, b := make(frame, n), make(frame, n)
+		for i := range n {
+			a[i], b[i] = random.Uint64(), random.Uint64()
+		}
+		got, want := make(frame, n+8), make(frame, n)
+		xor(got[:n], a, b)
+		xorPortable(want, a, b)
+		if !slices.Equal(got[:n], want) || got[n:].ones() != 0 {
+			t.Fatalf("%d words: %x, want %x", n, got, want)
+		}
+	}
 }
 
 // The assembly does what the portable functions do.
@@ -348,10 +392,11 @@ func TestProducts(t *testing.T) {
 		for k := range x {
 			x[k] = random.Uint64()
 		}
-		kernel(&fast, &s, &x)
 		kernelPortable(&slow, &s, &x)
-		if fast != slow {
-			t.Fatalf("kernel of %x and %x: %x, portable %x", s, x, fast, slow)
+		for name, fastest := range kernels {
+			if fastest(&fast, &s, &x); fast != slow {
+				t.Fatalf("%s of %x and %x: %x, portable %x", name, s, x, fast, slow)
+			}
 		}
 		hi, lo := product(s[0], x[0])
 		if h, l := productPortable(s[0], x[0]); h != hi || l != lo {

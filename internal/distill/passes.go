@@ -110,7 +110,7 @@ func (p *passes) shuffle(random *rand.ChaCha8) {
 // the second.
 func (p *passes) place(i int) int {
 	blocks := len(p.deal)
-	run := i / blocks
+	run := i >> (p.log - p.top[shufflePass])
 	block := p.deal[(i+int(p.shift[run]))&(blocks-1)] ^ p.flips[run]
 	return int(block)*len(p.shift) + run
 }
@@ -118,7 +118,7 @@ func (p *passes) place(i int) int {
 // index is the key bit that the second pass has at a place.
 func (p *passes) index(place int) int {
 	blocks := len(p.deal)
-	run, block := place&(len(p.shift)-1), uint32(place/len(p.shift))
+	run, block := place&(len(p.shift)-1), uint32(place>>p.top[shufflePass])
 	return run*blocks + (int(p.back[block^p.flips[run]])-int(p.shift[run]))&(blocks-1)
 }
 

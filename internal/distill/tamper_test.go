@@ -2,6 +2,8 @@ package distill
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"math/rand/v2"
 	"testing"
 
@@ -131,6 +133,90 @@ func TestMeddling(t *testing.T) {
 			judge(t, act, atAlice, atBob, aliceErr, bobErr)
 		}
 	})
+}
+
+// TestReordered lets each message change places with the next one of the same end, which
+// a middle can have that guesses it: the other end is never the wiser for a message, and
+// ends without a key.
+func TestReordered(t *testing.T) {
+	l := shine(rand.New(rand.NewPCG(8, 9)), small, 0.9, 0.03)
+	var said [2][]message // by Alice and by Bob, the same in every run of the same seeds
+	record := func(end int) func(message) []message {
+		return func(m message) []message {
+			said[end] = append(said[end], message{m.kind, bytes.Clone(m.body)})
+			return []message{m}
+		}
+	}
+	a, b, closeBoth := newPipe()
+	a.meddle, b.meddle = record(0), record(1)
+	if _, _, aliceErr, bobErr := newEnds(small, l, 1).run(a, b, closeBoth); aliceErr != nil || bobErr != nil {
+		t.Fatalf("untouched: Alice %v, Bob %v", aliceErr, bobErr)
+	}
+	for end, list := range said {
+		for at := range len(list) - 1 {
+			if list[at].kind == list[at+1].kind && bytes.Equal(list[at].body, list[at+1].body) {
+				continue
+			}
+			sent := 0
+			a, b, closeBoth := newPipe()
+			[]*pipe{a, b}[end].meddle = func(m message) []message {
+				switch sent++; sent - 1 {
+				case at:
+					m = list[at+1]
+				case at + 1:
+					m = list[at]
+				}
+				return []message{{m.kind, bytes.Clone(m.body)}}
+			}
+			atAlice, atBob, aliceErr, bobErr := newEnds(small, l, 1).run(a, b, closeBoth)
+			judge(t, "reordered", atAlice, atBob, aliceErr, bobErr)
+			if bobErr == nil {
+				t.Errorf("Bob has a key")
+			}
+			if t.Failed() {
+				t.Fatalf("message %d of end %d", at, end)
+			}
+		}
+	}
+}
+
+// TestBlocksReordered lets the first message of a block pass the last one of the block
+// before.
+func TestBlocksReordered(t *testing.T) {
+	l := shine(rand.New(rand.NewPCG(8, 10)), small, 0.9, 0.03)
+	e := newEnds(small, l, 1)
+	a, b, closeBoth := newPipe()
+	var held []message
+	a.meddle = func(m message) []message {
+		if m.kind == kindConfirm {
+			held = []message{m}
+			return nil
+		}
+		list := append([]message{m}, held...)
+		held = nil
+		return list
+	}
+	done := make(chan error, 1)
+	go func() {
+		out, err := Bob(context.Background(), b, e.bob)
+		if err == nil || out.Bits != nil {
+			err = errors.Join(err, errors.New("Bob has a key"))
+		} else {
+			err = nil
+		}
+		closeBoth()
+		done <- err
+	}()
+	if _, err := Alice(context.Background(), a, e.alice); err != nil {
+		t.Fatal(err) // that Bob has none is for the handover to find out
+	}
+	e.alice.Block++
+	if out, err := Alice(context.Background(), a, e.alice); err == nil || out.Bits != nil {
+		t.Errorf("the next block: %v", err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
 }
 
 // TestLyingAlice answers Bob's questions with noise: he must stop, and have no key.
