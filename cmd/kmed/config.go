@@ -17,6 +17,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/kme"
+	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/pki"
 )
@@ -205,6 +206,14 @@ type LinkConfig struct {
 	// Interval is the least time from the start of a block to that of the next, at
 	// Alice's end. Default 1s.
 	Interval time.Duration `yaml:"interval"`
+	// KeyBits is how many sifted bits a block is made of, a multiple of 262144 (2^18). A
+	// longer block makes more key of the same light, and takes more time and memory. Both
+	// ends must have the same. Default 524288, at most 2097152.
+	KeyBits int `yaml:"key_bits"`
+	// InFlight is how many blocks may be under way at a time, at Alice's end. More than one
+	// makes up for a peer that is far away; each takes memory at both ends. Default 1, at
+	// most 7.
+	InFlight int `yaml:"in_flight"`
 	// Filler, if not 0, makes blocks of so many random atoms instead of sending
 	// light: for load tests. A production node refuses it. Both ends must have it.
 	Filler int `yaml:"filler"`
@@ -240,6 +249,12 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	for i := range c.Links {
 		if _, given := doc.members[fmt.Sprintf("links[%d].interval", i)]; !given {
 			c.Links[i].Interval = time.Second
+		}
+		if _, given := doc.members[fmt.Sprintf("links[%d].key_bits", i)]; !given {
+			c.Links[i].KeyBits = qlink.StandardPlan().KeyBits
+		}
+		if _, given := doc.members[fmt.Sprintf("links[%d].in_flight", i)]; !given {
+			c.Links[i].InFlight = 1
 		}
 	}
 	if env.Database != "" {
@@ -423,6 +438,8 @@ func (c *Config) checkLinks(k *checker) {
 		k.must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
 		k.must(l.AuthFile == "" || !l.AuthInHSM, at+"auth_in_hsm", "is there beside auth_file: one of them")
 		k.must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
+		k.must(l.KeyBits >= 1<<19 && l.KeyBits <= 1<<21 && l.KeyBits%(1<<18) == 0, at+"key_bits", "is %d: a multiple of 262144, from 524288 to 2097152", l.KeyBits)
+		k.must(l.InFlight >= 1 && l.InFlight <= qlink.MaxInFlight, at+"in_flight", "is %d: from 1 to %d", l.InFlight, qlink.MaxInFlight)
 		k.must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
 		k.must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")
 	}

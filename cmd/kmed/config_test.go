@@ -38,7 +38,7 @@ func TestExample(t *testing.T) {
 			},
 			CRLAlarm: 15 * time.Minute,
 		},
-		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", AuthFile: "/etc/kmed/km1-km2.secret", Interval: time.Second}},
+		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", AuthFile: "/etc/kmed/km1-km2.secret", Interval: time.Second, KeyBits: 1 << 19, InFlight: 1}},
 		Epoch: time.Hour, MaxWraps: 1 << 30, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Limits: LimitsConfig{
 			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000, Handshakes: 1024, HandshakesPerNetwork: 256, Connections: 1024,
@@ -51,7 +51,7 @@ func TestExample(t *testing.T) {
 
 	text := read(t, example)
 	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 38 {
+	if len(defaults) != 40 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
 	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})

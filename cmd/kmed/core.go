@@ -14,6 +14,7 @@ import (
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
@@ -130,9 +131,14 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		if l.ID != lc.ID {
 			continue
 		}
-		_, profile := qlink.Standard()
+		plan := qlink.StandardPlan()
+		plan.KeyBits = lc.KeyBits
+		profile, err := plan.Profile(bb84.Standard())
+		if err != nil {
+			return kme.LinkConfig{}, fmt.Errorf("link %s: %w", lc.ID, err)
+		}
 		c := kme.LinkConfig{
-			ID: lc.ID, TTL: l.TTL, PoolTTL: l.PoolTTL, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, Random: mixed{n.token}, Filler: lc.Filler, Secret: n.linkSecret(lc),
+			ID: lc.ID, TTL: l.TTL, PoolTTL: l.PoolTTL, Profile: profile, Provenance: key.Simulated, Interval: lc.Interval, InFlight: lc.InFlight, Random: mixed{n.token}, Filler: lc.Filler, Secret: n.linkSecret(lc),
 		}
 		switch n.self {
 		case l.Alice:

@@ -31,6 +31,7 @@ type LinkConfig struct {
 	TTL        time.Duration                               // lifetime of an assigned key that nobody asked to be another; 0 for the node's DefaultTTL
 	PoolTTL    time.Duration                               // how long an unassigned atom stays useful; 0 for the node's
 	Interval   time.Duration                               // least time from the start of a block to that of the next
+	InFlight   int                                         // blocks that may be under way at a time, at Alice's end; 0 for one
 	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
 	Dial       func(context.Context) (*peer.Stream, error) // Alice's end only: the classical channel
 	Box        func(context.Context) (*qlink.Box, error)   // this end of the quantum channel
@@ -288,17 +289,24 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 		return fmt.Errorf("opening the quantum channel: %w", err)
 	}
 	defer done()
+	defer s.Close() // what is under way ends with it
 	l.update(func(st *LinkState) { st.State, st.Why, st.Session, st.OpenedAt = "open", "", session, l.k.Now() })
 	l.k.clear(ctx, "link-"+l.ID)
 	l.account(ctx)
 	for {
+		room := true
 		if l.End == handover.Alice {
-			if err := l.room(ctx); err != nil {
+			if room, err = l.room(ctx, source.Pending() == 0); err != nil {
 				return err
 			}
 		}
 		began := l.k.Now()
-		block, err := source.Next(ctx)
+		var block qlink.Block
+		if room {
+			block, err = source.Next(ctx)
+		} else {
+			block, err = source.Rest() // what is under way has been promised to nobody else
+		}
 		var abort *distill.Abort
 		switch {
 		case errors.Is(err, qlink.ErrCut):
@@ -336,18 +344,19 @@ func (l *link) source(ctx context.Context, s *peer.Stream, session int64) (block
 	if err != nil {
 		return nil, nil, err
 	}
-	done := func() { _ = box.Close() }
 	source, err := qlink.NewSource(ctx, l.distillation(s, box, session))
 	if err != nil {
-		done()
+		_ = box.Close()
 		return nil, nil, err
 	}
-	return source, done, nil
+	return source, func() { _ = box.Close(); source.Close() }, nil
 }
 
 // blockSource is where the secret blocks of a session come from.
 type blockSource interface {
 	Next(context.Context) (qlink.Block, error)
+	Rest() (qlink.Block, error) // Next, and nothing new begun
+	Pending() int               // blocks that are under way, at Alice's end
 }
 
 // distillation is what a source of this end is made of.
@@ -355,7 +364,7 @@ func (l *link) distillation(s *peer.Stream, box *qlink.Box, session int64) qlink
 	pads := &reserve{l: l, session: session}
 	return qlink.SourceConfig{
 		NextPad: pads.next, Pad: pads.find, SpendPad: pads.spend, LosePad: pads.lose,
-		End: l.End, Link: l.ID, Session: session, Channel: s, Box: box, Params: l.Profile, Random: l.Random, Log: l.k.Log,
+		End: l.End, Link: l.ID, Session: session, Channel: s, Box: box, Params: l.Profile, InFlight: l.InFlight, Random: l.Random, Log: l.k.Log,
 		Terms:  l.terms,
 		Stored: func() int { return 0 }, // Alice counts both ends' shares in her own register
 		Accept: l.accept,
@@ -395,8 +404,8 @@ func (l *link) accept(t distill.Terms, atoms int) error {
 	return nil
 }
 
-// room waits until another block is wanted and could be kept.
-func (l *link) room(ctx context.Context) error {
+// room says whether another block is wanted and could be kept, and may wait until one is.
+func (l *link) room(ctx context.Context, wait bool) (bool, error) {
 	for {
 		state, why := "open", ""
 		here, there, err := l.k.Store.Pool(ctx, l.ID)
@@ -415,11 +424,11 @@ func (l *link) room(ctx context.Context) error {
 			state, why = "full", fmt.Sprintf("%d keys are stored", here+there)
 		}
 		l.update(func(s *LinkState) { s.State, s.Why = state, why })
-		if state == "open" {
-			return nil
+		if state == "open" || !wait {
+			return state == "open", nil
 		}
 		if err := l.pace(ctx, l.k.Now()); err != nil {
-			return err
+			return false, err
 		}
 	}
 }

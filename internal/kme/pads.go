@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/distill"
@@ -36,15 +37,16 @@ const minAuthSecret = 32
 type reserve struct {
 	l       *link
 	session int64
-	lost    int // pads in a row that Bob did not have
+	lost    atomic.Int64 // pads in a row that Bob did not have
 }
 
-// next is the pad for Alice's next block.
-func (r *reserve) next(ctx context.Context) (distill.Pad, error) {
+// next is the pad for Alice's next block. Those of the blocks under way are not above the
+// one given.
+func (r *reserve) next(ctx context.Context, above distill.PadName) (distill.Pad, error) {
 	for {
-		p, err := r.l.k.Store.NextPad(ctx, r.l.ID)
+		p, err := r.l.k.Store.NextPad(ctx, r.l.ID, store.PadName(above))
 		if errors.Is(err, store.ErrNoPad) {
-			return r.fresh(ctx)
+			return r.fresh(ctx, above)
 		}
 		if err != nil {
 			return distill.Pad{}, err
@@ -86,7 +88,7 @@ func (r *reserve) find(ctx context.Context, name distill.PadName) (distill.Pad, 
 
 // spend commits that a pad is spent.
 func (r *reserve) spend(ctx context.Context, name distill.PadName) error {
-	r.lost = 0
+	r.lost.Store(0)
 	return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
 }
 
@@ -97,7 +99,7 @@ const maxLost = 3
 // lose gives up a pad that Bob does not have. When that happens again and again (what his
 // were sealed under is destroyed) all of them go, and the next session begins anew.
 func (r *reserve) lose(ctx context.Context, name distill.PadName) error {
-	if r.lost++; r.lost < maxLost {
+	if r.lost.Add(1) < maxLost {
 		return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
 	}
 	at, err := r.l.k.Store.Reserve(ctx, r.l.ID)
@@ -113,16 +115,20 @@ func (r *reserve) lose(ctx context.Context, name distill.PadName) error {
 
 // fresh is the next pad of those expanded from the shared secret. A session that has
 // spent pads of its own blocks has none left: the next one has.
-func (r *reserve) fresh(ctx context.Context) (distill.Pad, error) {
+func (r *reserve) fresh(ctx context.Context, above distill.PadName) (distill.Pad, error) {
 	at, err := r.l.k.Store.Reserve(ctx, r.l.ID)
 	if err != nil {
 		return distill.Pad{}, err
 	}
 	name := distill.PadName{Session: r.session, Index: 1}
-	if at.Spent.Session == r.session && at.Spent.Block == 0 {
-		name.Index = at.Spent.Index + 1
+	used := padName(at.Spent)
+	if above.Compare(used) > 0 {
+		used = above
 	}
-	if name.Compare(padName(at.Spent)) <= 0 || name.Index >= 1<<16 {
+	if used.Session == r.session && used.Block == 0 {
+		name.Index = used.Index + 1
+	}
+	if name.Compare(used) <= 0 || name.Index >= 1<<16 {
 		return distill.Pad{}, fmt.Errorf("the reserve of session %d is used up: another session begins anew", r.session)
 	}
 	return r.expand(ctx, name)

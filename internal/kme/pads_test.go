@@ -28,9 +28,13 @@ type padEnd struct {
 	last    distill.PadName                   // of these
 }
 
-// spend commits the pad and has the tag leave.
-func (e *padEnd) spend(t *rapid.T, pad distill.Pad) {
-	if err := e.reserve.spend(t.Context(), pad.Name); err != nil {
+// spend commits the pad and has the tag leave; false, if a higher one is spent.
+func (e *padEnd) spend(t *rapid.T, pad distill.Pad) bool {
+	err := e.reserve.spend(t.Context(), pad.Name)
+	if errors.Is(err, store.ErrSpent) {
+		return false
+	}
+	if err != nil {
 		t.Fatalf("%s: spending %s: %v", e.End, pad.Name, err)
 	}
 	if name, twice := e.used[pad.Bits]; twice {
@@ -40,10 +44,11 @@ func (e *padEnd) spend(t *rapid.T, pad distill.Pad) {
 		t.Fatalf("%s spends pad %s after %s", e.End, pad.Name, e.last)
 	}
 	e.used[pad.Bits], e.last = pad.Name.String(), pad.Name
+	return true
 }
 
 // TestNoPadIsSpentTwice plays the two ends of a link, each with its own rows, through
-// blocks, aborts, lost blocks, spoilt pads and crashes between any two steps of a block: no
+// blocks, several under way at a time, aborts, lost blocks, spoilt pads and crashes between any two steps of a block: no
 // tag is ever made with a pad that made one before, at that end.
 func TestNoPadIsSpentTwice(t *testing.T) {
 	t.Parallel()
@@ -77,8 +82,13 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 
 		// dies says whether the end's process, or its connection, does here.
 		dies := func(where string) bool { return rapid.IntRange(0, 15).Draw(t, where) == 11 }
+		type flight struct { // a block under way
+			block       int64
+			pad, theirs distill.Pad
+		}
+		var flying []flight
 		open := func() bool {
-			session, block = session+1, 0
+			session, block, flying = session+1, 0, nil
 			var floors [2]store.PadName
 			for i, e := range []*padEnd{alice, bob} {
 				if err := k.Store.OpenSession(ctx, e.ID, session, k.own(audit.LinkOpen)); err != nil {
@@ -100,13 +110,17 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 			}
 			return true
 		}
-		// distil is one block; false ends the session.
-		distil := func() bool {
-			block++
-			pad, err := alice.reserve.next(ctx)
-			if err != nil {
-				return false // the reserve is used up: another session begins anew
+		// begin begins one more block; false ends the session.
+		begin := func() bool {
+			var above distill.PadName
+			if n := len(flying); n > 0 {
+				above = flying[n-1].pad.Name
 			}
+			pad, err := alice.reserve.next(ctx, above)
+			if err != nil {
+				return len(flying) > 0 // the reserve is used up: another session begins anew
+			}
+			block++
 			if dies("begun") {
 				return false
 			}
@@ -121,14 +135,27 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			flying = append(flying, flight{block, pad, theirs})
+			return true
+		}
+		// distil ends the block that was begun first; false ends the session.
+		distil := func() bool {
+			for range rapid.IntRange(1, 3).Draw(t, "in flight") - len(flying) {
+				if !begin() {
+					return false
+				}
+			}
+			if len(flying) == 0 {
+				return true
+			}
+			block, pad, theirs := flying[0].block, flying[0].pad, flying[0].theirs
+			flying = flying[1:]
 			if rapid.IntRange(0, 15).Draw(t, "aborts") == 11 {
 				return true
 			}
-			bob.spend(t, theirs)
-			if dies("Bob's tag has left") {
+			if !bob.spend(t, theirs) || dies("Bob's tag has left") || !alice.spend(t, pad) {
 				return false
 			}
-			alice.spend(t, pad)
 			if pad.Name.Block == 0 {
 				fromSecret++
 			} else {

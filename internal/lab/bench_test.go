@@ -22,6 +22,7 @@ import (
 
 	"github.com/go-chi/chi/v5"
 
+	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/qlink"
@@ -88,9 +89,26 @@ func BenchmarkDecKeys(b *testing.B) {
 // secret-Mbit/s is a throughput of the processing, not a rate of a link: gates are
 // simulated as fast as they can be, and sim/wall says how much faster than the link's clock
 // that was. Mbit/cpu-s is what a second of one processor makes, all processes counted.
+// Blocks are the lab's, one at a time, then four times as long, three at a time.
 func BenchmarkLink(b *testing.B) {
-	params, profile := qlink.Standard()
-	r := &rig{Lab: start(b, func(c *Config) { c.Interval, c.PoolLimit = time.Millisecond, 1<<30 })}
+	for _, inFlight := range []int{1, 3} {
+		plan := qlink.StandardPlan()
+		if inFlight > 1 {
+			plan.KeyBits = 1 << 21
+		}
+		b.Run(fmt.Sprintf("in-flight=%d", inFlight), func(b *testing.B) { benchmarkLink(b, plan, inFlight) })
+	}
+}
+
+func benchmarkLink(b *testing.B, plan qlink.Plan, inFlight int) {
+	params := bb84.Standard()
+	profile, err := plan.Profile(params)
+	if err != nil {
+		b.Fatal(err)
+	}
+	r := &rig{Lab: start(b, func(c *Config) {
+		c.Interval, c.PoolLimit, c.KeyBits, c.InFlight = time.Millisecond, 1<<30, plan.KeyBits, inFlight
+	})}
 	op := operator(b, r.KM1)
 	b.Run(fmt.Sprintf("km=%v/clock=%vGHz/key=2^%d", params.Km, params.ClockHz/1e9, bits.Len(uint(profile.KeyBits))-1), func(b *testing.B) {
 		tick := time.NewTicker(250 * time.Millisecond) // looking costs both kmed and Postgres something

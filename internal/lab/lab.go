@@ -43,6 +43,8 @@ type Config struct {
 	Ports     Ports         // of a new lab; the zero Ports are those of the README. A lab keeps the ports that it began with
 	Epoch     time.Duration // length of one, for ever that of a new lab; default 1h
 	Interval  time.Duration // between blocks of the link; default 1s
+	KeyBits   int           // sifted bits of a block; default 2^19
+	InFlight  int           // blocks of the link under way at a time; default 1
 	PoolLimit int           // keys stored per link; default 20000
 	Eve       float64       // fraction of photons intercepted at the start
 	Filler    int           // if not 0: no light, but blocks of so many paired random atoms (provenance simulated), for load tests

@@ -22,6 +22,7 @@ import (
 // These are throughputs of the processing, not rates of a link: gates are simulated as
 // fast as they can be, and sim/wall says how much faster than the link's clock that was.
 // Mbit/cpu-s is what a second of one processor makes, all parts of the link counted.
+// Three blocks are under way at a time.
 func BenchmarkLink(b *testing.B) {
 	params := bb84.Standard()
 	for _, n := range []int{1 << 19, 1 << 21} {
@@ -33,7 +34,7 @@ func BenchmarkLink(b *testing.B) {
 				b.Fatal(err)
 			}
 			alice, bob := newSockets(b)
-			l := newChannel(b, nil).linkOver(b, 1, alice, bob, profile)
+			l := newChannel(b, nil).linkOver(b, 1, alice, bob, profile, 3)
 			begun, sifted, detected := cpuTime(), 0, 0
 			for b.Loop() {
 				block, _, errA, errB := l.next(b)
@@ -52,6 +53,70 @@ func BenchmarkLink(b *testing.B) {
 			b.ReportMetric(float64(b.N)*params.Seconds(profile.Gates)/b.Elapsed().Seconds(), "sim/wall")
 		})
 	}
+}
+
+// BenchmarkLinkFar is BenchmarkLink when a message takes 5 ms to the other end, with as many
+// blocks under way as there may be.
+func BenchmarkLinkFar(b *testing.B) {
+	params := bb84.Standard()
+	plan := StandardPlan()
+	plan.KeyBits = 1 << 21
+	profile, err := plan.Profile(params)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, delay := range []time.Duration{0, 5 * time.Millisecond} {
+		b.Run(fmt.Sprintf("rtt=%v", 2*delay), func(b *testing.B) {
+			alice, bob := newSockets(b)
+			l := newChannel(b, nil).linkOver(b, 1, far(b, alice, delay), far(b, bob, delay), profile, MaxInFlight)
+			blocks := func(n int) (rounds int) {
+				for range n {
+					block, _, errA, errB := l.next(b)
+					if err := errors.Join(errA, errB); err != nil {
+						b.Fatal(err)
+					}
+					rounds += block.Rounds
+				}
+				return rounds
+			}
+			blocks(MaxInFlight)
+			b.ResetTimer()
+			rounds := blocks(b.N)
+			b.ReportMetric(float64(b.N*profile.KeyedBits())/1e6/b.Elapsed().Seconds(), "distilled-Mbit/s")
+			b.ReportMetric(float64(rounds)/float64(b.N), "rounds")
+		})
+	}
+}
+
+// farEnd is one end of a channel on which messages take their time.
+type farEnd struct {
+	socketEnd
+	out chan sentAt
+}
+
+type sentAt struct {
+	kind byte
+	body []byte
+	at   time.Time
+}
+
+func far(b *testing.B, e socketEnd, delay time.Duration) farEnd {
+	f := farEnd{e, make(chan sentAt, 4*MaxInFlight)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for m := range f.out {
+			time.Sleep(time.Until(m.at.Add(delay)))
+			_ = f.socketEnd.Send(m.kind, m.body) // whoever waits for it sees the error
+		}
+	}()
+	b.Cleanup(func() { close(f.out); <-done })
+	return f
+}
+
+func (f farEnd) Send(kind byte, body []byte) error {
+	f.out <- sentAt{kind, bytes.Clone(body), time.Now()}
+	return nil
 }
 
 // socketEnd is one end of a classical channel over a local socket.

@@ -68,6 +68,12 @@ func (f *Filler) Next(ctx context.Context) (Block, error) {
 	return f.follow()
 }
 
+// Rest is not called: nothing of a Filler is ever under way between two calls.
+func (f *Filler) Rest() (Block, error) { return Block{}, errors.New("a filler has no block under way") }
+
+// Pending is 0.
+func (f *Filler) Pending() int { return 0 }
+
 func (f *Filler) lead() (Block, error) {
 	terms := f.Terms(f.Atoms, 0)
 	m := fill{Block: f.next, Seed: make([]byte, 32), Epoch: terms.Epoch, Owners: terms.Owners}

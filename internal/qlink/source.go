@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"sync"
 
 	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/distill"
@@ -30,13 +31,21 @@ type SourceConfig struct {
 	Box     *Box            // of this end; it belongs to the caller
 	Params  distill.Params
 
+	// InFlight is how many blocks may be under way at a time, from 1 to MaxInFlight, at
+	// Alice's end only: while the ends of one wait for each other's messages, the next have
+	// their turn. Each takes memory at both ends. 0 is 1.
+	InFlight int
+
 	// Random yields the seed of this end's secret choices and all that distillation
-	// draws. It must be as good as the keys are to be.
+	// draws. It must be as good as the keys are to be, and takes calls from several
+	// goroutines, like all that follow.
 	Random io.Reader
 
 	// The reserve of pads that both ends share: see distill.AliceConfig and BobConfig.
-	NextPad  func(ctx context.Context) (distill.Pad, error)                       // at Alice's end only
-	Pad      func(ctx context.Context, name distill.PadName) (distill.Pad, error) // at Bob's end only
+	// NextPad yields the lowest that is not spent and above those of the blocks that are
+	// under way.
+	NextPad  func(ctx context.Context, above distill.PadName) (distill.Pad, error) // at Alice's end only
+	Pad      func(ctx context.Context, name distill.PadName) (distill.Pad, error)  // at Bob's end only
 	SpendPad func(ctx context.Context, name distill.PadName) error
 	LosePad  func(ctx context.Context, name distill.PadName) error // at Alice's end only: Bob does not have it
 
@@ -45,14 +54,40 @@ type SourceConfig struct {
 	Accept func(terms distill.Terms, atoms int) error // at Bob's end only
 	Log    *slog.Logger                               // figures only, never a bit
 
-	Progress func(stage string, done float64) // may be nil
+	Progress func(stage string, done float64) // of the block that is next to end; may be nil
 }
 
 // Source yields the secret blocks of one session of a link. It is for one
 // goroutine at a time.
+//
+// Several blocks may be under way, each on a lane of the channel. They are fired one after
+// the other: the next when the transmitter has said all that it will be asked about the one
+// before, so that neither device ever holds two. At Alice's end they end in the order of
+// their numbers, because pads are spent in the order of theirs: she does not state the terms
+// of a block before the one before it is over. In between they go as they come. To the theorem each is
+// a block of its own: its light is over before anything is said of it, and what is said of
+// others meanwhile has been drawn without it.
 type Source struct {
-	cfg  SourceConfig
+	cfg     SourceConfig
+	lanes   *lanes
+	free    []int // lanes without a block
+	pending map[int64]distill.PadName
+	under   int         // blocks under way: at Bob's end, or that may begin
+	results chan result // with room for all of them
+	running sync.WaitGroup
+
+	fired, ended <-chan struct{} // closed when the block begun last has left the transmitter, and when it is over
+
+	mu   sync.Mutex
 	next int64 // block: at Alice's end the one to fire, at Bob's the lowest that may come
+}
+
+// result is how a block went.
+type result struct {
+	distill.Outcome
+	err  error
+	lane int
+	of   int64 // the block, at Alice's end
 }
 
 // NewSource seeds this end's Box and waits until the other end has done likewise,
@@ -73,8 +108,18 @@ func NewSource(ctx context.Context, cfg SourceConfig) (*Source, error) {
 	if err := cfg.meet(); err != nil {
 		return nil, fmt.Errorf("meeting the other end of link %s in session %d: %w", cfg.Link, cfg.Session, err)
 	}
-	return &Source{cfg: cfg, next: 1}, nil
+	s := &Source{
+		cfg: cfg, lanes: newLanes(cfg.Channel), pending: make(map[int64]distill.PadName),
+		results: make(chan result, MaxInFlight), fired: closed, ended: closed, next: 1,
+	}
+	for lane := range MaxInFlight {
+		s.free = append(s.free, lane)
+	}
+	return s, nil
 }
+
+// closed is for the first block, before which there is none to wait for.
+var closed = func() <-chan struct{} { c := make(chan struct{}); close(c); return c }()
 
 func (c *SourceConfig) validate() error {
 	if err := c.Params.Validate(); err != nil {
@@ -87,6 +132,8 @@ func (c *SourceConfig) validate() error {
 		return fmt.Errorf("source of %s's end: the box is of the other end, or missing", c.End)
 	case c.Session < 0:
 		return fmt.Errorf("session %d: want 0 or more", c.Session)
+	case c.InFlight < 0 || c.InFlight > MaxInFlight:
+		return fmt.Errorf("%d blocks in flight: want 1 to %d", c.InFlight, MaxInFlight)
 	case c.Channel == nil || c.Random == nil || c.Log == nil:
 		return errors.New("source: channel, random source and log must be set")
 	case c.SpendPad == nil:
@@ -131,40 +178,122 @@ func (c *SourceConfig) meet() error {
 	return nil
 }
 
-// Next makes one block. The errors:
+// Next makes one block, and sees that others are under way. The errors:
 //
 //   - A *distill.Abort, which both ends get: the block was given up by the rules.
 //     Its figures are in the Block, and Next may be called again.
 //   - ErrCut, at Alice's end only: nothing was said to Bob. Next may be called
 //     again when the fibre may be mended.
 //   - Any other error ends the session at this end; the caller closes the channel,
-//     which ends it at the other.
+//     which ends it at the other, and then the Source.
 //
 // Light that Bob's end did not see is a block without detections, and so an Abort
 // for its counts.
 func (s *Source) Next(ctx context.Context) (Block, error) {
-	distilBlock := s.lead
+	begin, most := s.lead, max(1, s.cfg.InFlight)
 	if s.cfg.End == handover.Bob {
-		distilBlock = s.follow
+		begin, most = s.follow, MaxInFlight
 	}
-	out, err := distilBlock(ctx)
-	return Block{Outcome: out, Provenance: key.Simulated}, err
+	for s.under < most {
+		if err := begin(ctx); err != nil {
+			if s.under > 0 {
+				break // there is no pad for it yet, perhaps: a block that ends brings some
+			}
+			return Block{Outcome: distill.Outcome{Session: s.cfg.Session}, Provenance: key.Simulated}, err
+		}
+	}
+	return s.Rest()
 }
 
-// lead fires a block and distils it as Alice.
-func (s *Source) lead(ctx context.Context) (distill.Outcome, error) {
-	block := s.next
-	s.next++ // used up, whatever happens
-	if err := s.cfg.Box.Fire(ctx, s.cfg.Session, block, s.cfg.Params.Gates); err != nil {
-		return distill.Outcome{Session: s.cfg.Session, Block: block}, err
+// Rest is Next without another block begun. Some must be under way.
+func (s *Source) Rest() (Block, error) {
+	r := <-s.results
+	s.under--
+	s.free = append(s.free, r.lane)
+	delete(s.pending, r.of)
+	return Block{Outcome: r.Outcome, Provenance: key.Simulated}, r.err
+}
+
+// Pending is how many blocks Alice's end has begun that Next has not returned.
+func (s *Source) Pending() int { return len(s.pending) }
+
+// Close waits for the blocks under way to end, and wipes what came of them. The channel
+// must have been closed.
+func (s *Source) Close() {
+	s.running.Wait()
+	s.lanes.wait()
+	for len(s.results) > 0 {
+		r := <-s.results
+		clear(r.Bits)
+		clear(r.Pads)
 	}
-	out, err := distill.Alice(ctx, s.cfg.Channel, distill.AliceConfig{
-		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, Block: block,
+}
+
+// run has a block made on a lane.
+func (s *Source) run(of int64, distil func(distill.Channel) (distill.Outcome, error)) {
+	lane := s.free[0]
+	s.free = s.free[1:]
+	s.under++
+	s.running.Go(func() {
+		out, err := distil(s.lanes.lane(lane))
+		s.results <- result{out, err, lane, of}
+	})
+}
+
+// lead begins the next block at Alice's end.
+func (s *Source) lead(ctx context.Context) error {
+	var above distill.PadName
+	for _, name := range s.pending {
+		if name.Compare(above) > 0 {
+			above = name
+		}
+	}
+	pad, err := s.cfg.NextPad(ctx, above)
+	if err != nil {
+		return fmt.Errorf("taking a pad from the reserve: %w", err)
+	}
+	fired, ended := make(chan struct{}), make(chan struct{})
+	f := &flight{block: s.next, pad: pad, mayFire: s.fired, mayEnd: s.ended, fired: sync.OnceFunc(func() { close(fired) })}
+	s.next++ // used up, whatever happens
+	s.fired, s.ended = fired, ended
+	s.pending[f.block] = pad.Name
+	s.run(f.block, func(ch distill.Channel) (distill.Outcome, error) {
+		defer close(ended)
+		defer func() { <-f.mayEnd }() // also one that was given up early
+		defer f.fired()
+		return s.distil(ctx, ch, f)
+	})
+	return nil
+}
+
+// flight is a block of Alice's end.
+type flight struct {
+	block           int64
+	pad             distill.Pad
+	mayFire, mayEnd <-chan struct{} // closed when the block before has left the transmitter, and when it is over
+	fired           func()          // says that this one has left it
+}
+
+// distil fires a block and distils it as Alice.
+func (s *Source) distil(ctx context.Context, ch distill.Channel, f *flight) (distill.Outcome, error) {
+	defer clear(f.pad.Bits[:])
+	<-f.mayFire
+	if err := s.cfg.Box.Fire(ctx, s.cfg.Session, f.block, s.cfg.Params.Gates); err != nil {
+		return distill.Outcome{Session: s.cfg.Session, Block: f.block}, err
+	}
+	out, err := distill.Alice(ctx, ch, distill.AliceConfig{
+		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, Block: f.block,
 		Sent: func(ctx context.Context, gates distill.Gates) (distill.Sent, error) {
-			return s.cfg.Box.Sent(ctx, s.cfg.Session, block, gates)
+			defer f.fired()
+			return s.cfg.Box.Sent(ctx, s.cfg.Session, f.block, gates)
 		},
-		NextPad: s.cfg.NextPad, SpendPad: s.cfg.SpendPad,
-		Random: s.cfg.Random, Terms: s.cfg.Terms, Progress: s.cfg.Progress,
+		NextPad:  func(context.Context) (distill.Pad, error) { return f.pad, nil },
+		SpendPad: s.cfg.SpendPad,
+		Random:   s.cfg.Random, Progress: s.progress(f.mayEnd),
+		Terms: func(atoms, bobStored int) distill.Terms {
+			<-f.mayEnd
+			return s.cfg.Terms(atoms, bobStored)
+		},
 	})
 	var abort *distill.Abort
 	if errors.As(err, &abort) && abort.Reason == distill.ReasonPad {
@@ -176,18 +305,43 @@ func (s *Source) lead(ctx context.Context) (distill.Outcome, error) {
 	return out, err
 }
 
-// follow distils the block that Alice names.
-func (s *Source) follow(ctx context.Context) (distill.Outcome, error) {
-	return distill.Bob(ctx, s.cfg.Channel, distill.BobConfig{
-		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, MinBlock: s.next,
-		Detections: s.seen, Pad: s.cfg.Pad, SpendPad: s.cfg.SpendPad,
-		Stored: s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
-	})
+// progress tells how a block comes along, once no other is to end before it.
+func (s *Source) progress(first <-chan struct{}) func(stage string, done float64) {
+	if s.cfg.Progress == nil {
+		return nil
+	}
+	return func(stage string, done float64) {
+		select {
+		case <-first:
+			s.cfg.Progress(stage, done)
+		default:
+		}
+	}
 }
 
-// seen fetches a block from the receiver. It is called once a block that begins.
+// follow waits at Bob's end for a block that Alice names.
+func (s *Source) follow(ctx context.Context) error {
+	s.run(0, func(ch distill.Channel) (distill.Outcome, error) {
+		return distill.Bob(ctx, ch, distill.BobConfig{
+			Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session,
+			Detections: s.seen, Pad: s.cfg.Pad, SpendPad: s.cfg.SpendPad,
+			Stored: s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
+		})
+	})
+	return nil
+}
+
+// seen fetches a block from the receiver. It is called once a block that begins, and in
+// the order of their numbers: Alice fires none before Bob has named the gates of the one
+// before.
 func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detections, error) {
-	s.next = block + 1
+	s.mu.Lock()
+	lowest := s.next
+	s.next = max(lowest, block+1)
+	s.mu.Unlock()
+	if block < lowest {
+		return distill.Detections{}, fmt.Errorf("Alice begins block %d, where %d is the lowest to come", block, lowest)
+	}
 	list, err := s.cfg.Box.Detections(ctx, session, block)
 	if errors.Is(err, ErrLost) || errors.Is(err, ErrCut) {
 		s.cfg.Log.Warn("no light", "link", s.cfg.Link, "session", session, "block", block, "err", err)

@@ -104,7 +104,10 @@ type link struct {
 }
 
 // reserve is the pads of an end: without number, and the same at both ends.
-type reserve struct{ last distill.PadName }
+type reserve struct {
+	mu   sync.Mutex
+	last distill.PadName
+}
 
 func padNamed(name distill.PadName) distill.Pad {
 	pad := distill.Pad{Name: name}
@@ -113,11 +116,15 @@ func padNamed(name distill.PadName) distill.Pad {
 	return pad
 }
 
-func (r *reserve) next(context.Context) (distill.Pad, error) {
-	return padNamed(distill.PadName{Index: r.last.Index + 1}), nil
+func (r *reserve) next(_ context.Context, above distill.PadName) (distill.Pad, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return padNamed(distill.PadName{Index: max(r.last.Index, above.Index) + 1}), nil
 }
 
 func (r *reserve) find(_ context.Context, name distill.PadName) (distill.Pad, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if name.Compare(r.last) <= 0 {
 		return distill.Pad{}, distill.ErrNoPad
 	}
@@ -125,6 +132,8 @@ func (r *reserve) find(_ context.Context, name distill.PadName) (distill.Pad, er
 }
 
 func (r *reserve) spend(_ context.Context, name distill.PadName) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if name.Compare(r.last) <= 0 {
 		return errors.New("spent twice")
 	}
@@ -161,20 +170,22 @@ func (c *channel) link(t testing.TB, session int64) *link {
 	t.Helper()
 	a, b, hangUp := newWires()
 	_, profile := Standard()
-	l := c.linkOver(t, session, a, b, profile)
+	l := c.linkOver(t, session, a, b, profile, 1)
 	l.hangUp = hangUp
 	t.Cleanup(hangUp)
 	return l
 }
 
 // linkOver is a session over a classical channel of the caller's.
-func (c *channel) linkOver(t testing.TB, session int64, a, b distill.Channel, profile distill.Params) *link {
+func (c *channel) linkOver(t testing.TB, session int64, a, b distill.Channel, profile distill.Params, inFlight int) *link {
 	t.Helper()
 	l := &link{}
 	aliceBox, bobBox := c.open(t, handover.Alice), c.open(t, handover.Bob)
 	errA, errB := both(
 		func() (err error) {
-			l.alice, err = NewSource(t.Context(), sourceConfig(handover.Alice, a, aliceBox, session, profile))
+			cfg := sourceConfig(handover.Alice, a, aliceBox, session, profile)
+			cfg.InFlight = inFlight
+			l.alice, err = NewSource(t.Context(), cfg)
 			return err
 		},
 		func() (err error) {
@@ -260,7 +271,7 @@ func TestSource(t *testing.T) {
 	good(5)
 
 	// Bob has spent a pad that Alice has not: she gives it up too, and goes on.
-	pad, err := l.alice.cfg.NextPad(t.Context())
+	pad, err := l.alice.cfg.NextPad(t.Context(), distill.PadName{})
 	ok(t, err)
 	ok(t, l.bob.cfg.SpendPad(t.Context(), pad.Name))
 	if _, _, errA, errB := l.next(t); aborted(t, errA).Reason != distill.ReasonPad || aborted(t, errB).Reason != distill.ReasonPad {
@@ -296,8 +307,8 @@ func TestSource(t *testing.T) {
 
 // Splitting photon numbers leaves the errors and the gain of the signal as they were. It
 // is the decoys that show it: over 5 km they click too often, over 20 km so seldom that the
-// block is short of bits. Near 12 km they are as they should be, and Eve has the bits of
-// pulses of several photons only, which the length never counts.
+// block is short of bits. In between they are as they should be, and Eve has the bits of
+// pulses of several photons only, which the length never counts (TestSplitPhotonsUnseen).
 func TestSplitPhotons(t *testing.T) {
 	params := bb84.Standard()
 	params.Km = 5
@@ -306,7 +317,7 @@ func TestSplitPhotons(t *testing.T) {
 	c := newChannel(t, func(cfg *Config) { cfg.Params, cfg.Eve = params, bb84.Eve{SplitPhotons: true} })
 	alice, bob, hangUp := newWires()
 	defer hangUp()
-	l := c.linkOver(t, 1, alice, bob, profile)
+	l := c.linkOver(t, 1, alice, bob, profile, 1)
 	a, b, errA, errB := l.next(t)
 	if ab, bb := aborted(t, errA), aborted(t, errB); ab.Reason != distill.ReasonGains || bb.Reason != ab.Reason {
 		t.Errorf("with Eve: %v; %v", ab, bb)
@@ -318,6 +329,102 @@ func TestSplitPhotons(t *testing.T) {
 	c.tell(t, "eve 0")
 	if a, b, errA, errB := l.next(t); errA != nil || errB != nil || !bytes.Equal(a.Bits, b.Bits) {
 		t.Errorf("without her: %v; %v", errA, errB)
+	}
+}
+
+// Several blocks may be under way: they end in the order of their numbers, alike at both
+// ends, each with a pad of its own, whatever happens to the light of some.
+func TestBlocksInFlight(t *testing.T) {
+	c := newChannel(t, nil)
+	a, b, hangUp := newWires()
+	defer hangUp()
+	_, profile := Standard()
+	l := c.linkOver(t, 1, a, b, profile, 3)
+	var last distill.PadName
+	number, aborts := int64(0), 0
+	type ending struct {
+		Block
+		err error
+	}
+	atBob := make(map[int64]ending) // where one that is given up ends before an earlier one
+	next := func(want func(reason string) bool) {
+		t.Helper()
+		a, b, errA, errB := l.next(t)
+		atBob[b.Block] = ending{b, errB}
+		number++
+		for atBob[number].Session == 0 {
+			b, errB := l.bob.Rest()
+			atBob[b.Block] = ending{b, errB}
+		}
+		if b, errB = atBob[number].Block, atBob[number].err; a.Block != number {
+			t.Fatalf("block %d, want %d", a.Block, number)
+		}
+		if errA == nil && errB == nil {
+			if !bytes.Equal(a.Bits, b.Bits) || len(a.Bits) == 0 || a.Transcript != b.Transcript {
+				t.Errorf("block %d: the ends differ", number)
+			}
+			if a.Spent.Compare(last) <= 0 || a.Spent != b.Spent {
+				t.Errorf("block %d: pads %s and %s, after %s", number, a.Spent, b.Spent, last)
+			}
+			last = a.Spent
+			return
+		}
+		aborts++
+		if reason := aborted(t, errA).Reason; reason != aborted(t, errB).Reason || !want(reason) {
+			t.Errorf("block %d: %v; %v", number, errA, errB)
+		}
+	}
+	never := func(string) bool { return false }
+	for range 2 {
+		next(never)
+	}
+	if l.alice.Pending() != 2 {
+		t.Errorf("%d blocks are under way", l.alice.Pending())
+	}
+	c.tell(t, "eve 0.5")
+	for range 4 { // the first of them were fired before
+		next(func(reason string) bool { return reason == distill.ReasonQBER })
+	}
+	if aborts < 1 || aborts > 4 {
+		t.Errorf("%d blocks were given up", aborts)
+	}
+	c.tell(t, "eve 0")
+	for range 2 {
+		next(func(reason string) bool { return reason == distill.ReasonQBER })
+	}
+	next(never)
+	for l.alice.Pending() > 0 {
+		if _, err := l.alice.Rest(); err != nil {
+			t.Errorf("what was under way: %v", err)
+		}
+	}
+	hangUp()
+	l.alice.Close()
+	l.bob.Close()
+}
+
+// A lane that does not exist, or more than was asked for, ends all of them.
+func TestLanesOutOfTurn(t *testing.T) {
+	for name, said := range map[string][]byte{
+		"no such lane": {0x02, 0xf1},
+		"a flood":      {0x21, 0x22, 0x23},
+	} {
+		a, b, hangUp := newWires()
+		l := newLanes(a)
+		for _, kind := range said {
+			if err := b.Send(kind, []byte{kind}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.wait()
+		if _, _, err := l.lane(5).Recv(); err == nil {
+			t.Errorf("%s: nothing ended", name)
+		}
+		n := int(said[0] >> 4)
+		if kind, body, err := l.lane(n).Recv(); err != nil || kind != said[0]&0xf || body[0] != said[0] {
+			t.Errorf("%s: what came before is lost: %#x %v", name, kind, err)
+		}
+		hangUp()
 	}
 }
 
@@ -338,33 +445,21 @@ func TestSourceSessions(t *testing.T) {
 	}
 }
 
-// beforehand is a channel whose owner is kept busy for a moment when the next
-// message has come.
-type beforehand struct {
-	*end
-	do func()
-}
-
-func (b *beforehand) Recv() (kind byte, body []byte, err error) {
-	kind, body, err = b.end.Recv()
-	if b.do != nil {
-		b.do()
-		b.do = nil
-	}
-	return kind, body, err
-}
-
 // Light that met no receiver is a block without detections: an abort at both ends,
 // and the session goes on.
 func TestSourceInTheDark(t *testing.T) {
 	c := newChannel(t, nil)
 	l := c.link(t, 1)
-	straight := l.bob.cfg.Channel.(*end)
-	l.bob.cfg.Channel = &beforehand{end: straight, do: func() {
-		if err := l.bob.cfg.Box.Seed(t.Context(), seedOf(7), 1); err != nil { // the receiver forgets what it saw
-			t.Error(err)
-		}
-	}}
+	pad := l.bob.cfg.Pad
+	var forget sync.Once
+	l.bob.cfg.Pad = func(ctx context.Context, name distill.PadName) (distill.Pad, error) { // which is asked for when a block begins
+		forget.Do(func() {
+			if err := l.bob.cfg.Box.Seed(t.Context(), seedOf(7), 1); err != nil { // the receiver forgets what it saw
+				t.Error(err)
+			}
+		})
+		return pad(ctx, name)
+	}
 	a, b, errA, errB := l.next(t)
 	if ab, bb := aborted(t, errA), aborted(t, errB); ab.Reason != distill.ReasonCounts || bb.Reason != ab.Reason {
 		t.Errorf("in the dark: %v; %v", ab, bb)

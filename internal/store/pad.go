@@ -34,11 +34,12 @@ const padColumns = "p.session, p.block, p.index, p.kek, p.iv, p.ct"
 // above is what is not spent. p is the pad, a the row of link_auth, if there is one.
 const above = "(p.session, p.block, p.index) > (COALESCE(a.session, 0), COALESCE(a.block, 0), COALESCE(a.index, 0))"
 
-// NextPad is the lowest pad that is not spent, of a block that both ends hold.
-func (db *DB) NextPad(ctx context.Context, link string) (Pad, error) {
+// NextPad is the lowest pad of those above one that are not spent, of a block that both
+// ends hold.
+func (db *DB) NextPad(ctx context.Context, link string, over PadName) (Pad, error) {
 	return db.pad(ctx, `SELECT `+padColumns+` FROM pad p JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block
 		LEFT JOIN link_auth a ON a.link = p.link WHERE p.link = $1 AND b.state = 'ready' AND `+above+`
-		ORDER BY p.session, p.block, p.index LIMIT 1`, link)
+		AND (p.session, p.block, p.index) > ($2, $3, $4) ORDER BY p.session, p.block, p.index LIMIT 1`, link, over.Session, over.Block, over.Index)
 }
 
 // Pad is the one of that name, unless it is spent, or its block lost.

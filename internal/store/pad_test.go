@@ -29,7 +29,7 @@ func TestReserve(t *testing.T) {
 	s := newSite(t)
 	db := s.open("n1")
 	ctx := t.Context()
-	if _, err := db.NextPad(ctx, linkName); !errors.Is(err, ErrNoPad) {
+	if _, err := db.NextPad(ctx, linkName, PadName{}); !errors.Is(err, ErrNoPad) {
 		t.Errorf("of an empty reserve: %v", err)
 	}
 	open := func(session int64) {
@@ -45,7 +45,7 @@ func TestReserve(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := db.NextPad(ctx, linkName); !errors.Is(err, ErrNoPad) {
+	if _, err := db.NextPad(ctx, linkName, PadName{}); !errors.Is(err, ErrNoPad) {
 		t.Errorf("of blocks that the peer may not have: %v", err)
 	}
 	if p, err := db.Pad(ctx, linkName, first.Pads[1].PadName); err != nil || p.PadName != first.Pads[1].PadName {
@@ -57,7 +57,7 @@ func TestReserve(t *testing.T) {
 		}
 	}
 	want := []PadName{first.Pads[0].PadName, first.Pads[1].PadName, second.Pads[0].PadName, second.Pads[1].PadName}
-	p, err := db.NextPad(ctx, linkName)
+	p, err := db.NextPad(ctx, linkName, PadName{})
 	if err != nil || p.PadName != want[0] {
 		t.Fatalf("the next pad: %v, %v; want %v", p.PadName, err, want[0])
 	}
@@ -86,7 +86,7 @@ func TestReserve(t *testing.T) {
 	if err := db.SpendPad(ctx, linkName, 2, want[0]); !errors.Is(err, ErrSpent) {
 		t.Errorf("spending again after a restart: %v", err)
 	}
-	if p, err := db.NextPad(ctx, linkName); err != nil || p.PadName != want[2] {
+	if p, err := db.NextPad(ctx, linkName, PadName{}); err != nil || p.PadName != want[2] {
 		t.Errorf("the next pad after a restart: %v, %v", p.PadName, err)
 	}
 	// A block that is lost takes its pads with it.
