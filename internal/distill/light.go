@@ -7,84 +7,50 @@ import (
 	"fmt"
 	"iter"
 	"math/bits"
-	"slices"
 )
 
 // MaxGates is the most gates that a block may have.
 const MaxGates = 1 << 48
 
 // Gates is a list of gates of a block, ascending, in the form in which it travels: of
-// every gate, how many lie between it and the one before, in as few bytes as the largest
-// of these numbers needs. The zero Gates is empty. What is said about gates lies beside
-// them in packed strings, bit i for gate i, so that a million of them are handed on, and
-// compared, a word at a time.
+// every gate, how many lie between it and the one before, in a byte where it is less than
+// 255; else in a byte of 255 and what it is more than that, as a uvarint. The zero Gates is
+// empty. What is said about gates lies beside them in packed strings, bit i for gate i, so
+// that a million of them are handed on, and compared, a word at a time.
 type Gates struct {
-	gaps []byte // little-endian, 1<<log bytes each
-	log  int    // 0 to 3
+	gaps []byte
+	n    int
 	end  int64
 }
 
-// NewGates is an empty list with room for so many gates, if gaps take two bytes.
-func NewGates(room int) Gates { return Gates{gaps: make([]byte, 0, 2*room)} }
+// wideGap is the byte that begins a gap of so many gates, or more.
+const wideGap = 255
+
+// NewGates is an empty list with room for so many gates, if most of them are near each other.
+func NewGates(room int) Gates { return Gates{gaps: make([]byte, 0, room+room/8)} }
 
 // Add appends a gate, which must lie behind all others and below MaxGates.
 func (g *Gates) Add(gate int64) {
 	if gate < g.end || gate >= MaxGates {
 		panic(fmt.Sprintf("distill: gate %d behind gate %d", gate, g.end-1))
 	}
-	gap := uint64(gate - g.end)
-	for gap>>(8<<g.log) != 0 {
-		g.widen()
+	if gap := uint64(gate - g.end); gap < wideGap {
+		g.gaps = append(g.gaps, byte(gap))
+	} else {
+		g.gaps = binary.AppendUvarint(append(g.gaps, wideGap), gap-wideGap)
 	}
-	g.append(gap)
+	g.n++
 	g.end = gate + 1
 }
 
-func (g *Gates) append(gap uint64) {
-	switch g.log {
-	case 0:
-		g.gaps = append(g.gaps, byte(gap))
-	case 1:
-		g.gaps = binary.LittleEndian.AppendUint16(g.gaps, uint16(gap))
-	case 2:
-		g.gaps = binary.LittleEndian.AppendUint32(g.gaps, uint32(gap))
-	default:
-		g.gaps = binary.LittleEndian.AppendUint64(g.gaps, gap)
-	}
-}
-
-// widen gives every gap twice the bytes, in place, from the last to the first.
-func (g *Gates) widen() {
-	n, size := g.Len(), 1<<g.log
-	g.gaps = slices.Grow(g.gaps, n*size)[:2*n*size]
-	for i := n - 1; i >= 0; i-- {
-		wide := g.gaps[2*i*size:][:2*size]
-		copy(wide, g.gaps[i*size:][:size])
-		clear(wide[size:])
-	}
-	g.log++
-}
-
-func (g Gates) gap(i int) uint64 {
-	switch g.log {
-	case 0:
-		return uint64(g.gaps[i])
-	case 1:
-		return uint64(binary.LittleEndian.Uint16(g.gaps[2*i:]))
-	case 2:
-		return uint64(binary.LittleEndian.Uint32(g.gaps[4*i:]))
-	}
-	return binary.LittleEndian.Uint64(g.gaps[8*i:])
-}
-
 // Len is how many gates there are.
-func (g Gates) Len() int { return len(g.gaps) >> g.log }
+func (g Gates) Len() int { return g.n }
 
 // End is one more than the last gate, or 0 if there is none.
 func (g Gates) End() int64 { return g.end }
 
 // Equal says whether both are the same gates. A list has one form only.
-func (g Gates) Equal(h Gates) bool { return g.log == h.log && bytes.Equal(g.gaps, h.gaps) }
+func (g Gates) Equal(h Gates) bool { return g.n == h.n && bytes.Equal(g.gaps, h.gaps) }
 
 // All yields the gates with their places in the list.
 func (g Gates) All() iter.Seq2[int, int64] {
@@ -96,33 +62,38 @@ func (g Gates) All() iter.Seq2[int, int64] {
 }
 
 // Reader reads a list of gates from its beginning.
-func (g Gates) Reader() GatesReader { return GatesReader{gates: g, At: -1, Gate: -1} }
+func (g Gates) Reader() GatesReader { return GatesReader{gates: g, rest: g.gaps, At: -1, Gate: -1} }
 
 // GatesReader is where a reader stands: at no gate before the first Next.
 type GatesReader struct {
 	gates Gates
-	At    int   // the place in the list
-	Gate  int64 // and the gate there
+	rest  []byte // of its gaps
+	At    int    // the place in the list
+	Gate  int64  // and the gate there
 }
 
 // Next goes on to the next gate, if there is one.
 func (r *GatesReader) Next() bool {
-	if r.At+1 >= r.gates.Len() {
+	if r.At+1 >= r.gates.n {
 		return false
 	}
+	gap := uint64(r.rest[0])
+	r.rest = r.rest[1:]
+	if gap == wideGap {
+		more, n := binary.Uvarint(r.rest)
+		gap, r.rest = gap+more, r.rest[n:]
+	}
 	r.At++
-	r.Gate += 1 + int64(r.gates.gap(r.At))
+	r.Gate += 1 + int64(gap)
 	return true
 }
 
-// gatesHead is the size in bytes of what Append writes before the gaps: how many there
-// are, and the logarithm of their size in bytes.
-const gatesHead = 9
+// gatesHead is the size in bytes of what Append writes before the gaps: how many there are.
+const gatesHead = 8
 
 // Append appends g to b as ParseGates reads it.
 func (g Gates) Append(b []byte) []byte {
-	b = binary.BigEndian.AppendUint64(b, uint64(g.Len()))
-	return append(append(b, byte(g.log)), g.gaps...)
+	return append(binary.BigEndian.AppendUint64(b, uint64(g.n)), g.gaps...)
 }
 
 // Size is how many bytes Append appends.
@@ -133,45 +104,52 @@ func (g Gates) Size() int { return gatesHead + len(g.gaps) }
 func ParseGates(b []byte, limit int64) (Gates, []byte, error) {
 	r := reader{rest: b}
 	n := r.number(8, uint64(len(b)))
-	log := int(r.number(1, 3))
-	gaps := r.take(int(n) << log)
 	if r.err != nil {
 		return Gates{}, nil, r.err
 	}
-	g := Gates{gaps: gaps, log: log}
-	high, low, all := g.sum()
-	low, carry := bits.Add64(low, n, 0)
-	if high+carry > 0 || low > uint64(limit) {
+	gaps, end := r.rest, uint64(0)
+	for left := n; left > 0; {
+		if left >= 8 && len(r.rest) >= 8 {
+			near, sum := nearGaps(binary.LittleEndian.Uint64(r.rest))
+			end += sum + uint64(near)
+			left -= uint64(near)
+			r.rest = r.rest[near:]
+			if near == 8 {
+				continue
+			}
+		}
+		gap := r.number(1, wideGap)
+		switch {
+		case gap < wideGap:
+		case len(r.rest) > 0 && r.rest[0] < 0x80: // as most are
+			gap += uint64(r.rest[0])
+			r.rest = r.rest[1:]
+		default:
+			gap += r.uvarint(uint64(limit))
+		}
+		end += gap + 1
+		left--
+		if r.err == nil && end > uint64(limit) {
+			r.err = fmt.Errorf("gates beyond the last of %d", limit)
+		}
+		if r.err != nil {
+			return Gates{}, nil, r.err
+		}
+	}
+	if end > uint64(limit) {
 		return Gates{}, nil, fmt.Errorf("gates beyond the last of %d", limit)
 	}
-	if log > 0 && all>>(4<<log) == 0 {
-		return Gates{}, nil, errors.New("gates written in more bytes than they need")
-	}
-	g.end = int64(low)
-	return g, r.rest, nil
+	size := len(gaps) - len(r.rest)
+	return Gates{gaps: gaps[:size:size], n: int(n), end: int64(end)}, r.rest, nil
 }
 
-// sum is that of all gaps, as a number of 128 bits, and the bits that any of them has.
-func (g Gates) sum() (high, low, all uint64) {
-	switch g.log {
-	case 0:
-		for _, gap := range g.gaps {
-			low, all = low+uint64(gap), all|uint64(gap)
-		}
-	case 1:
-		for b := g.gaps; len(b) >= 2; b = b[2:] {
-			gap := uint64(binary.LittleEndian.Uint16(b))
-			low, all = low+gap, all|gap
-		}
-	default:
-		for i := range g.Len() {
-			var carry uint64
-			gap := g.gap(i)
-			low, carry = bits.Add64(low, gap, 0)
-			high, all = high+carry, all|gap
-		}
-	}
-	return high, low, all
+// nearGaps is with how many gaps of one byte eight bytes begin, and their sum.
+func nearGaps(w uint64) (n int, sum uint64) {
+	const ones, halves = 0x0101010101010101, 0x00ff00ff00ff00ff
+	wide := (^w - ones) & w & (ones << 7) // the lowest bit set is in the first byte of 255
+	n = bits.TrailingZeros64(wide) / 8    // 8 if there is none
+	w &= 1<<(8*n) - 1
+	return n, (w&halves + w>>8&halves) * 0x0001000100010001 >> 48
 }
 
 // Detections is what Bob's detectors saw in a block.

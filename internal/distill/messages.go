@@ -27,7 +27,7 @@ const (
 )
 
 // version is that of the messages.
-const version = 3
+const version = 4
 
 // maxCount bounds numbers that have no better bound.
 const maxCount = 1 << 48

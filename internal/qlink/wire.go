@@ -37,7 +37,7 @@ const (
 	kindDetectedAt = 0x85 // gates, what was seen
 )
 
-const wireVersion = 3
+const wireVersion = 4
 
 var errMalformed = errors.New("malformed message")
 
