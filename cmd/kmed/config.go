@@ -212,7 +212,7 @@ type LinkConfig struct {
 	KeyBits int `yaml:"key_bits"`
 	// InFlight is how many blocks may be under way at a time, at Alice's end. More than one
 	// makes up for a peer that is far away; each takes memory at both ends. Default 1, at
-	// most 7.
+	// most 15.
 	InFlight int `yaml:"in_flight"`
 	// Filler, if not 0, makes blocks of so many random atoms instead of sending
 	// light: for load tests. A production node refuses it. Both ends must have it.

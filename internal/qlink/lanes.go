@@ -10,7 +10,7 @@ import (
 
 // MaxInFlight is how many blocks of a session may be under way at a time, and so how many
 // lanes its channel has.
-const MaxInFlight = 7
+const MaxInFlight = 15
 
 // lanes carry the messages of several blocks over one channel. The upper half of a
 // message's kind is the number of its lane; distillation's own kinds fill less than the
