@@ -380,8 +380,8 @@ func (c reconcileCommand) Run(ctx context.Context, s *session) error {
 	if len(findings) > 0 {
 		return fmt.Errorf("%d findings", len(findings))
 	}
-	_, err := fmt.Fprintf(s.stdout, "%s and %s agree: %d and %d requests, %d and %d keys given to masters, %d and %d to slaves\n",
+	_, err := fmt.Fprintf(s.stdout, "%s and %s agree: %d and %d requests, %d and %d keys given to masters, %d and %d to slaves; for these the HSMs have opened %d and %d blobs\n",
 		accounts[0].Site, accounts[1].Site, accounts[0].Requests(), accounts[1].Requests(), accounts[0].Served(), accounts[1].Served(),
-		accounts[0].Taken(), accounts[1].Taken())
+		accounts[0].Taken(), accounts[1].Taken(), accounts[0].Opened(), accounts[1].Opened())
 	return err
 }

@@ -18,6 +18,7 @@ type Account struct {
 	ended    map[key.ID]int             // for how many of those it was assigned to it has ended here, at least
 	voided   map[key.ID]bool            // by the other end, whose master has not been given it
 	outcomes map[string]int             // of each request
+	opened   int                        // blobs that the HSM opened for it
 }
 
 // NewAccount begins with nothing.
@@ -37,6 +38,11 @@ func (a *Account) Served() int { return len(a.served) }
 // Taken is how many keys slaves were given.
 func (a *Account) Taken() int { return len(a.taken) }
 
+// Opened is how many blobs the HSM of the site has opened for what the events say: each
+// atom that was handed out or assigned, and each key that was taken. It has opened some
+// more, for requests that came to nothing and for the link's pads; and none less.
+func (a *Account) Opened() int { return a.opened }
+
 // Add takes in one event.
 func (a *Account) Add(e Event) {
 	a.Site = e.Site
@@ -45,6 +51,14 @@ func (a *Account) Add(e Event) {
 	}
 	if e.Outcome != Done {
 		return
+	}
+	switch e.Action {
+	case EncKeys, Assign:
+		for _, atoms := range e.Atoms {
+			a.opened += atoms.Count
+		}
+	case DecKeys:
+		a.opened += len(e.Keys)
 	}
 	for _, id := range e.Keys {
 		switch e.Action {
@@ -83,11 +97,13 @@ func (a *Account) Add(e Event) {
 	}
 }
 
-// IsOutcome says whether the event is the outcome of a request that a handler saw:
-// each has exactly one.
+// IsOutcome says whether the event is the outcome of a request that a handler saw: each
+// request that is recorded has exactly one, those of operators too. What a request has
+// done besides (assigned, burned, its answer lost) has events of its own.
 func (e Event) IsOutcome() bool {
 	switch e.Action {
-	case Status, EncKeys, DecKeys, Consume, Cleanup, TrustLink, Malformed:
+	case Status, EncKeys, DecKeys, Consume, Malformed,
+		Cleanup, TrustLink, Disable, Enable, Policies, Approve, KeyShown, Compromise, AuditRead:
 		return e.Request != ""
 	}
 	return false

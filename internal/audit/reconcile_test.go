@@ -48,6 +48,7 @@ func TestReconcile(t *testing.T) {
 		"by two":                       {[]Event{of(EncKeys, "alice", "bob", "carol")}, []Event{of(Assign, "km1", "bob", "carol"), taken, of(DecKeys, "carol")}, ""},
 		"by one of two":                {[]Event{of(EncKeys, "alice", "bob", "carol")}, []Event{of(Assign, "km1", "bob", "carol"), taken, of(Expire, "km2-a")}, ""},
 		"here and there":               {[]Event{of(EncKeys, "alice", "bob", "anna"), local, of(DecKeys, "anna")}, []Event{assigned, taken}, ""},
+		"what a request did besides":   {[]Event{asked(EncKeys, "alice", "r1"), asked(Lost, "alice", "r1")}, []Event{assigned}, ""},
 		"requests of one outcome each": {[]Event{asked(Status, "alice", "r1")}, []Event{asked(Status, "bob", "r1"), asked(Status, "bob", "r2")}, ""},
 
 		"given and assigned nowhere":        {[]Event{served}, nil, "assigned to bob nowhere"},
@@ -61,6 +62,7 @@ func TestReconcile(t *testing.T) {
 		"erased twice":                      {[]Event{served}, []Event{assigned, of(Consume, "bob"), of(Consume, "bob")}, "has ended there 2 times"},
 		"taken back, and taken":             {nil, []Event{assigned, of(VoidKeys, "km1"), taken}, "has ended there 2 times"},
 		"by two of two, and expired":        {nil, []Event{of(Assign, "km1", "bob", "carol"), taken, of(DecKeys, "carol"), of(Expire, "km2-a")}, "has ended there 3 times"},
+		"an officer who was answered twice": {[]Event{asked(Compromise, "root", "r1"), asked(Compromise, "root", "r1")}, nil, "has 2 outcomes"},
 		"a request that was answered twice": {nil, []Event{asked(Status, "bob", "r1"), asked(Status, "bob", "r1")}, "has 2 outcomes"},
 	} {
 		accounts := [2]*Account{NewAccount(), NewAccount()}
@@ -75,6 +77,32 @@ func TestReconcile(t *testing.T) {
 		wrong := func(f string) bool { return !strings.Contains(f, tt.found) }
 		if (len(found) == 0) != (tt.found == "") || slices.ContainsFunc(found, wrong) {
 			t.Errorf("%s: %q, want findings of %q", name, found, tt.found)
+		}
+	}
+}
+
+// TestOpened: which events say that the HSM has opened blobs, and how many.
+func TestOpened(t *testing.T) {
+	t.Parallel()
+	ids := []key.ID{mustID("0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e11"), mustID("0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e12")}
+	atoms := []Atoms{{Link: "l", Count: 3}, {Link: "l", First: 7, Count: 1}} // two keys of two atoms each
+	for what, tt := range map[string]struct {
+		event Event
+		want  int
+	}{
+		"handed out":                     {Event{Action: EncKeys, Outcome: Done, Keys: ids, Atoms: atoms}, 4},
+		"handed out, of the generator":   {Event{Action: EncKeys, Outcome: Done, Keys: ids}, 0},
+		"assigned":                       {Event{Action: Assign, Outcome: Done, Keys: ids, Atoms: atoms}, 4},
+		"taken":                          {Event{Action: DecKeys, Outcome: Done, Keys: ids}, 2},
+		"read":                           {Event{Action: DecKeys, Outcome: Done, Keys: ids, Reread: true}, 2},
+		"refused":                        {Event{Action: DecKeys, Outcome: Refused, Keys: ids}, 0},
+		"erased, expired or burned":      {Event{Action: Burn, Outcome: Done, Keys: ids, Atoms: atoms}, 0},
+		"held, which the HSM has sealed": {Event{Action: Hold, Outcome: Done, Atoms: atoms}, 0},
+	} {
+		a := NewAccount()
+		a.Add(tt.event)
+		if a.Opened() != tt.want {
+			t.Errorf("%s: %d, want %d", what, a.Opened(), tt.want)
 		}
 	}
 }

@@ -385,6 +385,8 @@ const (
 	assign, burn, expire, lost          = "assign", "burn", "expire", "block-lost"
 	recovery                            = "recover"
 	compromised, shown                  = "compromise", "key-shown"
+	trusted, disable, enable, reloaded  = "link-trusted", "disable", "enable", "policies"
+	approve, auditRead                  = "approval-left", "audit-read"
 )
 
 // checkOutcomes is I4: a request that a handler saw has exactly one outcome event.
@@ -393,7 +395,7 @@ func (e *evidence) checkOutcomes(r *Report) {
 	outcomes := make(map[string]int)
 	for _, ev := range e.events {
 		switch ev.Action {
-		case encKeys, decKeys, status, malformed, consume, cleanup, compromised, shown:
+		case encKeys, decKeys, status, malformed, consume, cleanup, compromised, shown, trusted, disable, enable, reloaded, approve, auditRead:
 			if ev.Request != "" {
 				outcomes[ev.Request]++
 			}

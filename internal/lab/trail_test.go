@@ -2,9 +2,14 @@ package lab
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
+	"fmt"
+	"maps"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -45,8 +50,11 @@ func TestTrail(t *testing.T) {
 		}
 		keysStored(t, l, 512)
 	}
+	refused := refusedHandshakes(t, l.KM1)
 	mixedRequests(t, l, &told)
 	told.compare(t, l)
+	openingsAddUp(t, l)
+	handshakesAddUp(t, l.KM1, refused)
 
 	keys := make(map[string]string) // by site
 	for _, s := range []*Site{l.KM1, l.KM2} {
@@ -106,6 +114,115 @@ func TestTrail(t *testing.T) {
 		t.Errorf("an event was changed, and kmectl audit verify says: %v\n%s", err, out)
 	}
 	swap(`"node":"km1-b"`, `"node":"km1-a"`)
+}
+
+// metric are the values of a metric of a node, by its labels as they are written.
+func metric(ctx context.Context, s *Site, name string) (map[string]int, error) {
+	text, err := metricsOf(ctx, s.lab, s.Node)
+	if err != nil {
+		return nil, err
+	}
+	values := make(map[string]int)
+	for _, m := range regexp.MustCompile(`(?m)^`+name+`\{(.*)\} ([0-9.e+]+)$`).FindAllStringSubmatch(text, -1) {
+		v, err := strconv.ParseFloat(m[2], 64)
+		if err != nil {
+			return nil, err
+		}
+		values[m[1]] = int(v)
+	}
+	return values, nil
+}
+
+// sinceStart are the events of a site's first node in the run that it is in.
+func sinceStart(ctx context.Context, s *Site) (list []audit.Event, err error) {
+	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	rows, _ := conn.Query(ctx, "SELECT body FROM kme.audit JOIN kme.node_run r USING (node) WHERE node = $1 AND (body::json->>'run')::bigint = r.run", s.Node.Name)
+	bodies, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, err
+	}
+	for _, body := range bodies {
+		e, err := audit.ParseEvent([]byte(body))
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, e)
+	}
+	return list, nil
+}
+
+// openingsAddUp: the HSM of each site has opened a blob for each key that the events say
+// was handed out, assigned or taken, and hardly any other.
+func openingsAddUp(t *testing.T, l *Lab) {
+	t.Helper()
+	const fruitless = 64 // for a request that came to nothing
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		events, err := sinceStart(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := audit.NewAccount()
+		for _, e := range events {
+			a.Add(e)
+		}
+		calls, err := metric(t.Context(), s, "kme_hsm_calls_total")
+		if err != nil {
+			t.Fatal(err)
+		}
+		opened := calls[`call="unwrap",outcome="done"`]
+		t.Logf("the HSM of %s has opened %d blobs, and the log tells of %d", s.Name, opened, a.Opened())
+		if opened < a.Opened() || opened > a.Opened()+fruitless || a.Opened() == 0 {
+			t.Errorf("the HSM of %s has opened %d blobs, and the log tells of %d", s.Name, opened, a.Opened())
+		}
+	}
+}
+
+// refusedHandshakes has a site's SAE door refuse handshakes, and says how many.
+func refusedHandshakes(t *testing.T, s *Site) int {
+	t.Helper()
+	none := tlsOf(t, s.lab, "sae", "alice")
+	none.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return new(tls.Certificate), nil }
+	operator := tlsOf(t, s.lab, "operator", "root")
+	n := 0
+	for _, cfg := range []*tls.Config{none, none, operator, none, none} {
+		if err := getStatus(s, cfg); err == nil {
+			t.Error("a client without a certificate of an SAE was let in")
+		}
+		n++
+	}
+	return n
+}
+
+// handshakesAddUp: the summaries of refused handshakes, which are events like others, add
+// up to what the doors of the node have counted since it started, by door and reason.
+func handshakesAddUp(t *testing.T, s *Site, atLeast int) {
+	t.Helper()
+	eventually(t, "summaries of the refused handshakes", func(ctx context.Context) error {
+		counted, err := metric(ctx, s, "kme_handshakes_refused_total")
+		if err != nil {
+			return err
+		}
+		events, err := sinceStart(ctx, s)
+		if err != nil {
+			return err
+		}
+		told, n := make(map[string]int), 0
+		for _, e := range events {
+			if e.Action == audit.Handshake {
+				reason, _, _ := strings.Cut(e.Reason, ":")
+				told[fmt.Sprintf("door=%q,reason=%q", e.Route, reason)] += e.Count
+				n += e.Count
+			}
+		}
+		if n < atLeast || !maps.Equal(told, counted) {
+			return fmt.Errorf("%d were refused; the doors have counted %v, the events tell of %v", atLeast, counted, told)
+		}
+		return nil
+	})
 }
 
 // kmectl runs the binary as the operator root of KM1.
