@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -327,6 +328,15 @@ func wantFollows(t *testing.T, s, peer *Site) {
 	if len(seen) == 0 || !slices.Equal(follows, seen) {
 		t.Errorf("the log that %s has begun follows %q, and %s had seen %q", s.Name, follows, peer.Name, seen)
 	}
+	// An auditor is told so by what is signed alone.
+	eventually(t, "kmectl audit verify of the log that "+s.Name+" has begun", func(context.Context) error {
+		out, err := kmectl(t, s.lab, "--kme "+s.OperatorURL()+" audit verify --also "+peer.OperatorURL())
+		if err != nil || !strings.Contains(out, "verified: leaves 0 to ") || strings.Contains(out, "does not name") ||
+			strings.Count(out, "it follows "+trustDomain+"/"+s.Name+"/audit/") != len(seen) {
+			return fmt.Errorf("%w\n%s", cmp.Or(err, errors.New("it says")), out)
+		}
+		return nil
+	})
 }
 
 // holdings is what the site's database holds.
