@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha test-console storm bench lint deb sbom fuzz tools promtool prerequisites clean
+.PHONY: all run build test test-ha test-console storm rotation bench lint deb sbom fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -58,6 +58,11 @@ lint:
 STORM_TIME ?= 10m
 storm: prerequisites build
 	KME_STORM_TIME=$(STORM_TIME) KME_STORM_FILLER=$${KME_STORM_FILLER-16384} $(GO) test -tags $(TAGS) -run '^TestStorm$$' -timeout 2h -v ./internal/lab
+
+## rotation: an epoch a second for ROTATION_TIME, under load
+ROTATION_TIME ?= 1m
+rotation: prerequisites build
+	KME_ROTATION=$(ROTATION_TIME) $(GO) test -tags $(TAGS) -run '^TestRotationUnderLoad$$' -timeout 2h -v ./internal/lab
 
 ## deb: dist/kme_VERSION_ARCH.deb, with units, users, alert rules, runbooks and clients
 VERSION ?= 0~$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d)

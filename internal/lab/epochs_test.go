@@ -15,7 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/pgdev"
 )
 
-// rotation, in the environment, is for how long TestRotationUnderLoad goes on.
+// rotation, in the environment (make rotation), is for how long TestRotationUnderLoad goes on.
 const rotation = "KME_ROTATION"
 
 // shortEpochs starts a lab whose clocks go sixty times as fast: an epoch is a minute,
