@@ -14,15 +14,16 @@ import (
 // CLI keeps fresh. The TLS configurations made from it show, at each handshake,
 // what the last load found; connections that are open keep what they began with.
 type Credential struct {
-	dir     string
-	current atomic.Pointer[tls.Certificate]
+	dir      string
+	current  atomic.Pointer[tls.Certificate]
+	reloaded chan struct{} // something else than before may be current: for its Renewal
 }
 
 // LoadCredential reads dir/cert.pem (leaf, then intermediate) and dir/key.pem. It is
 // an error if others can read the key, if the two do not belong together, or if the
 // certificate has ended.
 func LoadCredential(dir string) (*Credential, error) {
-	c := &Credential{dir: dir}
+	c := &Credential{dir: dir, reloaded: make(chan struct{}, 1)}
 	if err := c.Reload(); err != nil {
 		return nil, err
 	}
@@ -37,6 +38,10 @@ func (c *Credential) Reload() error {
 		return fmt.Errorf("loading credential %s: %w", c.dir, err)
 	}
 	c.current.Store(cert)
+	select {
+	case c.reloaded <- struct{}{}:
+	default:
+	}
 	return nil
 }
 

@@ -67,6 +67,8 @@ func (r *Renewal) Run(ctx context.Context) error {
 			timer.Stop()
 			return nil
 		case <-timer.C:
+		case <-r.Credential.reloaded: // it may be due already
+			timer.Stop()
 		}
 	}
 }

@@ -248,6 +248,44 @@ func TestRenewalRefused(t *testing.T) {
 	})
 }
 
+// TestRenewalOfAnother: a certificate that somebody has put there, and that is due, is
+// renewed as soon as it has been read.
+func TestRenewalOfAnother(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		k := newRekeyer(t, newCAs(t), "kme", 24*time.Hour)
+		r := k.renewal("km1")
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		synctest.Wait()
+		began := time.Now()
+		next := mint(t, k.ca, "kme", "km1", func(c *x509.Certificate) {
+			c.NotBefore, c.NotAfter = began.Add(-23*time.Hour), began.Add(time.Hour)
+		})
+		due := load(t, next).Leaf()
+		for _, file := range []string{"key.pem", "cert.pem"} {
+			if err := copyFile(next, r.Enrolment.Dir, file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := k.asked.Load(); n != 0 {
+			t.Errorf("the CA was asked %d times before", n)
+		}
+		if err := r.Credential.Reload(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if now := r.Credential.Leaf(); now.Equal(due) || k.asked.Load() != 1 || !time.Now().Equal(began) {
+			t.Errorf("after %v the CA was asked %d times, and the certificate that was put there is in use: %v", time.Since(began), k.asked.Load(), now.Equal(due))
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestStoredAsOne: a process that dies between the two files leaves a pair: the old one
 // if the key is the old one, else the new one.
 func TestStoredAsOne(t *testing.T) {

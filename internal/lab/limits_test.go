@@ -1,13 +1,18 @@
 package lab
 
 import (
+	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/policies"
 )
 
 // TestLimits: a master whose slave takes nothing is refused at the slave's cap, and
@@ -61,6 +66,8 @@ func TestLimits(t *testing.T) {
 		t.Errorf("after a bucketful: %v, want 503, and to come again when it has filled", spent)
 	}
 	take(t, bob, alice, waiting) // his bucket is his own
+	quota(t, l, sae(t, l, "alice@qutemail.example"), sae(t, l, "bob@qutemail.example"))
+	get(t, sae(t, l, "erin"), alice, 10)
 	alarms, err := operator(t, l.KM2).Alarms(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -70,4 +77,34 @@ func TestLimits(t *testing.T) {
 			t.Errorf("a limit has raised an alarm: %s", a.Text)
 		}
 	}
+}
+
+// quota: once network.yaml bounds how many keys an SAE may ask for in a day, it gets so
+// many, and then is told to come again when the day is over.
+func quota(t *testing.T, l *Lab, master, slave *Person) {
+	t.Helper()
+	file := l.path("policies", policies.NetworkFile)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounded := bytes.Replace(text, []byte("quotas: []"), fmt.Appendf(nil, "quotas:\n  - {sae: %q, keys_per_day: 5}", master.ID), 1)
+	if err := os.WriteFile(file, bounded, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := operator(t, l.KM1).ReloadPolicies(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	get(t, master, slave, 5)
+	eventually(t, "the quota is spent", func(ctx context.Context) error { // there is another one when it is midnight meanwhile
+		got, err := master.Client.EncKeys(ctx, slave.ID, etsi014.KeyRequest{Number: 5})
+		got.Wipe()
+		if err == nil {
+			return errNotYet
+		}
+		if answer := away(err); answer == nil || !strings.Contains(answer.Message, "too many keys were asked for") || answer.RetryAfter > 24*time.Hour {
+			t.Fatalf("beyond the quota: %v, want 503, and to come again tomorrow", err)
+		}
+		return nil
+	})
 }

@@ -22,13 +22,19 @@ import (
 
 var errNotYet = errors.New("not yet")
 
-// TestRevoked: an SAE whose certificate the CA revokes is served no more on the
+// TestCertificates: what the CAs do to certificates while a KME serves.
+func TestCertificates(t *testing.T) {
+	t.Parallel()
+	l := start(t, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = 4096, 20_000, 50*time.Millisecond })
+	keysStored(t, l, 1000)
+	t.Run("revoked", func(t *testing.T) { revoked(t, l) })
+	t.Run("renewed", func(t *testing.T) { renewed(t, l) })
+}
+
+// revoked: an SAE whose certificate the CA revokes is served no more on the
 // connections that it has, of HTTP/1.1 and HTTP/2, and cannot open one, though policy
 // lets it in; another is not disturbed; the audit says so.
-func TestRevoked(t *testing.T) {
-	t.Parallel()
-	l := start(t, func(c *Config) { c.Filler, c.PoolLimit = 4096, 8192 })
-	keysStored(t, l, 1000)
+func revoked(t *testing.T, l *Lab) {
 	mallory := "alice@qutemail.example"
 	serial := serialOf(t, l, mallory)
 
