@@ -24,6 +24,9 @@ mkdir -p "$share/policies"
 cp -R deploy/alerts deploy/dashboards deploy/runbooks deploy/clients deploy/patroni "$share/"
 find "$share" -name __pycache__ -prune -exec rm -rf {} +
 cp deploy/AUDIT.md deploy/DEGRADED.md deploy/RECOVERY.md deploy/THREATMODEL.md deploy/kmed.yaml internal/etsi014/openapi.json "$share/"
+for part in hsm pki; do # which the runbooks name
+	install -D -m 644 "$part/README.md" "$share/$part/README.md"
+done
 cp policies/*.yaml policies/*.cedar policies/*.cedarschema policies/README.md "$share/policies/"
 doc=$root/usr/share/doc/kme
 install -D -m 644 README.md "$doc/README.md"
