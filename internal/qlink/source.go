@@ -340,7 +340,7 @@ func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detect
 	s.next = max(lowest, block+1)
 	s.mu.Unlock()
 	if block < lowest {
-		return distill.Detections{}, fmt.Errorf("Alice begins block %d, where %d is the lowest to come", block, lowest)
+		return distill.Detections{}, fmt.Errorf("block %d begins, where %d is the lowest to come", block, lowest)
 	}
 	list, err := s.cfg.Box.Detections(ctx, session, block)
 	if errors.Is(err, ErrLost) || errors.Is(err, ErrCut) {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/qutemail/kme/internal/bb84"
@@ -396,6 +397,53 @@ func TestBlocksInFlight(t *testing.T) {
 	for l.alice.Pending() > 0 {
 		if _, err := l.alice.Rest(); err != nil {
 			t.Errorf("what was under way: %v", err)
+		}
+	}
+	hangUp()
+	l.alice.Close()
+	l.bob.Close()
+}
+
+// A block that is given up while an earlier one is still under way does not let a later one
+// end before that: pads are spent in order. Here the first block waits, at Bob's end, until
+// the third has come as far; the second meets no light.
+func TestBlocksEndInOrder(t *testing.T) {
+	c := newChannel(t, nil)
+	a, b, hangUp := newWires()
+	defer hangUp()
+	_, profile := Standard()
+	l := c.linkOver(t, 1, a, b, profile, 3)
+	pad, stored := l.bob.cfg.Pad, l.bob.cfg.Stored
+	var begun, verified atomic.Int64
+	l.bob.cfg.Pad = func(ctx context.Context, name distill.PadName) (distill.Pad, error) { // which is asked for when a block begins
+		if begun.Add(1) == 2 {
+			if err := l.bob.cfg.Box.Seed(t.Context(), seedOf(7), 1); err != nil { // the receiver forgets what it saw
+				t.Error(err)
+			}
+		}
+		return pad(ctx, name)
+	}
+	third := make(chan struct{})
+	l.bob.cfg.Stored = func() int { // which is asked for when the keys were found to be equal
+		switch verified.Add(1) {
+		case 1:
+			<-third
+		case 2:
+			close(third)
+		}
+		return stored()
+	}
+	for number := int64(1); number <= 3; number++ {
+		got, _, err, bobErr := l.next(t)
+		if got.Block != number {
+			t.Fatalf("block %d, want %d: %v; %v", got.Block, number, err, bobErr)
+		}
+		if number == 2 {
+			if reason := aborted(t, err).Reason; reason != distill.ReasonCounts {
+				t.Errorf("block 2: %v", err)
+			}
+		} else if err != nil {
+			t.Errorf("block %d: %v", number, err)
 		}
 	}
 	hangUp()
