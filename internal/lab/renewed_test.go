@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/etsi014"
+	"github.com/qutemail/kme/internal/lab/freeport"
 	"github.com/qutemail/kme/pki"
 )
 
@@ -292,14 +293,11 @@ func (l *Lab) secondCA(t *testing.T) otherCA {
 	var addresses []string
 	for _, role := range []string{"sae", "kme", "operator"} {
 		for _, flag := range []string{"--address", "--crl-address"} {
-			ln, err := listenAnywhere()
+			port, err := freeport.Find()
 			if err != nil {
 				t.Fatal(err)
 			}
-			address := fmt.Sprintf("localhost:%d", ln.Addr().(*net.TCPAddr).Port)
-			if err := ln.Close(); err != nil {
-				t.Fatal(err)
-			}
+			address := fmt.Sprintf("localhost:%d", port)
 			args, addresses = append(args, flag+"="+role+"="+address), append(addresses, address)
 		}
 	}
