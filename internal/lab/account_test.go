@@ -12,7 +12,6 @@ import (
 
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // close stops the clients, has the slaves take what they have not, and holds the
@@ -154,11 +153,11 @@ func comparePools(t testing.TB, l *Lab, recovered time.Time) {
 	type blocks map[handover.BlockRef]map[int]bool // the atoms in the pool of each READY block
 	var pools [2]blocks
 	for i, s := range []*Site{l.KM1, l.KM2} {
-		conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+		conn, done, err := s.super(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close(context.Background())
+		defer done()
 		rows, _ := conn.Query(t.Context(), `SELECT b.link, b.session, b.id, coalesce(k.index, -1) FROM kme.block b
 			JOIN kme.chunk c ON b.link = c.link AND b.session = c.session AND b.id = c.block
 			JOIN kme.epoch e ON e.epoch = c.epoch LEFT JOIN kme.key k ON c.id = k.chunk

@@ -11,11 +11,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/jackc/pgx/v5"
 
-	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // nasty are bodies that no route takes, whatever members it knows.
@@ -103,12 +100,7 @@ func TestBadInput(t *testing.T) {
 	l := start(t, func(c *Config) { c.Filler, c.PoolLimit = 16_384, 8192 }) // one block, and then only requests change anything
 	keysStored(t, l, 2048)
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
-	got, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{Number: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	id := got.Keys[0].ID
-	got.Wipe()
+	id := get(t, alice, bob, 1).ids()[0]
 	settled(t, l)
 	before, doc := l.content(t), describe(t)
 	for _, protocol := range []string{"HTTP/1.1", "HTTP/2"} {
@@ -179,7 +171,7 @@ func (l *Lab) content(t testing.TB) map[string]int64 {
 	t.Helper()
 	all := make(map[string]int64)
 	for _, s := range []*Site{l.KM1, l.KM2} {
-		conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+		conn, done, err := s.super(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -193,13 +185,12 @@ func (l *Lab) content(t testing.TB) map[string]int64 {
 		} {
 			var n int64
 			if err := conn.QueryRow(t.Context(), sql).Scan(&n); err != nil {
+				done()
 				t.Fatal(err)
 			}
 			all[s.Name+" "+name] = n
 		}
-		if err := conn.Close(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		done()
 	}
 	for _, pair := range [][2]string{{"alice", "bob"}, {"bob", "alice"}} {
 		status, err := sae(t, l, pair[0]).Client.Status(t.Context(), SAEID(pair[1]))

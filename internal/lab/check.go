@@ -14,7 +14,6 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // Report is what Check found.
@@ -43,14 +42,18 @@ func (r Report) Summary() string {
 		verdict, r.Blocks, r.Events, r.Atoms, r.Compared, r.Served, r.Taken)
 }
 
-// maxCompared bounds how many atoms Check unwraps at each site.
-const maxCompared = 2000
+// How many atoms are unwrapped at each site, at most: by Check, and by checkTables,
+// which tests call again and again.
+const (
+	maxCompared = 2000
+	fewCompared = 200
+)
 
 // Check holds the invariants against the tables, the audit and the tokens of both
 // sites. It asks no daemon anything. What it cannot see from there (the bytes that
 // clients got, plaintext in files) is for tests.
 func (l *Lab) Check(ctx context.Context) (Report, error) {
-	r, err := l.checkTables(ctx)
+	r, err := l.hold(ctx, maxCompared)
 	if err != nil {
 		return r, err
 	}
@@ -63,8 +66,11 @@ func (l *Lab) Check(ctx context.Context) (Report, error) {
 }
 
 // checkTables is Check but for the trees of the audit logs, whose verification takes
-// the longer the more a lab has done.
-func (l *Lab) checkTables(ctx context.Context) (Report, error) {
+// the longer the more a lab has done, and with fewer atoms compared.
+func (l *Lab) checkTables(ctx context.Context) (Report, error) { return l.hold(ctx, fewCompared) }
+
+// hold holds the invariants of the tables and the tokens, and compares some atoms.
+func (l *Lab) hold(ctx context.Context, compared int) (Report, error) {
 	var r Report
 	var evidence [2]*evidence
 	for i, s := range []*Site{l.KM1, l.KM2} {
@@ -92,7 +98,7 @@ func (l *Lab) checkTables(ctx context.Context) (Report, error) {
 		r.Atoms += len(e.keys)
 	}
 	checkOnce(&r, evidence[0], evidence[1])
-	return r, l.compare(ctx, &r, evidence[0], evidence[1])
+	return r, l.compare(ctx, &r, evidence[0], evidence[1], compared)
 }
 
 // evidence is one consistent reading of a site's database.
@@ -163,15 +169,15 @@ type event struct {
 // (I5) on the way.
 func (s *Site) gather(ctx context.Context) (*evidence, error) {
 	e := &evidence{site: s, blocks: make(map[handover.BlockRef]block), keys: make(map[key.ID]pooled)}
-	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	conn, done, err := s.super(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close(ctx)
-	if _, err := conn.Exec(ctx, "SET search_path = kme"); err != nil {
-		return nil, err
-	}
+	defer done()
 	err = pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "SET LOCAL search_path = kme"); err != nil {
+			return err
+		}
 		// A snapshot does not keep partitions from going with their epoch; this does.
 		if _, err := tx.Exec(ctx, "LOCK TABLE key, due IN ACCESS SHARE MODE"); err != nil {
 			return err
@@ -365,11 +371,11 @@ func readChunks(ctx context.Context, q querier) (map[handover.ChunkRef]handover.
 }
 
 func (s *Site) blocksNow(ctx context.Context) (map[handover.BlockRef]block, map[handover.ChunkRef]handover.Chunk, error) {
-	conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+	conn, done, err := s.super(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer conn.Close(ctx)
+	defer done()
 	blocks, err := readBlocks(ctx, conn)
 	if err != nil {
 		return nil, nil, err

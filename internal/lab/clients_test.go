@@ -8,13 +8,12 @@ import (
 	"net/http"
 	"slices"
 	"testing"
-
-	"github.com/jackc/pgx/v5"
+	"time"
 
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/pgdev"
+	"github.com/qutemail/kme/internal/legacy"
 )
 
 // most is how many keys a request may name.
@@ -52,6 +51,30 @@ func get(t testing.TB, master, slave *Person, n int) keySet {
 		})
 	}
 	return got
+}
+
+// patiently has master ask for n keys, again and again while it is told to come later.
+func patiently(ctx context.Context, master, slave *Person, n int) (etsi014.Container, error) {
+	for {
+		c, err := master.Client.EncKeys(ctx, slave.ID, etsi014.KeyRequest{Number: n})
+		if away(err) == nil || ctx.Err() != nil {
+			return c, err
+		}
+	}
+}
+
+// request has sender get a key to share with reader by QuteMail's routes. It tries again
+// if it is told to come later.
+func request(t testing.TB, sender, reader *Person, ttl time.Duration) (sent legacy.Issued) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("a key of %s for %s", sender.ID, reader.ID), func(ctx context.Context) (err error) {
+		sent, err = sender.Legacy.RequestKey(ctx, sender.ID, reader.ID, 0, ttl)
+		if err != nil && legacyStatus(err) != http.StatusServiceUnavailable {
+			t.Fatalf("%s gets a key for %s: %v", sender.ID, reader.ID, err)
+		}
+		return err
+	})
+	return sent
 }
 
 // take has slave take all of what master got, and compares the bytes.
@@ -176,11 +199,11 @@ func untilAlarm(t testing.TB, s *Site, name string, standing bool) {
 // value e holds.
 func recorded(t testing.TB, s *Site, where string, args ...any) int {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+	conn, done, err := s.super(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
+	defer done()
 	var n int
 	query := "SELECT count(*) FROM (SELECT body::jsonb AS e FROM kme.audit) a WHERE " + where
 	if err := conn.QueryRow(t.Context(), query, args...).Scan(&n); err != nil {

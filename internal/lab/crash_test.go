@@ -10,12 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-
-	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // Whatever line a kmed dies on, nothing is handed out twice, nothing that was
@@ -145,11 +141,11 @@ func settled(t testing.TB, l *Lab) {
 	t.Helper()
 	for _, s := range []*Site{l.KM1, l.KM2} {
 		eventually(t, s.Name+" to settle", func(ctx context.Context) error {
-			conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser))
+			conn, done, err := s.super(ctx)
 			if err != nil {
 				return err
 			}
-			defer conn.Close(ctx)
+			defer done()
 			var parked, voids, grants, chunks int
 			err = conn.QueryRow(ctx, `SELECT (SELECT count(*) FROM kme.parked), (SELECT count(*) FROM kme.void_out WHERE acked_at IS NULL),
 				(SELECT count(*) FROM kme.grant_out WHERE acked_at IS NULL),
@@ -218,15 +214,7 @@ func TestKilledTogether(t *testing.T) {
 // KME, started again, is told of all of them, and of no more at once than fit.
 func untaken(t *testing.T, l *Lab, n int) {
 	t.Helper()
-	alice := sae(t, l, "alice")
-	for got := 0; got <= n; {
-		keys, err := alice.Client.EncKeys(t.Context(), SAEID("bob"), etsi014.KeyRequest{Number: 128})
-		if err != nil {
-			t.Fatal(err)
-		}
-		got += len(keys.Keys)
-		keys.Wipe()
-	}
+	get(t, sae(t, l, "alice"), sae(t, l, "bob"), n+1)
 }
 
 // The link picks itself up when the quantum channel has died in the middle of a

@@ -51,7 +51,12 @@ func TestDegraded(t *testing.T) {
 const failed = `e->>'action' = $1 AND e->>'outcome' = 'failed'`
 
 // noticed is how soon after its HSM has gone a KME refuses.
-const noticed = 2 * time.Second
+const noticed = 2*time.Second + stall
+
+// stall is what these tests add to each bound of the product's, for a machine that stands
+// still now and then. What they hold is that nobody waits for a client's own patience of
+// ten seconds.
+const stall = 3 * time.Second
 
 func tokenMoved(t *testing.T, l *Lab) {
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
@@ -138,7 +143,7 @@ func peerFrozen(t *testing.T, l *Lab) {
 	}
 	began := time.Now()
 	wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
-	if took := time.Since(began); took > requestTime {
+	if took := time.Since(began); took > requestTime+stall {
 		t.Errorf("the refusal took %v, longer than a request may", took)
 	}
 	untilAlarm(t, l.KM1, "announce-km1-km2", true)
@@ -153,8 +158,11 @@ func peerFrozen(t *testing.T, l *Lab) {
 func databaseStopped(t *testing.T, l *Lab) {
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
 	due := get(t, bob, alice, 2)
-	const summary = `e->>'action' = 'outage-summary'`
-	summaries := recorded(t, l.KM1, summary)
+	const summaries = `SELECT coalesce(sum((body::jsonb->>'count')::int), 0) FROM kme.audit WHERE body::jsonb->>'action' = 'outage-summary'`
+	before, err := number(t.Context(), l.KM1, summaries)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := l.KM1.StopDatabase(); err != nil {
 		t.Fatal(err)
 	}
@@ -180,15 +188,13 @@ func databaseStopped(t *testing.T, l *Lab) {
 	take(t, alice, bob, due)
 	take(t, bob, alice, get(t, alice, bob, 2))
 	untilAlarm(t, l.KM1, "database", false)
-	eventually(t, "a summary of the outage", func(context.Context) error {
-		if n := recorded(t, l.KM1, summary) - summaries; n != 1 {
-			return fmt.Errorf("%d summaries", n)
+	eventually(t, "a summary of the outage", func(ctx context.Context) error {
+		n, err := number(ctx, l.KM1, summaries)
+		if err == nil && n < before+refused {
+			err = fmt.Errorf("%d refusals are counted, and there were %d", n-before, refused)
 		}
-		return nil
+		return err
 	})
-	if n := recorded(t, l.KM1, summary+` AND (e->>'count')::int >= $1`, refused); n != 1 {
-		t.Errorf("no summary counts the %d refusals", refused)
-	}
 }
 
 // databaseHangs lets no commit through for a while: requests that wait for theirs
@@ -214,7 +220,7 @@ func databaseHangs(t *testing.T, l *Lab) {
 		wait.Go(func() { wantAway(t, "enc_keys", enc(t.Context(), alice, bob)) })
 	}
 	wait.Wait()
-	if took := time.Since(began); took > requestTime+2*time.Second {
+	if took := time.Since(began); took > requestTime+stall {
 		t.Errorf("the refusals took %v, want about %v", took, requestTime)
 	}
 	untilAlarm(t, l.KM1, "database", true) // from now on nobody waits

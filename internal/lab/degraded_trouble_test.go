@@ -21,7 +21,6 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/peer"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // What becomes of requests when a part is not gone but in trouble, and that all is
@@ -85,12 +84,14 @@ func peerSlow(t *testing.T, l *Lab) {
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
 	for _, rtt := range []time.Duration{10 * time.Millisecond, 100 * time.Millisecond, time.Second} {
 		ways(l, Trouble{Delay: rtt / 2})
+		fastest := time.Hour
 		for range 3 {
 			began := time.Now()
 			take(t, bob, alice, get(t, alice, bob, 1))
-			if took := time.Since(began); took < rtt || took > rtt+time.Second {
-				t.Errorf("a key took %v over a way of %v there and back", took, rtt)
-			}
+			fastest = min(fastest, time.Since(began))
+		}
+		if fastest < rtt || fastest > rtt+time.Second {
+			t.Errorf("a key took %v or more over a way of %v there and back", fastest, rtt)
 		}
 	}
 	untilAlarm(t, l.KM1, "slow-km2", true)
@@ -132,7 +133,7 @@ func refusedInTime(t *testing.T, master, slave *Person, clients int) {
 		all.Go(func() {
 			began := time.Now()
 			wantAway(t, "enc_keys", enc(t.Context(), master, slave))
-			if took := time.Since(began); took > requestTime+time.Second {
+			if took := time.Since(began); took > requestTime+stall {
 				t.Errorf("a refusal took %v, want at most %v", took, requestTime)
 			}
 		})
@@ -150,11 +151,11 @@ func parkedAt(t *testing.T, s *Site) (n int) {
 
 func sql(t *testing.T, s *Site, do func(*pgx.Conn) error) {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+	conn, done, err := s.super(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
+	defer done()
 	if err := do(conn); err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +223,7 @@ func hsmSlow(t *testing.T, l *Lab) {
 			began := time.Now()
 			_, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{Number: 20})
 			wantAway(t, "enc_keys of 20 keys", err)
-			if took := time.Since(began); took > requestTime+2*time.Second {
+			if took := time.Since(began); took > requestTime+stall {
 				t.Errorf("a refusal took %v, want about %v", took, requestTime)
 			}
 		})
@@ -437,14 +438,14 @@ func databaseFull(t *testing.T, l *Lab) {
 	empty := fill(t, l.KM1)
 	untilAway(t, alice, bob)
 	untilAlarm(t, l.KM1, "database", true)
-	before := peerBatches(t, l)
+	before, began := peerBatches(t, l), time.Now()
 	for range 5 {
 		wantAway(t, "enc_keys", enc(t.Context(), alice, bob))
 		_, err := alice.Client.DecKeys(t.Context(), bob.ID, due.ids())
 		wantAway(t, "dec_keys", err)
 		wantAway(t, "enc_keys at the peer", enc(t.Context(), bob, alice))
 	}
-	if n := peerBatches(t, l); n > before+2 { // one a second, if there is room for an event and none for more
+	if n := peerBatches(t, l); n > before+2+int64(time.Since(began)/time.Second) { // one a second, if there is room for an event and none for more
 		t.Errorf("the peer was announced %d batches by a KME that cannot commit", n-before)
 	}
 	empty()

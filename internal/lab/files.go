@@ -115,16 +115,12 @@ limits: {atoms_per_second: {{.AtomsPerSecond}}, burst: {{.Burst}}, untaken: {{.U
 // holds, a one-time token to get one.
 func (n *Node) writeConfig(ctx context.Context) error {
 	s := n.site
-	fingerprint, err := s.lab.fingerprint(ctx)
-	if err != nil {
-		return err
-	}
 	if err := s.lab.tokenUnlessEnrolled(ctx, "kme", s.Name, n.path("tls"), n.path("enrolment-token")); err != nil {
 		return err
 	}
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
-		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Sequencer": s.DSN("kme_seq"), "Reader": s.DSN("kme_auditor"), "Module": cmp.Or(s.lab.Module[s.Name], softHSM), "CA": s.lab.Ports.KMECA, "Fingerprint": fingerprint,
+		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Sequencer": s.DSN("kme_seq"), "Reader": s.DSN("kme_auditor"), "Module": cmp.Or(s.lab.Module[s.Name], softHSM), "CA": s.lab.Ports.KMECA, "Fingerprint": s.lab.pin,
 		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "KeyBits": s.lab.KeyBits, "InFlight": s.lab.InFlight, "Limits": s.lab.Limits,
 		"Policies": s.policies(), "SAECRL": s.lab.Ports.crl("sae"), "KMECRL": s.lab.Ports.crl("kme"), "OperatorCRL": s.lab.Ports.crl("operator"),
 	}); err != nil {

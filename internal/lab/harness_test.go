@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -13,15 +14,52 @@ import (
 	"time"
 
 	programs "github.com/qutemail/kme/internal/lab/binaries"
+	"github.com/qutemail/kme/internal/pgdev"
+	"github.com/qutemail/kme/internal/store"
 )
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	for _, dir := range built.dirs {
-		_ = os.RemoveAll(dir)
+	for _, remove := range leftovers.removes {
+		_ = remove() // what is left lies in the temporary folder
 	}
 	os.Exit(code)
 }
+
+// leftovers is what all tests share, to be removed at the end.
+var leftovers struct {
+	sync.Mutex
+	removes []func() error
+}
+
+func removeAtEnd(remove func() error) {
+	leftovers.Lock()
+	defer leftovers.Unlock()
+	leftovers.removes = append(leftovers.removes, remove)
+}
+
+// migrated is the folder of a stopped Postgres with the schema in it, of which the
+// databases of the tests' labs begin as copies: to make each anew took longer than all
+// else that a lab's start does. Labs that begin with nothing are in cmd/kmelab.
+var migrated = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "kme-lab-template-")
+	if err != nil {
+		return "", err
+	}
+	removeAtEnd(func() error { return os.RemoveAll(dir) })
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	c, err := pgdev.Start(ctx, pgdev.Config{Dir: dir})
+	if err != nil {
+		return "", err
+	}
+	removeAtEnd(c.Remove)
+	err = c.EnsureDatabase(ctx, "kme")
+	if err == nil {
+		err = store.Migrate(ctx, c.DSN(pgdev.Superuser, "kme"), defaultEpoch, nil)
+	}
+	return dir, errors.Join(err, c.Stop(ctx))
+})
 
 // places keeps the number of labs at once to what a small machine runs well: a lab
 // is nine processes. A test holds at most one.
@@ -45,7 +83,7 @@ func binaries(t testing.TB, failpoint bool) string {
 
 var buildPlain = sync.OnceValues(func() (string, error) {
 	dir, err := programs.Build("noyubikey", "kmed", "kme-ca", "qlink", "kmelab", "kmectl")
-	remember(dir)
+	removeAtEnd(func() error { return os.RemoveAll(dir) })
 	return dir, err
 })
 
@@ -58,7 +96,7 @@ var buildFailpoint = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	remember(dir)
+	removeAtEnd(func() error { return os.RemoveAll(dir) })
 	for _, name := range []string{"kme-ca", "qlink", "kmelab", "kmectl"} {
 		if err := os.Symlink(filepath.Join(plain, name), filepath.Join(dir, name)); err != nil {
 			return "", err
@@ -66,18 +104,6 @@ var buildFailpoint = sync.OnceValues(func() (string, error) {
 	}
 	return dir, nil
 })
-
-// built are the folders with binaries, to be removed at the end.
-var built struct {
-	sync.Mutex
-	dirs []string
-}
-
-func remember(dir string) {
-	built.Lock()
-	defer built.Unlock()
-	built.dirs = append(built.dirs, dir)
-}
 
 // start brings up a lab of its own for the test, on free ports, after change has
 // had its say about the configuration. At the end of the test the invariants are
@@ -92,6 +118,11 @@ func start(t testing.TB, change func(*Config)) *Lab {
 		change(&cfg)
 	}
 	var err error
+	if cfg.Epoch == 0 && cfg.Database == nil {
+		if cfg.Template, err = migrated(); err != nil {
+			t.Fatalf("making the template of databases: %v", err)
+		}
+	}
 	if cfg.Ports, err = FreePorts(cfg.Nodes); err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +166,7 @@ func shortDir(t testing.TB) string {
 // check holds the invariants against the lab now: all of them, or those of the tables.
 func check(t testing.TB, l *Lab, invariants func(context.Context) (Report, error)) Report {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	for _, s := range []*Site{l.KM1, l.KM2} {
 		if err := s.attach(ctx); err != nil { // the test may have stopped it
@@ -182,10 +213,8 @@ func eventually(t testing.TB, what string, ready func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
 	var last error // but not that the time was over
-	for {
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		err := ready(ctx)
 		if err == nil {
 			return
@@ -194,7 +223,7 @@ func eventually(t testing.TB, what string, ready func(context.Context) error) {
 			last = err
 		}
 		select {
-		case <-tick.C:
+		case <-time.After(pause): // who asks takes time from those that are asked
 		case <-ctx.Done():
 			t.Fatalf("%s: not within a minute: %v", what, last)
 		}

@@ -57,6 +57,10 @@ type Config struct {
 	// that deploy/patroni/post_init.sh has prepared. The lab migrates it as its owner.
 	Database map[string]func(role string) string
 
+	// Template, if set, is the folder of a Postgres, of package pgdev, that has been
+	// stopped and has the database with its schema: those of a new lab begin as copies.
+	Template string
+
 	// Settings, by site, are lines added to the configuration of its nodes.
 	Settings map[string]string
 
@@ -74,6 +78,8 @@ type Config struct {
 	Step func(what string)
 }
 
+const defaultEpoch = time.Hour
+
 // Limits bound what one SAE may have: limits in the daemon's configuration.
 type Limits struct{ AtomsPerSecond, Burst, Untaken int }
 
@@ -81,6 +87,7 @@ type Limits struct{ AtomsPerSecond, Burst, Untaken int }
 type Lab struct {
 	Config
 	KM1, KM2 *Site
+	pin      string // SHA-256 of the root certificate, as kme-ca prints it
 	cas      []*process
 	fibre    *process
 	nursery  *nursery
@@ -117,7 +124,7 @@ func (l *Lab) up(ctx context.Context) error {
 		return err
 	}
 	if l.Epoch == 0 {
-		l.Epoch = time.Hour
+		l.Epoch = defaultEpoch
 	}
 	if l.Interval == 0 {
 		l.Interval = time.Second

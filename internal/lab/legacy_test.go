@@ -95,10 +95,7 @@ func at(t testing.TB, l *Lab, name, site string) *Person {
 // legacyReads: a key is read by many at once until 014 takes it; from then on nobody
 // reads it, whoever had begun.
 func legacyReads(t *testing.T, l *Lab, alice, bob *Person) {
-	sent, err := alice.Legacy.RequestKey(t.Context(), alice.ID, bob.ID, 0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	sent := request(t, alice, bob, 0)
 	var reads, gone atomic.Int64
 	var taken atomic.Bool
 	var all sync.WaitGroup
@@ -145,10 +142,7 @@ func legacyReads(t *testing.T, l *Lab, alice, bob *Person) {
 
 // legacyOnce: where the recipient's KME says reread: once, keys are read once.
 func legacyOnce(t *testing.T, alice, bob *Person) {
-	sent, err := alice.Legacy.RequestKey(t.Context(), alice.ID, bob.ID, 0, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	sent := request(t, alice, bob, 0)
 	for i, want := range []int{http.StatusOK, http.StatusGone} {
 		if _, err := bob.Legacy.RetrieveKey(t.Context(), bob.ID, sent.ID); legacyStatus(err) != want {
 			t.Errorf("read %d: %v, want %d", i+1, err, want)

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"strings"
 	"testing"
@@ -30,12 +29,15 @@ func TestLimits(t *testing.T) {
 	refused := func(detail string, retry time.Duration) {
 		t.Helper()
 		before := stored(t, alice, bob)
-		_, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{Number: 128})
-		var answer *etsi014.APIError
-		if !errors.As(err, &answer) || answer.Status != http.StatusServiceUnavailable || !strings.Contains(err.Error(), detail) || answer.RetryAfter < retry {
-			t.Errorf("answered %v, want 503, %q and to come again after %v or more", err, detail, retry)
-		}
-		if n := stored(t, alice, bob); n != before {
+		eventually(t, "a refusal", func(ctx context.Context) error { // a peer may be late, now and then
+			_, err := alice.Client.EncKeys(ctx, bob.ID, etsi014.KeyRequest{Number: 128})
+			if answer := away(err); answer == nil || answer.RetryAfter < retry || !strings.Contains(err.Error(), detail) {
+				return fmt.Errorf("answered %w, want 503, %q and to come again after %v or more", err, detail, retry)
+			}
+			return nil
+		})
+		settled(t, l)
+		if n := stored(t, alice, bob); n < before { // a block may have come
 			t.Errorf("%d keys are stored, and %d were: a refusal has consumed some", n, before)
 		}
 	}
@@ -51,8 +53,8 @@ func TestLimits(t *testing.T) {
 	if len(mails) != 128 {
 		t.Errorf("another pair got %d keys", len(mails))
 	}
-	if n := recorded(t, l.KM2, `e->>'action' = 'assign' AND e->>'outcome' = 'refused'`); n != 4 {
-		t.Errorf("the slave's KME has recorded %d refusals, want 4", n)
+	if n := recorded(t, l.KM2, `e->>'action' = 'assign' AND e->>'outcome' = 'refused'`); n < 4 {
+		t.Errorf("the slave's KME has recorded %d refusals, and there were 4", n)
 	}
 
 	spent := errors.New("no answer yet")

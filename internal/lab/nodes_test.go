@@ -10,12 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // twoNodes is a lab of two nodes a site with traffic over all four.
@@ -45,10 +42,7 @@ func TestEveryNodeServes(t *testing.T) {
 
 			// A lifetime that ends in an epoch for which no node has a KEK yet.
 			sender, reader := saeAt(t, l, "alice@qutemail.example", at.Name), saeAt(t, l, "bob@qutemail.example", from.Name)
-			sent, err := sender.Legacy.RequestKey(t.Context(), sender.ID, reader.ID, 0, time.Duration(5+2*i+j)*time.Hour)
-			if err != nil {
-				t.Fatal(err)
-			}
+			sent := request(t, sender, reader, time.Duration(5+2*i+j)*time.Hour)
 			if _, err := reader.Legacy.RetrieveKey(t.Context(), reader.ID, sent.ID); err != nil {
 				t.Errorf("reader at %s: %v", from.Name, err)
 			}
@@ -98,7 +92,7 @@ func TestNodeGone(t *testing.T) {
 		each(func(n *Node) {
 			select {
 			case <-n.Exited():
-			case <-time.After(30 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatalf("%s has been taken over and goes on", n.Name)
 			}
 			if !n.Fenced() {
@@ -255,12 +249,10 @@ func (c *insistent) flows(t *testing.T) {
 func TestTakeoverWithoutPeer(t *testing.T) {
 	t.Parallel()
 	l, f := twoNodes(t, false)
+	dead, survivor := l.KM1.Nodes[0], l.KM1.Nodes[1]
+	untilLeased(t, dead)
 	for _, n := range l.KM2.Nodes {
 		n.Kill()
-	}
-	dead, survivor := l.KM1.Nodes[0], l.KM1.Nodes[1]
-	if leased(t, dead, "=") == 0 {
-		t.Fatal("a node that has leased nothing")
 	}
 	dead.Kill()
 	untilNodeAlarm(t, survivor, "takeover-"+dead.Name, true)
@@ -341,11 +333,11 @@ func takeovers(t *testing.T, l *Lab) int {
 // in lower ones.
 func leased(t *testing.T, n *Node, compare string) (chunks int) {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), n.site.DSN(pgdev.Superuser))
+	conn, done, err := n.site.super(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
+	defer done()
 	if err := conn.QueryRow(t.Context(), `SELECT count(*) FROM kme.chunk c JOIN kme.node_run n ON n.node = c.node
 		WHERE c.node = $1 AND c.run `+compare+` n.run AND c.remaining > 0`, n.Name).Scan(&chunks); err != nil {
 		t.Fatal(err)

@@ -33,10 +33,7 @@ func TestOnceOnly(t *testing.T) {
 func takesOfOneKey(t *testing.T, l *Lab) {
 	const takers = 50
 	alice, bob := sae(t, l, "alice"), sae(t, l, "bob")
-	got, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	got := get(t, alice, bob, 1)
 	var won, refused atomic.Int64
 	var ready, all sync.WaitGroup
 	ready.Add(takers)
@@ -48,12 +45,12 @@ func takesOfOneKey(t *testing.T, l *Lab) {
 		all.Go(func() {
 			ready.Done()
 			ready.Wait()
-			taken, err := taker.Client.DecKeys(t.Context(), alice.ID, []key.ID{got.Keys[0].ID})
+			taken, err := taker.Client.DecKeys(t.Context(), alice.ID, got.ids())
 			answer := (*etsi014.APIError)(nil)
 			switch {
 			case err == nil:
 				won.Add(1)
-				if !bytes.Equal(taken.Keys[0].Material.Reveal(), got.Keys[0].Material.Reveal()) {
+				if !bytes.Equal(taken.Keys[0].Material.Reveal(), got[taken.Keys[0].ID]) {
 					t.Error("the winner has other bytes than the master")
 				}
 			case errors.As(err, &answer) && answer.Status == http.StatusBadRequest:
@@ -81,10 +78,10 @@ func twoMasters(t *testing.T, l *Lab, pairs [2][2]string) {
 	g, ctx := errgroup.WithContext(t.Context())
 	for _, p := range pairs {
 		for range clients {
-			master := sae(t, l, p[0])
+			master, slave := sae(t, l, p[0]), &Person{ID: SAEID(p[1])}
 			g.Go(func() error {
-				for range keys / number / clients {
-					got, err := master.Client.EncKeys(ctx, SAEID(p[1]), etsi014.KeyRequest{Number: number})
+				for n := 0; n < keys/clients; n += number {
+					got, err := patiently(ctx, master, slave, number)
 					if err != nil {
 						return err
 					}

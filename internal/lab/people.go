@@ -49,6 +49,9 @@ func (l *Lab) startCAs(ctx context.Context) error {
 	if err := os.WriteFile(l.path("root.pem"), root, 0o644); err != nil {
 		return err
 	}
+	if l.pin, err = l.kmeCA(ctx, "fingerprint", "--dir", dir); err != nil {
+		return err
+	}
 	for _, role := range []string{"sae", "kme", "operator"} {
 		p, err := l.nursery.start("kme-ca "+role, l.Dir, l.path("log", "ca-"+role), nil, filepath.Join(l.Bin, "kme-ca"), "serve", "--dir", dir, "--role", role)
 		if err != nil {
@@ -93,10 +96,6 @@ func (l *Lab) kmeCA(ctx context.Context, args ...string) (string, error) {
 		return "", fmt.Errorf("kme-ca %s: %w: %s", args[0], err, stderr.String())
 	}
 	return strings.TrimSpace(string(out)), nil
-}
-
-func (l *Lab) fingerprint(ctx context.Context) (string, error) {
-	return l.kmeCA(ctx, "fingerprint", "--dir", l.path("ca"))
 }
 
 // tokenUnlessEnrolled puts a one-time token into file, unless dir holds a
@@ -146,12 +145,8 @@ func (l *Lab) enrol(ctx context.Context, role, name, url string) error {
 	if err := l.tokenUnlessEnrolled(ctx, role, name, dir, token); err != nil {
 		return err
 	}
-	fingerprint, err := l.fingerprint(ctx)
-	if err != nil {
-		return err
-	}
 	if err := pki.Enrol(ctx, pki.Enrolment{
-		CA: fmt.Sprintf("https://localhost:%d", l.Ports.ca(role)), RootFingerprint: fingerprint,
+		CA: fmt.Sprintf("https://localhost:%d", l.Ports.ca(role)), RootFingerprint: l.pin,
 		TokenFile: token, Dir: dir, ID: name, Log: l.Log,
 	}); err != nil {
 		return err

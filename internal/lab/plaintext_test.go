@@ -100,10 +100,7 @@ func deliver(t *testing.T, l *Lab, s *search) {
 	}
 	defer at2.HTTP.CloseIdleConnections()
 	for range 5 {
-		sent, err := sender.Legacy.RequestKey(t.Context(), sender.ID, reader.ID, 0, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		sent := request(t, sender, reader, 0)
 		if _, err := at2.Legacy.RetrieveKey(t.Context(), reader.ID, sent.ID); err != nil {
 			t.Fatal(err)
 		}

@@ -80,9 +80,9 @@ func (p *process) running() bool {
 	}
 }
 
-// await asks ready again and again until it is, the process exits, or ctx or 30 s end.
+// await asks ready again and again until it is, the process exits, or ctx or a minute ends.
 func (p *process) await(ctx context.Context, ready func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -108,7 +108,7 @@ func (p *process) lastWords() string {
 	return "    " + strings.Join(lines[max(0, len(lines)-6):], "\n    ")
 }
 
-// stop ends the process with SIGTERM, and with SIGKILL if it has not gone after 15 s.
+// stop ends the process with SIGTERM, and with SIGKILL if it has not gone after 30 s.
 func (p *process) stop() error {
 	if !p.running() {
 		return nil
@@ -117,9 +117,9 @@ func (p *process) stop() error {
 	select {
 	case <-p.exited:
 		return nil
-	case <-time.After(15 * time.Second):
+	case <-time.After(30 * time.Second):
 		p.kill()
-		return fmt.Errorf("%s did not stop within 15 s and was killed", p.name)
+		return fmt.Errorf("%s did not stop within 30 s and was killed", p.name)
 	}
 }
 

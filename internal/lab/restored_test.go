@@ -18,7 +18,6 @@ import (
 
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
-	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // I9: a site whose database is restored to the past serves nothing, and says why,
@@ -309,11 +308,11 @@ func suspended(t *testing.T, s *Site, evidence string) {
 func wantFollows(t *testing.T, s, peer *Site) {
 	t.Helper()
 	one := func(s *Site, sql string, args ...any) (found []string) {
-		conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+		conn, done, err := s.super(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close(t.Context())
+		defer done()
 		rows, _ := conn.Query(t.Context(), sql, args...)
 		if found, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
 			t.Fatal(err)
@@ -342,11 +341,11 @@ func wantFollows(t *testing.T, s, peer *Site) {
 // holdings is what the site's database holds.
 func (s *Site) holdings(t *testing.T) string {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), s.DSN(pgdev.Superuser))
+	conn, done, err := s.super(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.Background())
+	defer done()
 	var atoms, due int
 	err = conn.QueryRow(t.Context(), "SELECT (SELECT count(*) FROM kme.key), (SELECT count(*) FROM kme.due WHERE ct IS NOT NULL)").Scan(&atoms, &due)
 	if err != nil {

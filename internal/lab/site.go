@@ -37,6 +37,9 @@ type Site struct {
 	Nodes []*Node
 	*Node // the first of them: where more than one makes no difference, it speaks for the site
 	pg    *pgdev.Cluster
+
+	turn      sync.Mutex
+	superuser *pgx.Conn // see super; guarded by turn
 }
 
 func (l *Lab) site(name, end string) *Site {
@@ -88,18 +91,46 @@ func (s *Site) DSN(role string) string {
 	return s.pg.DSN(role, "kme")
 }
 
+// super lends the lab's connection to the site's database, as its superuser, until done
+// is called. There is one, made again when it has broken, since a new one costs the
+// server as much as fifty queries.
+func (s *Site) super(ctx context.Context) (conn *pgx.Conn, done func(), err error) {
+	s.turn.Lock()
+	if s.superuser == nil || s.superuser.Ping(ctx) != nil {
+		s.hangUp(ctx)
+		if s.superuser, err = pgx.Connect(ctx, s.DSN(pgdev.Superuser)); err != nil {
+			s.superuser = nil
+			s.turn.Unlock()
+			return nil, nil, err
+		}
+	}
+	return s.superuser, s.turn.Unlock, nil
+}
+
+// hangUp closes the connection of super. The caller holds turn.
+func (s *Site) hangUp(ctx context.Context) {
+	if s.superuser != nil {
+		_ = s.superuser.Close(ctx) // it has broken, or the database is about to stop
+		s.superuser = nil
+	}
+}
+
 // attach makes the site's database available: the one that runs, or its own.
 func (s *Site) attach(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if conn, err := pgx.Connect(ctx, s.DSN(pgdev.Superuser)); err == nil {
-		return conn.Close(ctx)
+	if _, done, err := s.super(ctx); err == nil {
+		done()
+		return nil
 	}
 	return s.StartDatabase(ctx)
 }
 
 // prepareDatabase starts the site's Postgres and brings its schema up to date.
 func (s *Site) prepareDatabase(ctx context.Context) error {
+	if s.lab.Template != "" {
+		return s.StartDatabase(ctx)
+	}
 	owner := pgdev.Superuser
 	if s.lab.Database[s.Name] != nil {
 		owner = store.OwnerRole
@@ -128,16 +159,19 @@ func (s *Site) startOwn(ctx context.Context) error {
 
 // StartDatabase starts the site's Postgres.
 func (s *Site) StartDatabase(ctx context.Context) (err error) {
-	s.pg, err = pgdev.Start(ctx, pgdev.Config{Dir: s.path("postgres"), Log: s.lab.Log})
+	s.pg, err = pgdev.Start(ctx, pgdev.Config{Dir: s.path("postgres"), Template: s.lab.Template, Log: s.lab.Log})
 	return err
 }
 
 func (s *Site) stopDatabase() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	s.turn.Lock()
+	s.hangUp(ctx)
+	s.turn.Unlock()
 	if s.pg == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
 	return s.pg.Stop(ctx)
 }
 

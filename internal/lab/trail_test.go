@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/qutemail/kme/internal/audit"
-	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/pgdev"
 )
@@ -256,7 +255,7 @@ func mixedRequests(t *testing.T, l *Lab, told *answers) {
 		alice, bob, carol := sae(t, l, "alice"), sae(t, l, "bob"), sae(t, l, "carol")
 		g.Go(func() error {
 			for range rounds {
-				got, err := alice.Client.EncKeys(ctx, bob.ID, etsi014.KeyRequest{Number: 2})
+				got, err := patiently(ctx, alice, bob, 2)
 				if err != nil {
 					return err
 				}
