@@ -131,7 +131,8 @@ func (s *Server) accept(ctx context.Context, l *net.UnixListener, handle func(ct
 	defer conns.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(ctx, func() { _ = l.Close() })() // a second Close is harmless
+	defer func() { _ = l.Close() }() // the socket is gone when this returns; a second Close is harmless
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
 	slots := make(chan struct{}, maxConns)
 	for {
 		conn, err := l.Accept()
