@@ -116,7 +116,7 @@ type mix struct {
 }
 
 // light leaves room for the daemons to start again beside it.
-var light = mix{clients: 3, number: 3, bits: []int{256}, pace: 20 * time.Millisecond}
+var light = mix{clients: 3, number: 3, bits: []int{256}, pace: 50 * time.Millisecond}
 
 // begin starts light traffic between alice and bob and between the two mail users, in
 // both directions.
