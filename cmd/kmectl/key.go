@@ -49,6 +49,9 @@ func (c storyCommand) Run(ctx context.Context, s *session) error {
 	if at := k.Pool; at != nil {
 		fmt.Fprintf(&b, "  stored   block %d of session %d of link %s (%s, since %s), index %d, %s; sealed under KEK %d; to be assigned by %s\n",
 			at.Block, at.Session, printable(at.Link), printable(at.BlockState), clock(at.Held), at.Index, printable(at.Provenance), at.KEK, printable(at.Owner))
+		if at.Upstream != "" {
+			fmt.Fprintf(&b, "           the device that made it calls it %s\n", printable(at.Upstream))
+		}
 	}
 	for _, d := range k.Due {
 		how := "waits, expires " + clock(d.Expires)

@@ -75,6 +75,9 @@ func (n *node) reloadAtHUP(ctx context.Context, core *kme.KME) error {
 
 func (n *node) reloadCertificates() error {
 	err := n.credential.Reload()
+	for _, c := range n.devices {
+		err = errors.Join(err, c.Reload())
+	}
 	cfg, cfgErr := LoadConfig(n.path, n.env)
 	for role, revoked := range n.revoked {
 		err = errors.Join(err, n.issuers[role].Reload())

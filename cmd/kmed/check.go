@@ -48,7 +48,11 @@ func checkConfig(path string, stdout io.Writer) error {
 		errs = append(errs, private(cfg.HSM.PINFile))
 	}
 	for _, lc := range cfg.Links {
-		if lc.Filler == 0 {
+		switch {
+		case len(lc.Upstream.URL) > 0:
+			_, err := pki.LoadCredential(lc.Upstream.TLS)
+			errs = append(errs, err)
+		case lc.Filler == 0:
 			errs = append(errs, private(lc.SecretFile))
 		}
 		if lc.AuthFile != "" {

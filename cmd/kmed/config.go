@@ -16,6 +16,7 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/kme"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/siem"
@@ -217,6 +218,22 @@ type LinkConfig struct {
 	// Filler, if not 0, makes blocks of so many random atoms instead of sending
 	// light: for load tests. A production node refuses it. Both ends must have it.
 	Filler int `yaml:"filler"`
+	// Upstream, if it has a URL, takes the keys of a device beside this end instead of
+	// sending light: QKD hardware or another KME, which hands them out by ETSI GS QKD 014.
+	// Socket, SecretFile and AuthFile are not needed then. Both ends must have one.
+	Upstream UpstreamConfig `yaml:"upstream"`
+}
+
+// UpstreamConfig says how a device is reached, to which this KME is an SAE.
+type UpstreamConfig struct {
+	URL []string `yaml:"url"` // https://HOST:PORT of the device, or of each of its nodes
+	// TLS is a folder with the SAE's key.pem and cert.pem, and root.pem, which verifies the
+	// device. It is read again at SIGHUP.
+	TLS  string `yaml:"tls"`
+	Peer string `yaml:"peer"` // the SAE that the other end is to its device
+	// Keys is how many keys of 256 bits make a block, at Alice's end. 0 is 64; at most 128:
+	// so many are drawn at once, or none.
+	Keys int `yaml:"keys"`
 }
 
 // LoadConfig reads and checks a configuration file, the whole of it, before
@@ -256,6 +273,9 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 		if _, given := doc.members[fmt.Sprintf("links[%d].in_flight", i)]; !given {
 			c.Links[i].InFlight = 1
 		}
+		if u := &c.Links[i].Upstream; len(u.URL) > 0 && u.Keys == 0 {
+			u.Keys = key.ChunkAtoms
+		}
 	}
 	if env.Database != "" {
 		c.Database = env.Database
@@ -285,7 +305,7 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 func (c *Config) paths() []*string {
 	ps := []*string{&c.Audit.Archive, &c.Data, &c.Policies, &c.HSM.Module, &c.HSM.PINFile, &c.Certificates.Dir, &c.Certificates.TokenFile}
 	for i := range c.Links {
-		ps = append(ps, &c.Links[i].Socket, &c.Links[i].SecretFile, &c.Links[i].AuthFile)
+		ps = append(ps, &c.Links[i].Socket, &c.Links[i].SecretFile, &c.Links[i].AuthFile, &c.Links[i].Upstream.TLS)
 	}
 	for i := range c.Audit.Sinks {
 		ps = append(ps, &c.Audit.Sinks[i].CA)
@@ -433,9 +453,15 @@ func (c *Config) checkLinks(k *checker) {
 			k.must(!seen[l.ID], at+"id", "%s is there twice", l.ID)
 			seen[l.ID] = true
 		}
-		k.has(at+"socket", l.Socket)
-		k.has(at+"secret_file", l.SecretFile)
-		k.must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
+		if u := l.Upstream; len(u.URL) > 0 {
+			u.check(k, at+"upstream.")
+			k.must(l.Filler == 0, at+"filler", "goes not with upstream")
+		} else {
+			k.has(at+"socket", l.Socket)
+			k.has(at+"secret_file", l.SecretFile)
+			k.must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
+			k.must(u.TLS == "" && u.Peer == "" && u.Keys == 0, at+"upstream", "has no url")
+		}
 		k.must(l.AuthFile == "" || !l.AuthInHSM, at+"auth_in_hsm", "is there beside auth_file: one of them")
 		k.must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
 		k.must(l.KeyBits >= 1<<19 && l.KeyBits <= 1<<21 && l.KeyBits%(1<<18) == 0, at+"key_bits", "is %d: a multiple of 262144, from 524288 to 2097152", l.KeyBits)
@@ -443,4 +469,17 @@ func (c *Config) checkLinks(k *checker) {
 		k.must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
 		k.must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")
 	}
+}
+
+func (u UpstreamConfig) check(k *checker, at string) {
+	for _, base := range u.URL {
+		b, err := url.Parse(base)
+		k.must(err == nil && b.Scheme == "https" && b.Host != "", at+"url", "is %q: an https:// URL", base)
+	}
+	k.has(at+"tls", u.TLS)
+	if k.has(at+"peer", u.Peer) {
+		_, err := identity.ParseSAE(u.Peer)
+		k.must(err == nil, at+"peer", "is not the name of one: %v", err)
+	}
+	k.must(u.Keys >= 1 && u.Keys <= qlink.MaxUpstream, at+"keys", "is %d: 1 to %d", u.Keys, qlink.MaxUpstream)
 }

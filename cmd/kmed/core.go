@@ -151,6 +151,14 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		default:
 			return c, fmt.Errorf("link %s of %s joins %s and %s, not %s", lc.ID, n.network(), l.Alice, l.Bob, n.self)
 		}
+		if len(lc.Upstream.URL) > 0 {
+			d, err := n.device(lc.Upstream)
+			if err != nil {
+				return c, fmt.Errorf("link %s: upstream: %w", lc.ID, err)
+			}
+			c.Device, c.DeviceKeys, c.Provenance = d, lc.Upstream.Keys, key.Upstream
+			return c, nil
+		}
 		c.Box = func(ctx context.Context) (*qlink.Box, error) {
 			return qlink.OpenBox(ctx, lc.Socket, lc.SecretFile, c.End)
 		}

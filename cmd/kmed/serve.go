@@ -43,6 +43,7 @@ type node struct {
 	refusals   *pki.Refusals
 	renewal    *pki.Renewal
 	roots      *x509.CertPool
+	devices    []*pki.Credential // with which this KME is an SAE of others
 	token      *hsm.Token
 	sweeper    sweeper
 	witness    *store.Witness

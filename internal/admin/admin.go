@@ -215,6 +215,7 @@ type KeyPlace struct {
 	Leased     string    `json:"leased,omitzero"`
 	KEK        int64     `json:"kek"`
 	Provenance string    `json:"provenance"`
+	Upstream   string    `json:"upstream,omitzero"` // the name that the device has for it which handed it out
 }
 
 // KeyDue is a key's assignment to one SAE.

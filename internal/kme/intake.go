@@ -42,6 +42,9 @@ func (l *link) intake(ctx context.Context, b qlink.Block) error {
 	ev.Link, ev.Peer, ev.Provenance, ev.Count, ev.Bits = l.ID, l.Peer.String(), b.Provenance, len(block.Atoms), key.AtomBits
 	ev.Atoms = []audit.Atoms{{Link: l.ID, Session: b.Session, Block: b.Block, Count: len(block.Atoms)}}
 	ev.Reason = fmt.Sprintf("qber %.4f, leak %d bits, %d secret bits", b.QBER, b.Leak, b.Length)
+	if b.Provenance == key.Upstream {
+		ev.Reason = fmt.Sprintf("handed out by the device: %d secret bits", b.Length)
+	}
 	if err := k.Store.HoldBlock(ctx, block, ev); err != nil {
 		return fmt.Errorf("holding block %s: %w", block.BlockRef, err)
 	}
@@ -56,7 +59,7 @@ func (l *link) wrap(ctx context.Context, b qlink.Block) (store.Block, error) {
 	block := store.Block{
 		BlockRef: handover.BlockRef{Link: l.ID, Session: b.Session, Block: b.Block},
 		Epoch:    key.Epoch(b.Terms.Epoch), Owners: handover.Owners(b.Terms.Owners), Mine: l.End,
-		Provenance: b.Provenance, Atoms: make([]store.Atom, b.Outcome.Atoms()),
+		Provenance: b.Provenance, Upstream: b.Upstream, Atoms: make([]store.Atom, b.Outcome.Atoms()),
 	}
 	kek, err := k.keks.forEpoch(ctx, block.Epoch)
 	if err != nil {

@@ -33,6 +33,8 @@ type LinkConfig struct {
 	Interval   time.Duration                               // least time from the start of a block to that of the next
 	InFlight   int                                         // blocks that may be under way at a time, at Alice's end; 0 for one
 	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
+	Device     qlink.Device                                // if not nil: no light, but the keys of what stands beside this end (qlink.Upstream)
+	DeviceKeys int                                         // with Device, at Alice's end: how many in a block
 	Dial       func(context.Context) (*peer.Stream, error) // Alice's end only: the classical channel
 	Box        func(context.Context) (*qlink.Box, error)   // this end of the quantum channel
 	Secret     func(context.Context) ([]byte, error)       // that both sites share, to begin the reserve of pads with; whoever asks for it wipes it
@@ -309,7 +311,7 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 		}
 		var abort *distill.Abort
 		switch {
-		case errors.Is(err, qlink.ErrCut):
+		case errors.Is(err, qlink.ErrCut), errors.Is(err, qlink.ErrDevice):
 			l.cut(ctx, err)
 		case errors.As(err, &abort):
 			l.aborted(ctx, block, abort, l.took(began))
@@ -339,6 +341,12 @@ func (l *link) source(ctx context.Context, s *peer.Stream, session int64) (block
 			End: l.End, Link: l.ID, Session: session, Channel: s, Atoms: l.Filler, Random: l.Random, Terms: l.terms, Accept: l.accept,
 		})
 		return f, func() {}, err
+	}
+	if l.Device != nil {
+		u, err := qlink.NewUpstream(qlink.UpstreamConfig{
+			End: l.End, Link: l.ID, Session: session, Channel: s, Device: l.Device, Keys: l.DeviceKeys, Terms: l.terms, Accept: l.accept,
+		})
+		return u, func() {}, err
 	}
 	box, err := l.Box(ctx)
 	if err != nil {

@@ -244,7 +244,7 @@ func (l *link) tagFailed(ctx context.Context, err error) {
 
 // trusted says why the link must not open a session, if it must not.
 func (l *link) trusted(ctx context.Context) error {
-	if l.Filler > 0 {
+	if l.Filler > 0 || l.Device != nil { // no tags, but those of TLS
 		return nil
 	}
 	r, err := l.k.Store.Reserve(ctx, l.ID)

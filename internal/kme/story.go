@@ -52,6 +52,9 @@ func tell(id key.ID, known store.Story) (admin.KeyStory, error) {
 			Link: p.Link, Session: p.Session, Block: p.Block, Index: p.Index, Held: p.HeldAt.UTC(), BlockState: string(p.State),
 			Owner: p.Owner, Leased: p.Leased, KEK: p.KEK, Provenance: string(p.From),
 		}
+		if p.Upstream != (key.ID{}) {
+			s.Pool.Upstream = p.Upstream.String()
+		}
 	}
 	for _, told := range known.Told {
 		var ev struct {

@@ -102,7 +102,8 @@ links:
     interval: {{.Interval}}{{if .Filler}}
     filler: {{.Filler}}{{end}}{{if .KeyBits}}
     key_bits: {{.KeyBits}}{{end}}{{if .InFlight}}
-    in_flight: {{.InFlight}}{{end}}
+    in_flight: {{.InFlight}}{{end}}{{with .Upstream}}
+    upstream: {{.}}{{end}}
 epoch: {{.Epoch}}
 audit:
   sequencer: "{{.Sequencer}}"
@@ -121,7 +122,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
 		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Sequencer": s.DSN("kme_seq"), "Reader": s.DSN("kme_auditor"), "Module": cmp.Or(s.lab.Module[s.Name], softHSM), "CA": s.lab.Ports.KMECA, "Fingerprint": s.lab.pin,
-		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "KeyBits": s.lab.KeyBits, "InFlight": s.lab.InFlight, "Limits": s.lab.Limits,
+		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Upstream": s.lab.Upstream[s.Name], "KeyBits": s.lab.KeyBits, "InFlight": s.lab.InFlight, "Limits": s.lab.Limits,
 		"Policies": s.policies(), "SAECRL": s.lab.Ports.crl("sae"), "KMECRL": s.lab.Ports.crl("kme"), "OperatorCRL": s.lab.Ports.crl("operator"),
 	}); err != nil {
 		return err

@@ -49,6 +49,10 @@ type Config struct {
 	Eve       float64       // fraction of photons intercepted at the start
 	Filler    int           // if not 0: no light, but blocks of so many paired random atoms (provenance simulated), for load tests
 
+	// Upstream, by site, is what its configuration says of the device that hands out the
+	// keys of the link, instead of light.
+	Upstream map[string]string
+
 	// Limits are those of each SAE. The zero Limits are the daemon's defaults, or, with
 	// Filler, so high that a load test does not meet them.
 	Limits Limits

@@ -19,6 +19,7 @@ import (
 type Block struct {
 	distill.Outcome
 	Provenance key.Provenance
+	Upstream   []key.ID // of an Upstream: the device's names of the atoms, by index
 }
 
 // SourceConfig is what a Source needs. Everything but Progress must be set.

@@ -106,6 +106,7 @@ type Block struct {
 	Owners     handover.Owners
 	Mine       handover.End // this end of the link
 	Provenance key.Provenance
+	Upstream   []key.ID // by index, the names that a device has for the atoms; nil if none had them before
 	Digest     handover.Digest
 	Atoms      []Atom // by index, without gaps
 	Pads       []Pad  // what it gives to the link's reserve
@@ -114,6 +115,9 @@ type Block struct {
 func (db *DB) checkBlock(b Block) error {
 	if !b.Owners.Valid(len(b.Atoms)) {
 		return fmt.Errorf("%d atoms and owners %q", len(b.Atoms), b.Owners)
+	}
+	if len(b.Upstream) > 0 && len(b.Upstream) != len(b.Atoms) {
+		return fmt.Errorf("%d atoms and %d names of a device", len(b.Atoms), len(b.Upstream))
 	}
 	for i, a := range b.Atoms {
 		if a.Index != i {
@@ -157,9 +161,9 @@ func (db *DB) hold(ctx context.Context, a *attempt, b Block, event audit.Event) 
 	if err != nil {
 		return err
 	}
-	tag, err := a.conn.Exec(ctx, `INSERT INTO block (link, session, id, epoch, atoms, owners, digest, provenance, state, held_at)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 'held', $9) ON CONFLICT DO NOTHING`,
-		b.Link, b.Session, b.Block, b.Epoch, len(b.Atoms), string(b.Owners), b.Digest[:], b.Provenance, a.now)
+	tag, err := a.conn.Exec(ctx, `INSERT INTO block (link, session, id, epoch, atoms, owners, digest, provenance, upstream, state, held_at)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'held', $10) ON CONFLICT DO NOTHING`,
+		b.Link, b.Session, b.Block, b.Epoch, len(b.Atoms), string(b.Owners), b.Digest[:], b.Provenance, b.Upstream, a.now)
 	if err != nil {
 		return err
 	}

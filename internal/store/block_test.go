@@ -46,6 +46,7 @@ func TestHoldBlock(t *testing.T) {
 		"owners":  func(b *Block) { b.Owners = b.Owners[1:] },
 		"indices": func(b *Block) { b.Atoms[3].Index = 4 },
 		"epochs":  func(b *Block) { b.Epoch++ },
+		"names":   func(b *Block) { b.Upstream = []key.ID{{1}} },
 	} {
 		broken := s.block(2, 70, mine)
 		bad(&broken)
@@ -87,6 +88,35 @@ func TestHoldBlock(t *testing.T) {
 	}
 	if n := countOf(s.check(), audit.Hold); n != 1 {
 		t.Errorf("%d events of blocks held, want 1", n)
+	}
+}
+
+// TestUpstreamNames: a key that a device had handed out is found with the name that the
+// device has for it, at its index.
+func TestUpstreamNames(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n1")
+	openSession(t, db, 1)
+	plain, named := s.block(1, 3, mine), s.block(1, 3, mine)
+	named.Upstream = []key.ID{{1}, {2}, {3}}
+	for _, b := range []Block{plain, named} {
+		if err := db.HoldBlock(t.Context(), b, holdEvent(b)); err != nil {
+			t.Fatal(err)
+		}
+		for i, a := range b.Atoms {
+			story, err := db.Story(t.Context(), a.ID)
+			if err != nil || story.Pool == nil {
+				t.Fatalf("atom %d: %+v, %v", i, story, err)
+			}
+			var want key.ID
+			if b.Upstream != nil {
+				want = b.Upstream[i]
+			}
+			if got := story.Pool.Upstream; got != want {
+				t.Errorf("atom %d: named %v, want %v", i, got, want)
+			}
+		}
 	}
 }
 

@@ -27,6 +27,8 @@ type PoolPlace struct {
 	HeldAt time.Time
 	State  handover.BlockState
 	From   key.Provenance
+
+	Upstream key.ID // the device's name of it; zero if none had it before
 }
 
 // Told is an event as it stands in the audit.
@@ -43,11 +45,12 @@ func (db *DB) Story(ctx context.Context, id key.ID) (s Story, err error) {
 		return s, err
 	}
 	if e := db.epochOf(id); db.epochs.has(e) {
-		rows, _ := db.pool.Query(ctx, `SELECT b.link, b.session, b.id, k.index, k.kek, c.owner, coalesce(c.node, ''), b.held_at, b.state, b.provenance
+		rows, _ := db.pool.Query(ctx, `SELECT b.link, b.session, b.id, k.index, k.kek, c.owner, coalesce(c.node, ''), b.held_at, b.state, b.provenance,
+			coalesce(b.upstream[k.index + 1], '00000000-0000-0000-0000-000000000000')
 			FROM `+keyTable(e)+` k JOIN chunk c ON c.id = k.chunk JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block
 			WHERE k.id = $1`, [16]byte(id))
 		places, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (p PoolPlace, err error) {
-			return p, row.Scan(&p.Link, &p.Session, &p.Block, &p.Index, &p.KEK, &p.Owner, &p.Leased, &p.HeldAt, &p.State, &p.From)
+			return p, row.Scan(&p.Link, &p.Session, &p.Block, &p.Index, &p.KEK, &p.Owner, &p.Leased, &p.HeldAt, &p.State, &p.From, (*[16]byte)(&p.Upstream))
 		})
 		if err != nil && !missingTable(err) {
 			return s, away("looking for an atom", err)
