@@ -6,6 +6,8 @@ import (
 	"net/url"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
@@ -78,7 +80,8 @@ func (c Config) searchForPage(x *exchange, typed url.Values, v *auditView) error
 		return err
 	}
 	q.Limit = foundOnPage
-	found, err := c.Trail.Search(x.r.Context(), x.caller, x.rid, q)
+	// The page has read how the log stands under its own ID, and each reading has its record.
+	found, err := c.Trail.Search(x.r.Context(), x.caller, uuid.Must(uuid.NewV7()).String(), q)
 	if err != nil {
 		return err
 	}

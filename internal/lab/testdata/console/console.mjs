@@ -1,13 +1,14 @@
 // Looks at the console of a KME node in a headless Chromium, as an operator would.
-//   node console.mjs URL PROFILE SHOTS
+//   node console.mjs URL PROFILE SHOTS APPROVAL
 // PROFILE is a folder with the operator's cert.pem and key.pem; screenshots go to SHOTS.
+// APPROVAL is the operator's own, for letting in carol again, which olga has approved.
 import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
 import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const [url, profile, shots] = process.argv.slice(2);
+const [url, profile, shots, approval] = process.argv.slice(2);
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
 
 // open gives a page of an operator whose system is light or dark. Scripts that the page
@@ -76,6 +77,51 @@ try {
   await page.getByRole("button", { name: "End overdue keys" }).focus();
   await page.keyboard.press("Enter");
   await page.getByRole("status").filter({ hasText: "overdue keys were ended" }).waitFor();
+  assert.deepEqual(page.complaints, [], "the browser's console");
+
+  // Shut out by one officer, and let in again by two: the word of one waits here.
+  await page.goto(url + "/console/saes");
+  await page.getByRole("link", { name: "Shut out carol" }).click();
+  await page.getByLabel("Reason, for the record").fill("lost laptop");
+  await page.getByRole("button", { name: "Shut out" }).click();
+  await page.getByRole("status").filter({ hasText: "carol is shut out" }).waitFor();
+  await judge(page, "what was done");
+  await page.getByRole("link", { name: "Go on" }).click();
+  await page.getByRole("row", { name: /carol.*shut out.*root: lost laptop/ }).waitFor();
+  await judge(page, "an SAE that is shut out");
+  const lettingIn = async () => {
+    await page.goto(url + "/console/approvals");
+    await page.getByRole("link", { name: "Have it done: enable-sae carol" }).click();
+    await page.getByText("olga has approved it").waitFor();
+  };
+  await lettingIn();
+  await page.screenshot({ path: `${shots}/second.png`, fullPage: true });
+  await judge(page, "an act that another officer has approved");
+  await page.getByRole("button", { name: "Let in again" }).click();
+  await page.getByRole("alert").filter({ hasText: "two officers" }).waitFor();
+  await judge(page, "what was refused");
+  assert.match(page.complaints.splice(0).join(), /^[^,]*\b403\b[^,]*$/); // that, and nothing else
+  await lettingIn();
+  await page.getByLabel("What it says").fill(approval);
+  await page.getByRole("button", { name: "Let in again" }).click();
+  await page.getByRole("status").filter({ hasText: "carol is let in again" }).waitFor();
+  await page.goto(url + "/console/approvals");
+  await page.getByText("Nothing waits for a second officer").waitFor();
+
+  // What the audit says of it, and the proof of that.
+  const leaf = page.getByRole("link", { name: /^leaf / });
+  for (let tries = 0; await leaf.count() === 0; tries++) {
+    assert.ok(tries < 60, "the event is not in the tree");
+    await page.goto(url + "/console/audit");
+    await page.getByLabel("Operator").fill("root");
+    await page.getByLabel("Action").selectOption("enable");
+    await page.getByRole("button", { name: "Search" }).click();
+    await page.getByRole("heading", { name: "Found" }).waitFor();
+    await page.waitForTimeout(500); // a second or so until the sequencer has it
+  }
+  await judge(page, "what was found");
+  const [proof] = await Promise.all([page.waitForEvent("download"), leaf.first().click()]);
+  assert.match(proof.suggestedFilename(), /^proof-\d+\.json$/);
   assert.deepEqual(page.complaints, [], "the browser's console");
 
   // A narrow screen scrolls in one direction only.
