@@ -196,6 +196,10 @@ type verifyCommand struct {
 
 // Run verifies the log. Its error names the first event that is not as it was recorded.
 func (c verifyCommand) Run(ctx context.Context, s *session) error {
+	seen, err := c.witnessed(ctx, s) // before the log is read, which may have grown when it is
+	if err != nil {
+		return err
+	}
 	f, err := s.fetch(ctx, c.Offline, "", c.Origin)
 	if err != nil {
 		return err
@@ -205,7 +209,7 @@ func (c verifyCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	known, err := c.known(ctx, s, key)
+	known, err := c.known(seen, key)
 	if err != nil {
 		return err
 	}
@@ -242,8 +246,26 @@ func sayFollows(out io.Writer, follows, earlier []audit.Checkpoint) error {
 	return errors.Join(errs...)
 }
 
+// witnessed asks the other KME what it has seen of logs.
+func (c verifyCommand) witnessed(ctx context.Context, s *session) ([]admin.Witnessed, error) {
+	if c.Also == "" {
+		return nil, nil
+	}
+	other := *s
+	other.KME = []string{c.Also}
+	p, client, err := other.operator()
+	if err != nil {
+		return nil, err
+	}
+	t, err := client.Trail(ctx)
+	if err != nil {
+		return nil, p.explain(err, p.unlisted())
+	}
+	return t.Witnessed, nil
+}
+
 // known gathers what is known from elsewhere.
-func (c verifyCommand) known(ctx context.Context, s *session, key audit.LogKey) (k audit.Known, err error) {
+func (c verifyCommand) known(seen []admin.Witnessed, key audit.LogKey) (k audit.Known, err error) {
 	if c.Head != "" {
 		var h audit.Head
 		parts := strings.Split(c.Head, ":")
@@ -263,17 +285,7 @@ func (c verifyCommand) known(ctx context.Context, s *session, key audit.LogKey) 
 	if c.Also == "" {
 		return k, nil
 	}
-	other := *s
-	other.KME = []string{c.Also}
-	p, client, err := other.operator()
-	if err != nil {
-		return k, err
-	}
-	t, err := client.Trail(ctx)
-	if err != nil {
-		return k, p.explain(err, p.unlisted())
-	}
-	for _, w := range t.Witnessed {
+	for _, w := range seen {
 		if earlier, err := key.OpenEarlier(w.Checkpoint); err == nil {
 			k.Earlier = append(k.Earlier, earlier)
 		}
