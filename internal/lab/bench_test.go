@@ -57,7 +57,7 @@ func benchmarkEncKeys(b *testing.B, latency time.Duration, loads []benchLoad) {
 			compared := r.measure(b, r.connect(b, "alice", r.null, load.clients), func(c *etsi014.Client, _ int) error {
 				return discard(c.EncKeys(context.Background(), SAEID("bob"), etsi014.KeyRequest{}))
 			})
-			r.rests(b)
+			r.rests(b, b.N*load.number)
 			m := r.measure(b, r.connect(b, "alice", r.KM1.URL(), load.clients), ask)
 			m.report(b, load, compared)
 		})
@@ -72,7 +72,7 @@ func BenchmarkDecKeys(b *testing.B) {
 			compared := r.measure(b, r.connect(b, "bob", r.null, load.clients), func(c *etsi014.Client, _ int) error {
 				return discard(c.EncKeys(context.Background(), SAEID("alice"), etsi014.KeyRequest{}))
 			})
-			r.rests(b)
+			r.rests(b, b.N*load.number)
 			asked := r.waiting(b, b.N, load.number)
 			m := r.measure(b, r.connect(b, "bob", r.KM2.URL(), load.clients), func(c *etsi014.Client, i int) error {
 				return discard(c.DecKeys(context.Background(), SAEID("alice"), asked[i]))
@@ -173,7 +173,7 @@ func newRig(b *testing.B, latency time.Duration) *rig {
 		c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond
 		c.Proxy = latency > 0
 	})}
-	r.rests(b)
+	r.rests(b, 0)
 	if latency > 0 {
 		r.KM2.Node.Proxy.Set(Trouble{Delay: latency / 2})
 	}
@@ -215,17 +215,27 @@ func (r *rig) waiting(b *testing.B, requests, number int) [][]key.ID {
 // for before it makes another.
 const benchBlock = 1 << 17
 
-// rests returns when the pool is full.
-func (r *rig) rests(b *testing.B) {
+// rests returns when the pool is full and, if a block has as many, so many keys can be
+// asked for before the link makes another one, which would cost both ends more than they do.
+func (r *rig) rests(b *testing.B, keys int) {
 	b.Helper()
 	op := operator(b, r.KM1)
-	eventually(b, "a full pool", func(ctx context.Context) error {
-		now, err := link(ctx, op)
-		if err == nil && now.State != "full" {
-			err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)
+	for {
+		var spare int
+		eventually(b, "a full pool", func(ctx context.Context) error {
+			now, err := link(ctx, op)
+			if err == nil && now.State != "full" {
+				err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)
+			}
+			spare = now.Stored + now.StoredPeer - 2*benchBlock - 1
+			return err
+		})
+		const request = 128
+		if spare >= min(keys, benchBlock-request) {
+			return
 		}
-		return err
-	})
+		r.waiting(b, spare/request+1, request) // so that it makes one now
+	}
 }
 
 // spent is the time that processors have worked for the parts of a lab: a sturdier
