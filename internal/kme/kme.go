@@ -114,6 +114,7 @@ type KME struct {
 	told      audit.Facts // those last recorded
 	clockSeen clockLook
 	lag       atomic.Pointer[store.TrailLag]
+	folded    time.Time // watchTrail's: when no event waited for the tree last, or a checkpoint was made
 
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
 	news      chan struct{} // there is something to tell a peer

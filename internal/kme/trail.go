@@ -243,8 +243,13 @@ func (k *KME) watchTrail(ctx context.Context) {
 		return
 	}
 	k.lag.Store(&lag)
-	if late := k.Now().Sub(lag.Newest); lag.Events > 0 && late > lagAlarm && k.Now().Sub(k.started) > lagAlarm {
-		k.raise(ctx, "audit-lag", fmt.Sprintf("%d events are not in the audit log's tree, and its last checkpoint is %v old", lag.Events, late.Round(time.Second)))
+	if lag.Events == 0 {
+		k.folded = k.Now()
+	} else if lag.Newest.After(k.folded) {
+		k.folded = lag.Newest
+	}
+	if late := k.Now().Sub(k.folded); late > lagAlarm && k.Now().Sub(k.started) > lagAlarm {
+		k.raise(ctx, "audit-lag", fmt.Sprintf("%d events are not in the audit log's tree, and for %v there was no checkpoint", lag.Events, late.Round(time.Second)))
 	} else {
 		k.clear(ctx, "audit-lag")
 	}

@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -218,6 +219,36 @@ func (s *site) trailed() (*KME, *auditlog.Sequencer) {
 	}
 	s.t.Cleanup(q.Close)
 	return k, q
+}
+
+// TestTrailLag: an event that nobody folds is an alarm, one after a quiet time is none.
+func TestTrailLag(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	look := func(what string, want bool) {
+		t.Helper()
+		k.watchTrail(t.Context())
+		is := slices.ContainsFunc(k.Alarms(), func(a Alarm) bool { return a.Name == "audit-lag" })
+		if is != want {
+			t.Errorf("%s: alarm %v, want %v", what, is, want)
+		}
+	}
+	k.note(t.Context(), k.own(audit.Alarm))
+	for _, what := range []string{"folded", "folded again, after the alarm and its event"} {
+		for range 2 { // the alarm's end is an event too
+			if _, err := q.Step(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			look(what, false)
+		}
+		s.step(time.Minute)
+		look("a minute later", false)
+		k.note(t.Context(), k.own(audit.Alarm))
+		look("and an event", false)
+		s.step(lagAlarm + time.Second)
+		look("that nobody folds", true)
+	}
 }
 
 // Days that are old enough go into bundles; what was in them can still be proved, and
