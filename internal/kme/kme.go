@@ -113,8 +113,7 @@ type KME struct {
 	facts     audit.Facts // those that do not change while the process lives
 	told      audit.Facts // those last recorded
 	clockSeen clockLook
-	lag       atomic.Pointer[store.TrailLag]
-	folded    time.Time // watchTrail's: when no event waited for the tree last, or a checkpoint was made
+	lag       atomic.Pointer[trailLag]
 
 	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
 	news      chan struct{} // there is something to tell a peer

@@ -112,7 +112,7 @@ var (
 	clockDesc   = prometheus.NewDesc("kme_peer_clock_offset_seconds", "The peer's clock ahead of ours.", []string{"peer"}, nil)
 	wrapsDesc   = prometheus.NewDesc("kme_hsm_wraps_left", "Blobs that the KEK of an epoch may still seal before another one takes its place.", []string{"epoch"}, nil)
 	lagDesc     = prometheus.NewDesc("kme_audit_lag_events", "Events that are not in the audit log's tree yet.", nil, nil)
-	lagTimeDesc = prometheus.NewDesc("kme_audit_lag_seconds", "Age of the tree's last checkpoint while events wait; 0 while none do.", nil, nil)
+	lagTimeDesc = prometheus.NewDesc("kme_audit_lag_seconds", "How long events have waited for a checkpoint of the tree; 0 while none do.", nil, nil)
 	leavesDesc  = prometheus.NewDesc("kme_audit_leaves", "Leaves of the audit log's tree.", nil, nil)
 	sinkLagDesc = prometheus.NewDesc("kme_audit_sink_lag_events", "Leaves that a sink of the audit log has not been sent, where this node sends.", []string{"sink"}, nil)
 	alarmDesc   = prometheus.NewDesc("kme_alarm", "1 for each alarm that stands.", []string{"about"}, nil)
@@ -210,7 +210,7 @@ func (k *KME) collectRecord(ctx context.Context, m reading) {
 		m.gauge(lagDesc, float64(lag.Events))
 		late := 0.
 		if lag.Events > 0 {
-			late = max(0, k.Now().Sub(lag.Newest).Seconds())
+			late = max(0, k.Now().Sub(lag.folded).Seconds())
 		}
 		m.gauge(lagTimeDesc, late)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/siem"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // Trail says how the audit log is kept, beyond the events themselves.
@@ -231,6 +232,12 @@ func (k *KME) trailWell() *problem.Error {
 	return nil
 }
 
+// trailLag is how far the tree was behind the events at the last look.
+type trailLag struct {
+	store.TrailLag
+	folded time.Time // when no event was seen to wait last, or a checkpoint was made: a quiet log is not late
+}
+
 // watchTrail looks whether the tree keeps up with the events, and opens the days to come.
 func (k *KME) watchTrail(ctx context.Context) {
 	if k.Store.Healthy() != nil {
@@ -242,13 +249,15 @@ func (k *KME) watchTrail(ctx context.Context) {
 	if err != nil {
 		return
 	}
-	k.lag.Store(&lag)
-	if lag.Events == 0 {
-		k.folded = k.Now()
-	} else if lag.Newest.After(k.folded) {
-		k.folded = lag.Newest
+	seen := trailLag{lag, k.Now()}
+	if lag.Events > 0 {
+		seen.folded = lag.Newest
+		if before := k.lag.Load(); before != nil && before.folded.After(lag.Newest) {
+			seen.folded = before.folded
+		}
 	}
-	if late := k.Now().Sub(k.folded); late > lagAlarm && k.Now().Sub(k.started) > lagAlarm {
+	k.lag.Store(&seen)
+	if late := k.Now().Sub(seen.folded); late > lagAlarm && k.Now().Sub(k.started) > lagAlarm {
 		k.raise(ctx, "audit-lag", fmt.Sprintf("%d events are not in the audit log's tree, and for %v there was no checkpoint", lag.Events, late.Round(time.Second)))
 	} else {
 		k.clear(ctx, "audit-lag")
