@@ -1,12 +1,18 @@
 package kme
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"time"
 
+	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // The formats of the additional authenticated data that binds a blob to its row:
@@ -47,6 +53,152 @@ func DueAAD(b []byte, site identity.KME, kek int64, id key.ID, master, taker ide
 		return appendText(b, "reread")
 	}
 	return appendText(b, "")
+}
+
+// spoilt says that a blob will never open, though the HSM is well: it was changed,
+// or its KEK is gone.
+func spoilt(err error) bool { return errors.Is(err, hsm.ErrTampered) || errors.Is(err, hsm.ErrNoKEK) }
+
+// wrap has a KEK seal plains by one of its ways to do that. It and unseal are the only
+// uses of KEKs.
+func wrap(ctx context.Context, way func(context.Context, [][]byte, [][]byte) ([]hsm.Sealed, error), plains, aads [][]byte) ([]hsm.Sealed, error) {
+	for range plains {
+		if err := hsmFault(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return way(ctx, plains, aads)
+}
+
+// hsmFault is what a test says is wrong with the token.
+func hsmFault(ctx context.Context) error {
+	if err := failpoint.Fault(ctx, failpoint.HSM); err != nil {
+		return fmt.Errorf("%w: %w", hsm.ErrUnavailable, err)
+	}
+	return nil
+}
+
+// wrapped is something sealed, and the KEK that it is sealed under.
+type wrapped struct {
+	hsm.Sealed
+	kek int64
+}
+
+// wrappedAtom is a pool atom as the token sees it.
+func (k *KME) wrappedAtom(a store.Atom, l *store.Lease) wrapped {
+	aad := AtomAAD(make([]byte, 0, aadRoom), k.Self, a.KEK, l.BlockRef, a.Index, a.ID, l.Provenance)
+	return wrapped{hsm.Sealed{IV: a.IV, CT: a.CT, AAD: aad}, a.KEK}
+}
+
+// wrappedDue is a key that waits for one SAE.
+func (k *KME) wrappedDue(d store.Due) wrapped {
+	return wrapped{hsm.Sealed{IV: d.IV, CT: d.CT, AAD: k.dueAAD(d)}, d.KEK}
+}
+
+func (k *KME) dueAAD(d store.Due) []byte {
+	return DueAAD(make([]byte, 0, aadRoom), k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread)
+}
+
+const aadRoom = 192 // bytes that most AADs fit in
+
+// unsealAtom opens a pool atom. The caller wipes what it gets.
+func (k *KME) unsealAtom(ctx context.Context, a store.Atom, l *store.Lease) ([]byte, error) {
+	plains, _, err := k.unseal(ctx, k.wrappedAtom(a, l))
+	if err != nil {
+		return nil, err
+	}
+	return plains[0], nil
+}
+
+// unseal opens blobs, all or none. The caller wipes what it gets. With an error comes
+// the blob that did not open, if it is one blob's.
+func (k *KME) unseal(ctx context.Context, blobs ...wrapped) (plains [][]byte, bad int, err error) {
+	plains = make([][]byte, 0, len(blobs))
+	defer func() {
+		if err != nil {
+			clearAll(plains)
+			plains = nil
+		}
+	}()
+	for len(plains) < len(blobs) {
+		first := len(plains)
+		sealed := sameKEK(blobs[first:])
+		kek, err := k.keks.byID(ctx, blobs[first].kek)
+		if err != nil {
+			return plains, first, err
+		}
+		for range sealed {
+			if err := hsmFault(ctx); err != nil {
+				return plains, first, err
+			}
+		}
+		opened, err := kek.UnwrapAll(ctx, sealed)
+		if spoilt(err) && len(sealed) > 1 {
+			bad, err := firstSpoilt(ctx, kek, sealed)
+			return plains, first + bad, err
+		}
+		if err != nil {
+			return plains, first, err
+		}
+		plains = append(plains, opened...)
+	}
+	return plains, 0, nil
+}
+
+// sameKEK are the first of some blobs, as many as are under one KEK.
+func sameKEK(blobs []wrapped) (sealed []hsm.Sealed) {
+	for _, b := range blobs {
+		if b.kek != blobs[0].kek {
+			break
+		}
+		sealed = append(sealed, b.Sealed)
+	}
+	return sealed
+}
+
+// firstSpoilt opens each of several blobs, which do not all open, until one does not.
+func firstSpoilt(ctx context.Context, kek *hsm.KEK, sealed []hsm.Sealed) (int, error) {
+	for i, s := range sealed {
+		plain, err := kek.Unwrap(ctx, s.IV, s.CT, s.AAD)
+		clear(plain)
+		if err != nil {
+			return i, err
+		}
+	}
+	return 0, fmt.Errorf("%w: of %d blobs one did not open, and then each did", hsm.ErrUnavailable, len(sealed))
+}
+
+func clearAll(plains [][]byte) {
+	for _, plain := range plains {
+		clear(plain)
+	}
+}
+
+// sealDue seals plains for the SAEs of due, each under the KEK of the epoch in which it
+// expires, and completes due. It does not wipe plains.
+func (k *KME) sealDue(ctx context.Context, due []store.Due, plains [][]byte) error {
+	for len(due) > 0 {
+		o, err := k.keks.forExpiry(ctx, &due[0])
+		if err != nil {
+			return err
+		}
+		aads := [][]byte{k.dueAAD(due[0])}
+		for i := 1; i < len(due); i++ { // as many as are for the same KEK
+			if next, err := k.keks.forExpiry(ctx, &due[i]); err != nil || next != o {
+				break
+			}
+			aads = append(aads, k.dueAAD(due[i]))
+		}
+		sealed, err := wrap(ctx, o.kek.WrapAll, plains[:len(aads)], aads)
+		if err != nil {
+			return err
+		}
+		for i, s := range sealed {
+			due[i].IV, due[i].CT = s.IV, s.CT
+		}
+		due, plains = due[len(aads):], plains[len(aads):]
+	}
+	return nil
 }
 
 func appendText(b []byte, s string) []byte {

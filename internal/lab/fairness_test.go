@@ -28,7 +28,7 @@ func BenchmarkFairness(b *testing.B) {
 		c.Limits = Limits{AtomsPerSecond: 500, Burst: 2048, Untaken: 1000}
 	})
 	keysStored(b, l, 50_000)
-	for _, bully := range []struct {
+	for _, who := range []struct {
 		name  string
 		start func(*testing.B, *Lab) *bully
 	}{
@@ -36,19 +36,26 @@ func BenchmarkFairness(b *testing.B) {
 		{"floods", floods},
 		{"peer-floods", peerFloods},
 	} {
-		b.Run(bully.name, func(b *testing.B) {
-			alone := others(b, l)
-			bad := bully.start(b, l)
-			b.ResetTimer()
-			beside := others(b, l)
-			b.StopTimer()
-			refused := bad.end()
-			b.ReportMetric(alone.at(0.99), "p99-alone-ms")
-			b.ReportMetric(beside.at(0.99), "p99-ms")
-			b.ReportMetric(beside.at(0.99)/alone.at(0.99), "times-alone")
-			b.ReportMetric(float64(refused)/b.Elapsed().Seconds(), "refused/s")
+		b.Run(who.name, func(b *testing.B) {
+			besides(b, l, func() *bully { return who.start(b, l) }, "refused/s")
 		})
 	}
+}
+
+// besides has others ask alone and then beside a bully, and reports what that costs them,
+// and in unit how often he was at it.
+func besides(b *testing.B, l *Lab, start func() *bully, unit string) {
+	b.Helper()
+	alone := others(b, l)
+	bad := start()
+	b.ResetTimer()
+	beside := others(b, l)
+	b.StopTimer()
+	acts := bad.end()
+	b.ReportMetric(alone.at(0.99), "p99-alone-ms")
+	b.ReportMetric(beside.at(0.99), "p99-ms")
+	b.ReportMetric(beside.at(0.99)/alone.at(0.99), "times-alone")
+	b.ReportMetric(float64(acts)/b.Elapsed().Seconds(), unit)
 }
 
 // others make b.N requests for a key, four at a time, with a rest after each.

@@ -46,9 +46,8 @@ func BenchmarkBadHandshakes(b *testing.B) {
 		{"foreign", func(c net.Conn) bool { return !answered(tls.Client(c, foreign), nil) }},
 	} {
 		b.Run(bad.name, func(b *testing.B) {
-			alone := others(b, l)
 			pace := rate.NewLimiter(badHandshakes, 1)
-			bully := newBully(b, 64, func(ctx context.Context) bool {
+			shake := func(ctx context.Context) bool {
 				if pace.Wait(ctx) != nil {
 					return false
 				}
@@ -61,15 +60,8 @@ func BenchmarkBadHandshakes(b *testing.B) {
 				ended := bad.say(c)
 				_ = c.Close()
 				return ended
-			})
-			b.ResetTimer()
-			beside := others(b, l)
-			b.StopTimer()
-			refused := bully.end()
-			b.ReportMetric(alone.at(0.99), "p99-alone-ms")
-			b.ReportMetric(beside.at(0.99), "p99-ms")
-			b.ReportMetric(beside.at(0.99)/alone.at(0.99), "times-alone")
-			b.ReportMetric(float64(refused)/b.Elapsed().Seconds(), "handshakes/s")
+			}
+			besides(b, l, func() *bully { return newBully(b, 64, shake) }, "handshakes/s")
 		})
 	}
 }
