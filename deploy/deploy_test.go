@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -9,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/goccy/go-yaml"
+
+	"github.com/qutemail/kme/internal/store"
 )
 
 // promtool runs it in a folder.
@@ -128,6 +131,24 @@ func TestUnits(t *testing.T) {
 	for _, line := range []string{"User=kme-seq", "LoadCredential=hsm.pin:", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
 		if !strings.Contains(sequencer, "\n"+line) {
 			t.Errorf("kmed-sequencer.service has no %s", line)
+		}
+	}
+}
+
+// TestPatroniRoles: the recipe for a highly available database makes each role, lets it in
+// and gives it a certificate.
+func TestPatroniRoles(t *testing.T) {
+	t.Parallel()
+	for file, form := range map[string]string{
+		"patroni/post_init.sh": "CREATE ROLE %s LOGIN;",
+		"patroni/patroni.yml":  `hostssl kme .*\b%s\b.* cert`,
+		"patroni/README.md":    `for role in .*\b%s\b.*; do`,
+	} {
+		text := read(t, file)
+		for _, role := range store.Roles {
+			if !regexp.MustCompile(fmt.Sprintf(form, role)).MatchString(text) {
+				t.Errorf("%s does not have the role %s", file, role)
+			}
 		}
 	}
 }

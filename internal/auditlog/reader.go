@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -28,6 +29,9 @@ func NewReader(ctx context.Context, dsn string) (*Reader, error) {
 	config.ConnConfig.RuntimeParams["application_name"] = "kmed audit reader"
 	config.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
 	config.ConnConfig.RuntimeParams["statement_timeout"] = "60s"
+	// Whatever the DSN says: a standby may not have what the witness has seen, and a
+	// session that is read-only is not refused for it.
+	config.ConnConfig.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsPrimary
 	config.MaxConns = 4
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {

@@ -243,7 +243,7 @@ func (s *site) step(q *Sequencer) Folded {
 
 func (s *site) reader() *Reader {
 	s.t.Helper()
-	r, err := NewReader(context.Background(), s.dsn(store.AuditorRole))
+	r, err := NewReader(context.Background(), s.dsn(store.AuditorRole)+" target_session_attrs=read-write") // as deploy/patroni has it
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -134,7 +134,7 @@ func (p *patroni) layOut() {
 	p.own()
 	clients := filepath.Join(p.dir, "clients") // of this process and kmed, not of the servers
 	must(p.t, os.Mkdir(clients, 0o755))
-	for _, role := range []string{store.OwnerRole, store.AppRole, store.AuditorRole} {
+	for _, role := range store.Roles {
 		rolesCA.issue(role, filepath.Join(clients, role))
 	}
 	nodesCA.write(filepath.Join(clients, "nodes-ca.pem"))

@@ -42,6 +42,9 @@ const (
 	AuditorRole   = "kme_auditor"
 )
 
+// Roles are all of them: what a DBA makes where kmed migrate may not.
+var Roles = []string{OwnerRole, AppRole, SequencerRole, AuditorRole}
+
 // Migrate brings the database that dsn names to the schema of this program, and
 // fixes the length of an epoch for its life. Run by a superuser it also makes the
 // roles and the schema kme; the owner's role suffices where a DBA has made them.
@@ -77,7 +80,7 @@ func Migrate(ctx context.Context, dsn string, epochLength time.Duration, log *sl
 // makeRoles makes what is missing of the roles and the schema. Roles belong to
 // the cluster, so another database's migration may make them at the same moment.
 func makeRoles(ctx context.Context, conn *pgx.Conn) error {
-	for _, role := range []string{OwnerRole, AppRole, SequencerRole, AuditorRole} {
+	for _, role := range Roles {
 		var there bool
 		if err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", role).Scan(&there); err != nil {
 			return err
@@ -88,7 +91,7 @@ func makeRoles(ctx context.Context, conn *pgx.Conn) error {
 		_, err := conn.Exec(ctx, `DO $$ BEGIN CREATE ROLE `+role+` LOGIN;
 			EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$`)
 		if err != nil {
-			return err
+			return fmt.Errorf("%s, which is missing (have a superuser say CREATE ROLE %[1]s LOGIN): %w", role, err)
 		}
 	}
 	var there bool
