@@ -38,6 +38,9 @@ func (d PeerDoor) Announce(ctx context.Context, from identity.KME, a handover.An
 	if err != nil {
 		return k.decline(a, err), nil
 	}
+	if standing != handover.Fresh {
+		k.tire(ctx, from)
+	}
 	switch standing {
 	case handover.Ahead, handover.Stale: // whatever the store knows by now, nothing of it is done
 		return handover.AnnounceAnswer{Standing: standing}, nil

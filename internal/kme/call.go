@@ -114,6 +114,9 @@ func (c *call) refuse(ctx context.Context, err error) error {
 	if !errors.As(err, &p) {
 		p = c.k.classify(err)
 	}
+	if errors.Is(p, errExcess) {
+		c.k.tire(ctx, c.sae)
+	}
 	c.ev.Outcome, c.ev.Reason = audit.Refused, p.Error()
 	if p.Kind == problem.Unavailable || p.Kind == problem.Internal {
 		c.ev.Outcome = audit.Failed

@@ -96,7 +96,8 @@ type KME struct {
 	watch   watch
 	metrics *metrics
 	beaten  atomic.Int64 // when the node last looked after itself, in nanoseconds of the machine's own clock: see Alive
-	buckets buckets
+	atoms   buckets      // that may be asked for or taken: see Quota
+	excess  buckets      // times to be turned away at once: see tire
 	shares  shares
 
 	switches  sync.Mutex // held while the database is asked who is switched off, and until that is in force

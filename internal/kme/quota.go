@@ -1,6 +1,8 @@
 package kme
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -25,19 +27,35 @@ const MinBurst = askAtoms
 // fullRetry is when a master may ask again whose slave has too much to take.
 const fullRetry = 10 * time.Second
 
-// buckets hold the atoms that each SAE may still ask for. Only SAEs that are homed
-// here come to have one.
-type buckets struct{ sync.Map } // identity.SAE -> *rate.Limiter
+// errExcess is why an SAE is refused that wants more than its share: come again later.
+var errExcess = errors.New("more than its share")
+
+// How such refusals are told to one caller: after a burst so many a second, each after a
+// wait of excessWait at most.
+const (
+	excessRate  = 20
+	excessBurst = 50
+	excessWait  = time.Second
+)
+
+// buckets hold what each caller may still have of something. Only SAEs that are homed
+// here and peers come to have one.
+type buckets struct{ sync.Map } // identity.SAE or identity.KME -> *rate.Limiter
+
+// of is the bucket of a caller, which holds burst if it is new.
+func (b *buckets) of(caller any, perSecond float64, burst int) *rate.Limiter {
+	l, ok := b.Load(caller)
+	if !ok {
+		l, _ = b.LoadOrStore(caller, rate.NewLimiter(rate.Limit(perSecond), burst))
+	}
+	return l.(*rate.Limiter)
+}
 
 // spend takes the atoms of a request out of its SAE's bucket, whatever becomes of
 // the request. What the bucket does not hold is refused, and takes nothing.
 func (k *KME) spend(sae identity.SAE, atoms int) *problem.Error {
-	b, ok := k.buckets.Load(sae)
-	if !ok {
-		b, _ = k.buckets.LoadOrStore(sae, rate.NewLimiter(rate.Limit(k.Quota.Rate), k.Quota.Burst))
-	}
 	now := k.Now()
-	r := b.(*rate.Limiter).ReserveN(now, atoms)
+	r := k.atoms.of(sae, k.Quota.Rate, k.Quota.Burst).ReserveN(now, atoms)
 	if !r.OK() {
 		return problem.New(problem.Invalid, "no request may be for more than %d keys of 256 bits", k.Quota.Burst)
 	}
@@ -47,7 +65,24 @@ func (k *KME) spend(sae identity.SAE, atoms int) *problem.Error {
 	}
 	r.CancelAt(now)
 	return unavailable(wait.Truncate(time.Second)+time.Second, "too many keys were asked for in a short time",
-		fmt.Errorf("%s has spent its %g atoms a second: %d more are there in %v", sae, k.Quota.Rate, atoms, wait.Round(time.Millisecond)))
+		fmt.Errorf("%w: %s has spent its %g atoms a second: %d more are there in %v", errExcess, sae, k.Quota.Rate, atoms, wait.Round(time.Millisecond)))
+}
+
+// tire keeps a caller (an SAE or a peer) waiting that is to be told that it wants more
+// than its share, or what it was told before: one that comes again at once would take the
+// machine from the others by being turned away.
+func (k *KME) tire(ctx context.Context, caller any) {
+	now := k.Now()
+	r := k.excess.of(caller, excessRate, excessBurst).ReserveN(now, 1)
+	wait := r.DelayFrom(now)
+	if wait > excessWait {
+		r.CancelAt(now)
+		wait = excessWait
+	}
+	select {
+	case <-time.After(wait):
+	case <-ctx.Done():
+	}
 }
 
 // room is nil if keys more of master's may wait here for slave, and else says why not.
@@ -60,7 +95,7 @@ func (k *KME) room(slave, master identity.SAE, keys int) error {
 
 // full is what a master gets whose slave does not take its keys.
 func full(cause error) *problem.Error {
-	return unavailable(fullRetry, "too many keys wait to be taken by the slave SAE", cause)
+	return unavailable(fullRetry, "too many keys wait to be taken by the slave SAE", fmt.Errorf("%w: %w", errExcess, cause))
 }
 
 // rooms is the room that requests of one announce have been given, each beside

@@ -1,7 +1,10 @@
 package kme
 
 import (
+	"context"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/qutemail/kme/internal/handover"
@@ -42,6 +45,46 @@ func TestSpend(t *testing.T) {
 	if err := k.spend(saeID(t, "alice"), 3001); err == nil || err.Kind != problem.Invalid {
 		t.Errorf("a request for more than the burst: %v, want invalid: it can never be met", err)
 	}
+}
+
+// TestTire: who is told again and again that it wants more than its share is told so more
+// slowly, however many ask in its name at once; others and those who come again later are not.
+func TestTire(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		k := &KME{Config: Config{Now: time.Now}}
+		told := func(sae string, times int) time.Duration {
+			began := time.Now()
+			var all sync.WaitGroup
+			for range times {
+				all.Go(func() { k.tire(t.Context(), saeID(t, sae)) })
+			}
+			all.Wait()
+			return time.Since(began)
+		}
+		if took := told("alice", excessBurst); took != 0 {
+			t.Errorf("the first %d were told after %v", excessBurst, took)
+		}
+		if took := told("alice", excessRate/2); took != time.Second/2 {
+			t.Errorf("the next %d were told after %v, want half a second", excessRate/2, took)
+		}
+		if took := told("alice", 10*excessRate); took != excessWait {
+			t.Errorf("%d at once were told after %v, want %v at most", 10*excessRate, took, excessWait)
+		}
+		if took := told("bob", 1); took != 0 {
+			t.Errorf("another was told after %v", took)
+		}
+		<-time.After(time.Minute)
+		if took := told("alice", excessBurst); took != 0 {
+			t.Errorf("after a minute it was told after %v", took)
+		}
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		began := time.Now()
+		if k.tire(gone, saeID(t, "alice")); time.Since(began) != 0 {
+			t.Errorf("who has gone was waited for: %v", time.Since(began))
+		}
+	})
 }
 
 // TestRoom: requests of an announce have room beside what waits and beside each

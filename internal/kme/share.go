@@ -93,7 +93,7 @@ func (k *KME) spendShare(ctx context.Context, q policies.Quota, length time.Dura
 		}
 		if granted < need {
 			return nil, unavailable(start.Add(length).Sub(now).Truncate(time.Second)+time.Second, "too many keys were asked for",
-				fmt.Errorf("the quota of %d keys in %v on %s is spent", limit, length, subject))
+				fmt.Errorf("%w: the quota of %d keys in %v on %s is spent", errExcess, limit, length, subject))
 		}
 		s.left += granted
 	}
