@@ -28,7 +28,7 @@ build:
 ## test: everything, against real Postgres, SoftHSM and certificates
 test: prerequisites build tools promtool
 	$(GO) test -tags $(TAGS) -timeout 30m ./...
-	$(GO) test -tags $(TAGS),failpoint ./internal/failpoint ./internal/etsi014
+	$(GO) test -tags $(TAGS),failpoint ./internal/failpoint ./internal/saedoor
 
 ## test-ha: failovers of a site's database under load (deploy/patroni); some minutes
 test-ha: prerequisites

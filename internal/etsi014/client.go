@@ -16,6 +16,7 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/nodes"
+	"github.com/qutemail/kme/internal/saedoor"
 )
 
 // maxAnswer is the most that a Client reads of an answer, in bytes. 128 keys of
@@ -255,7 +256,7 @@ func readAnswer(resp *http.Response) ([]byte, error) {
 }
 
 func apiError(resp *http.Response, body []byte) error {
-	e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get(requestIDHeader)}
+	e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get(saedoor.RequestIDHeader)}
 	var message struct {
 		Message string `json:"message"`
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/go-chi/chi/v5"
 
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/saedoor"
 )
 
 // Handler returns the whole door for SAEs: the routes of this API, the routes of
@@ -38,8 +39,8 @@ func (d *Door) describe(w http.ResponseWriter, r *http.Request) {
 		x.refuse(err)
 		return
 	}
-	err := x.write(http.StatusOK, answer{body: openAPI})
-	x.log(slog.LevelDebug, http.StatusOK, err)
+	err := x.Write(saedoor.Answer{Status: http.StatusOK, Body: openAPI})
+	x.Log(slog.LevelDebug, http.StatusOK, err)
 }
 
 func (d *Door) notFound(w http.ResponseWriter, r *http.Request) {
@@ -60,13 +61,13 @@ func (d *Door) methodNotAllowed(w http.ResponseWriter, r *http.Request) {
 // unless a stranger makes it: that is a refusal like any other of theirs.
 func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, status int, why string) {
 	x := d.begin(w, r)
-	x.route = unrouted // a caller may think of any method and path
+	x.Route = unrouted // a caller may think of any method and path
 	if _, err := x.identify(); err != nil {
 		x.refuse(err)
 		return
 	}
-	_ = x.write(status, answer{body: marshalError(errorObject{Message: why, Status: "error", Error: why})})
-	x.log(slog.LevelInfo, status, problem.New(problem.NotFound, "%s", why))
+	_ = x.Write(saedoor.Answer{Status: status, Body: marshalError(errorObject{Message: why, Status: "error", Error: why})})
+	x.Log(slog.LevelInfo, status, problem.New(problem.NotFound, "%s", why))
 }
 
 // unrouted is the route of every request that no route takes.

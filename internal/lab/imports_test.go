@@ -28,6 +28,7 @@ var rings = map[string]int{
 	"internal/handover": 1,
 	"pki/templates":     1,
 	"internal/audit":    1,
+	"internal/saedoor":  1,
 
 	"internal/store":          2,
 	"internal/auditlog":       2,

@@ -15,6 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/nodes"
+	"github.com/qutemail/kme/internal/saedoor"
 )
 
 // maxAnswer is the most that a Client reads of an answer, in bytes.
@@ -194,7 +195,7 @@ func (c *Client) call(ctx context.Context, method, path string, body []byte) ([]
 }
 
 func apiError(resp *http.Response, body []byte) error {
-	e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get(requestIDHeader)}
+	e := &APIError{Status: resp.StatusCode, RequestID: resp.Header.Get(saedoor.RequestIDHeader)}
 	var o errorObject
 	if json.Unmarshal(body, &o) == nil {
 		e.Message = o.Error

@@ -4,24 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
-	"strconv"
 	"time"
 
 	"github.com/go-chi/chi/v5"
-	"github.com/google/uuid"
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/saedoor"
 )
-
-// maxBody is the most that is read of a request's body, in bytes.
-const maxBody = 64 << 10
-
-// requestIDHeader carries the request's ID in every answer.
-const requestIDHeader = "X-Request-Id"
 
 // Config is what a Door is made of. Everything must be set.
 type Config struct {
@@ -62,13 +54,6 @@ func (d *Door) Mount(r chi.Router) {
 	r.Get("/api/v1/keys/{key_id:[0-9A-Fa-f-]{36}(-alice|-bob)?}", d.serve("GET /api/v1/keys/{key_id}", d.retrieve))
 }
 
-// answer is what a route gives back.
-type answer struct {
-	status int
-	body   []byte
-	keys   bool // body holds a key: it is wiped, and an answer that fails is told
-}
-
 // refusal is an error that came before any call of the Backend, which does not
 // know of it yet.
 type refusal struct{ error }
@@ -78,16 +63,16 @@ func (r refusal) Unwrap() error { return r.error }
 
 // serve is the one door of all routes: identity, then act, which parses and calls
 // the Backend. The answer is complete before its first byte leaves.
-func (d *Door) serve(route string, act func(*exchange) (answer, error)) http.HandlerFunc {
+func (d *Door) serve(route string, act func(*exchange) (saedoor.Answer, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		x := d.begin(w, r, route)
+		x := &exchange{saedoor.Begin(w, r, route, d.Log), d}
 		err := x.identify()
-		var a answer
+		var a saedoor.Answer
 		if err == nil {
 			a, err = act(x)
 		}
 		if unknown, ok := errors.AsType[refusal](err); ok {
-			err = d.Backend.Refused(context.WithoutCancel(r.Context()), x.caller, x.rid, x.route, unknown.error)
+			err = d.Backend.Refused(context.WithoutCancel(r.Context()), x.Caller, x.ID, x.Route, unknown.error)
 		} else if err == nil {
 			x.succeed(a)
 			return
@@ -96,93 +81,78 @@ func (d *Door) serve(route string, act func(*exchange) (answer, error)) http.Han
 	}
 }
 
-func (d *Door) status(x *exchange) (answer, error) {
-	s, err := d.Backend.Service(x.r.Context(), x.caller, x.rid)
+func (d *Door) status(x *exchange) (saedoor.Answer, error) {
+	s, err := d.Backend.Service(x.R.Context(), x.Caller, x.ID)
 	if err != nil {
-		return answer{}, err
+		return saedoor.Answer{}, err
 	}
 	status, body, err := wireService(s, d.Now())
-	return answer{status: status, body: body}, err
+	return saedoor.Answer{Status: status, Body: body}, err
 }
 
-func (d *Door) request(x *exchange) (answer, error) {
-	body, err := x.readBody()
+func (d *Door) request(x *exchange) (saedoor.Answer, error) {
+	body, err := x.Body()
 	if err != nil {
-		return answer{}, refusal{err}
+		return saedoor.Answer{}, refusal{err}
 	}
-	q, err := parseRequest(x.r.Header.Get("Content-Type"), body, x.speak, d.Limits)
+	q, err := parseRequest(x.R.Header.Get("Content-Type"), body, x.speak, d.Limits)
 	if err != nil {
-		return answer{}, refusal{err}
+		return saedoor.Answer{}, refusal{err}
 	}
-	k, err := d.Backend.RequestKey(x.r.Context(), x.caller, x.rid, q.recipient, q.bits, q.ttl)
+	k, err := d.Backend.RequestKey(x.R.Context(), x.Caller, x.ID, q.recipient, q.bits, q.ttl)
 	defer k.Material.Wipe()
 	if err != nil {
-		return answer{}, err
+		return saedoor.Answer{}, err
 	}
-	return answer{200, appendIssued(make([]byte, 0, answerSize(k.Material)), k), true}, nil
+	return saedoor.Answer{Status: 200, Body: appendIssued(make([]byte, 0, answerSize(k.Material)), k), Keys: true}, nil
 }
 
-func (d *Door) retrieve(x *exchange) (answer, error) {
-	id, err := parseRetrieve(chi.URLParam(x.r, "key_id"), x.r.URL.RawQuery, x.speak)
+func (d *Door) retrieve(x *exchange) (saedoor.Answer, error) {
+	id, err := parseRetrieve(chi.URLParam(x.R, "key_id"), x.R.URL.RawQuery, x.speak)
 	if err != nil {
-		return answer{}, refusal{err}
+		return saedoor.Answer{}, refusal{err}
 	}
-	k, err := d.Backend.RetrieveKey(x.r.Context(), x.caller, x.rid, id)
+	k, err := d.Backend.RetrieveKey(x.R.Context(), x.Caller, x.ID, id)
 	defer k.Material.Wipe()
 	if err != nil {
-		return answer{}, err
+		return saedoor.Answer{}, err
 	}
-	return answer{200, appendRetrieved(make([]byte, 0, answerSize(k.Material)), k), true}, nil
+	return saedoor.Answer{Status: 200, Body: appendRetrieved(make([]byte, 0, answerSize(k.Material)), k), Keys: true}, nil
 }
 
-func (d *Door) consume(x *exchange) (answer, error) {
-	body, err := x.readBody()
+func (d *Door) consume(x *exchange) (saedoor.Answer, error) {
+	body, err := x.Body()
 	if err != nil {
-		return answer{}, refusal{err}
+		return saedoor.Answer{}, refusal{err}
 	}
-	id, err := parseConsume(x.r.Header.Get("Content-Type"), body, x.speak)
+	id, err := parseConsume(x.R.Header.Get("Content-Type"), body, x.speak)
 	if err != nil {
-		return answer{}, refusal{err}
+		return saedoor.Answer{}, refusal{err}
 	}
-	if err := d.Backend.ConsumeKey(x.r.Context(), x.caller, x.rid, id); err != nil {
-		return answer{}, err
+	if err := d.Backend.ConsumeKey(x.R.Context(), x.Caller, x.ID, id); err != nil {
+		return saedoor.Answer{}, err
 	}
-	return answer{status: 200, body: []byte(`{"status":"success","message":"Key marked as consumed"}`)}, nil
+	return saedoor.Answer{Status: 200, Body: []byte(`{"status":"success","message":"Key marked as consumed"}`)}, nil
 }
 
 // cleanup is what the seed let anybody do.
-func (d *Door) cleanup(*exchange) (answer, error) {
-	return answer{}, refusal{problem.New(problem.Forbidden, "cleanup is for operators, at their own door")}
+func (d *Door) cleanup(*exchange) (saedoor.Answer, error) {
+	return saedoor.Answer{}, refusal{problem.New(problem.Forbidden, "cleanup is for operators, at their own door")}
 }
 
 // exchange is one request on its way to its answer.
 type exchange struct {
-	d      *Door
-	w      http.ResponseWriter
-	r      *http.Request
-	rid    string
-	route  string
-	caller identity.Caller
-	began  time.Time
-}
-
-// begin names the request and sets what every answer carries.
-func (d *Door) begin(w http.ResponseWriter, r *http.Request, route string) *exchange {
-	x := &exchange{d: d, w: w, r: r, rid: uuid.Must(uuid.NewV7()).String(), route: route, began: time.Now()}
-	h := w.Header()
-	h.Set(requestIDHeader, x.rid)
-	h.Set("Cache-Control", "no-store")
-	h.Set("X-Content-Type-Options", "nosniff")
-	return x
+	*saedoor.Exchange
+	d *Door
 }
 
 // identify sets the caller, who must be an SAE, or a gateway that speaks for some.
 func (x *exchange) identify() error {
 	var err error
-	if x.caller, err = x.d.Identify(x.r); err != nil {
+	if x.Caller, err = x.d.Identify(x.R); err != nil {
 		return refusal{problem.Because(problem.Unauthorized, err)}
 	}
-	if role := x.caller.Role(); role != identity.RoleSAE && role != identity.RoleGateway {
+	if role := x.Caller.Role(); role != identity.RoleSAE && role != identity.RoleGateway {
 		return refusal{problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no SAE", role))}
 	}
 	return nil
@@ -191,8 +161,8 @@ func (x *exchange) identify() error {
 // speak is the speaker of the request. An SAE speaks for itself; a gateway becomes
 // the SAE that it names, if its row lists that.
 func (x *exchange) speak(said string) error {
-	if x.caller.Role() == identity.RoleSAE {
-		if said != x.caller.ID() {
+	if x.Caller.Role() == identity.RoleSAE {
+		if said != x.Caller.ID() {
 			return notTheirs(said, "requester_sae is not the SAE that the certificate names")
 		}
 		return nil
@@ -201,76 +171,23 @@ func (x *exchange) speak(said string) error {
 	if err != nil {
 		return invalid(err, "requester_sae is not an SAE ID")
 	}
-	acting, ok := x.caller.For(sae)
+	acting, ok := x.Caller.For(sae)
 	if !ok {
 		return notTheirs(said, "requester_sae is not an SAE that this gateway acts for")
 	}
-	x.caller = acting
+	x.Caller = acting
 	return nil
-}
-
-func (x *exchange) readBody() ([]byte, error) {
-	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.r.Body, maxBody))
-	if _, large := errors.AsType[*http.MaxBytesError](err); large {
-		return nil, problem.Because(problem.TooLarge, err)
-	}
-	if err != nil {
-		return nil, invalid(err, "the body could not be read")
-	}
-	return body, nil
 }
 
 // fail answers err, which is recorded already.
 func (x *exchange) fail(err error) {
-	status, body, after := wireError(err, x.rid)
-	h := x.w.Header()
-	if status == http.StatusUnauthorized {
-		h.Set("WWW-Authenticate", "TLS-Client-Certificate realm="+strconv.Quote(x.d.KME.String()))
-	}
-	if after > 0 {
-		h.Set("Retry-After", strconv.Itoa(int((after+time.Second-1)/time.Second)))
-	}
-	_ = x.write(answer{status: status, body: body}) // a refusal that is not heard changes nothing
-	level := slog.LevelInfo
-	if status >= 500 {
-		level = slog.LevelWarn
-	}
-	x.log(level, status, err)
+	status, body, after := wireError(err, x.ID)
+	x.Refuse(x.d.KME, status, body, after, err)
 }
 
 // succeed answers. A key that may not have arrived is told to the Backend.
-func (x *exchange) succeed(a answer) {
-	defer clear(a.body)
-	gone := x.r.Context().Err()
-	err := errors.Join(gone, x.write(a))
-	if err != nil && a.keys {
-		x.d.Backend.AnswerLost(context.WithoutCancel(x.r.Context()), x.caller, x.rid, fmt.Errorf("answering: %w", err))
+func (x *exchange) succeed(a saedoor.Answer) {
+	if lost := x.Succeed(a); lost != nil && a.Keys {
+		x.d.Backend.AnswerLost(context.WithoutCancel(x.R.Context()), x.Caller, x.ID, fmt.Errorf("answering: %w", lost))
 	}
-	x.log(slog.LevelDebug, a.status, err)
-}
-
-func (x *exchange) write(a answer) error {
-	h := x.w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", strconv.Itoa(len(a.body)))
-	x.w.WriteHeader(a.status)
-	if _, err := x.w.Write(a.body); err != nil {
-		return err
-	}
-	if !a.keys {
-		return nil
-	}
-	// Only a flush tells that the connection is gone.
-	return http.NewResponseController(x.w).Flush()
-}
-
-func (x *exchange) log(level slog.Level, status int, err error) {
-	attrs := []slog.Attr{
-		slog.String("request", x.rid), slog.String("route", x.route), slog.String("caller", x.caller.ID()),
-		slog.Int("status", status), slog.Duration("took", time.Since(x.began)),
-	}
-	if err != nil {
-		attrs = append(attrs, slog.String("err", err.Error()))
-	}
-	x.d.Log.LogAttrs(x.r.Context(), level, "sae request", attrs...)
 }

@@ -1,6 +1,6 @@
 //go:build failpoint
 
-package etsi014
+package saedoor
 
 import (
 	"net/http/httptest"
