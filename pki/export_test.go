@@ -11,6 +11,9 @@ func (r *Revocations) Fetch(ctx context.Context) { r.fetch(ctx) }
 // Flush has what was gathered recorded, as Run does.
 func (q *Refusals) Flush(ctx context.Context) { q.flush(ctx) }
 
+// Failed has the record say that a handshake failed.
+func (g *Gate) Failed(remote net.Addr, err error) { g.refuse(nil, remote, err) }
+
 // Refused is how many refusals there were, recorded or not.
 func (q *Refusals) Refused() (n int64) {
 	q.mu.Lock()
@@ -33,6 +36,12 @@ func (g *Gate) Shaking() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.shaking
+}
+
+// Occupy takes the turn of one handshake, until it is released.
+func (g *Gate) Occupy() (release func()) {
+	g.turns <- struct{}{}
+	return func() { <-g.turns }
 }
 
 // Good is how many connections are open whose certificate named a caller.

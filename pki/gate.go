@@ -6,9 +6,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,16 +18,19 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 )
 
-// Limits bound what callers may have of a door at the same time. What is beyond is
-// closed at once.
+// Limits bound what callers may have of a door. What is beyond is closed at once, but
+// for handshakes at work: those wait.
 type Limits struct {
 	Handshakes           int // under way, from all networks together
 	HandshakesPerNetwork int // under way, from one /24 (IPv4) or /48 (IPv6)
+	HandshakesAtWork     int // computing, of those; 0: half as many as there are processors
+	Failures             int // handshakes a second that fail, in the long run, from one address (IPv4) or /64 (IPv6); 0: no bound
+	FailureBurst         int // the same, after a pause; at least 1 if Failures is
 	Connections          int // open, of one caller
 }
 
 // DefaultLimits are those of a Gate that was given none.
-var DefaultLimits = Limits{Handshakes: 1024, HandshakesPerNetwork: 256, Connections: 1024}
+var DefaultLimits = Limits{Handshakes: 1024, HandshakesPerNetwork: 256, Failures: 10, FailureBurst: 200, Connections: 1024}
 
 // handshakeTime is how long a client may take for its handshake.
 const handshakeTime = 5 * time.Second
@@ -54,8 +59,10 @@ type GateConfig struct {
 // longer (revoked, disabled, ended) is closed; one that never did stays, so that its
 // requests are refused and recorded.
 type Gate struct {
-	cfg GateConfig
-	tls *tls.Config
+	cfg      GateConfig
+	tls      *tls.Config
+	turns    chan struct{} // those of the handshakes at work
+	failures *failures
 
 	mu        sync.Mutex
 	shaking   int
@@ -77,7 +84,12 @@ func NewGate(c GateConfig) *Gate {
 	if c.Protocols == nil {
 		c.Protocols = []string{"h2", "http/1.1"}
 	}
-	g := &Gate{cfg: c, networks: make(map[netip.Prefix]int), open: make(map[*gateConn]struct{}), perCaller: make(map[string]int), seen: make(map[string]*Seen)}
+	g := &Gate{
+		cfg:      c,
+		turns:    make(chan struct{}, cmp.Or(c.Limits.HandshakesAtWork, max(1, runtime.GOMAXPROCS(0)/2))),
+		failures: newFailures(c.Limits.Failures, c.Limits.FailureBurst),
+		networks: make(map[netip.Prefix]int), open: make(map[*gateConn]struct{}), perCaller: make(map[string]int), seen: make(map[string]*Seen),
+	}
 	g.tls = g.config()
 	return g
 }
@@ -169,15 +181,15 @@ func (l *gateListener) accept(ctx context.Context) {
 }
 
 func (l *gateListener) enter(ctx context.Context, raw net.Conn) {
-	c := &gateConn{Conn: raw, g: l.g, network: networkOf(raw.RemoteAddr())}
-	if !l.g.begin(c.network) {
-		l.g.refuse(nil, raw.RemoteAddr(), errBusy)
-		_ = raw.Close()
+	c := &gateConn{Conn: raw, g: l.g, network: networkOf(raw.RemoteAddr(), 24, 48), source: networkOf(raw.RemoteAddr(), 32, 64)}
+	if err := l.g.begin(c); err != nil {
+		l.g.refuse(nil, raw.RemoteAddr(), err)
+		hangUp(raw)
 		return
 	}
 	l.work.Go(func() {
 		conn, err := l.g.shake(ctx, c)
-		l.g.end(c.network)
+		l.g.end(c, err)
 		if err != nil {
 			if ctx.Err() == nil {
 				l.g.refuse(c.leaf, raw.RemoteAddr(), err)
@@ -193,25 +205,41 @@ func (l *gateListener) enter(ctx context.Context, raw net.Conn) {
 	})
 }
 
-// begin takes a place for a handshake, if there is one.
-func (g *Gate) begin(network netip.Prefix) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.shaking >= g.cfg.Limits.Handshakes || g.networks[network] >= g.cfg.Limits.HandshakesPerNetwork {
-		return false
+// hangUp closes a connection to which nothing was said, and leaves nothing of it in the
+// kernel's tables.
+func hangUp(raw net.Conn) {
+	if t, ok := raw.(*net.TCPConn); ok {
+		_ = t.SetLinger(0)
 	}
-	g.shaking++
-	g.networks[network]++
-	return true
+	_ = raw.Close()
 }
 
-// end gives the place back.
-func (g *Gate) end(network netip.Prefix) {
+// begin takes a place for a handshake, if there is one and its network may have it.
+func (g *Gate) begin(c *gateConn) error {
+	if g.failures.tooMany(c.source, g.cfg.Now()) {
+		return &floodError{c.source}
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shaking >= g.cfg.Limits.Handshakes || g.networks[c.network] >= g.cfg.Limits.HandshakesPerNetwork {
+		return errBusy
+	}
+	g.shaking++
+	g.networks[c.network]++
+	return nil
+}
+
+// end gives the place back, after a failure has been counted: err is how the handshake
+// went. One that never got its turn is not the other side's.
+func (g *Gate) end(c *gateConn, err error) {
+	if err != nil && !errors.Is(err, errBusy) {
+		g.failures.add(c.source, g.cfg.Now())
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.shaking--
-	if g.networks[network]--; g.networks[network] == 0 {
-		delete(g.networks, network)
+	if g.networks[c.network]--; g.networks[c.network] == 0 {
+		delete(g.networks, c.network)
 	}
 }
 
@@ -219,8 +247,13 @@ func (g *Gate) end(network netip.Prefix) {
 func (g *Gate) shake(ctx context.Context, c *gateConn) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
+	t := &turn{places: g.turns, over: ctx.Done()}
+	c.turn = t
 	conn := tls.Server(c, g.tls)
-	if err := conn.HandshakeContext(ctx); err != nil {
+	err := conn.HandshakeContext(ctx)
+	c.turn = nil
+	t.end()
+	if err := cmp.Or(t.err, err); err != nil { // ours says more than that the time was over
 		return nil, err
 	}
 	c.leaf = conn.ConnectionState().VerifiedChains[0][0]
@@ -317,8 +350,12 @@ var (
 	errTooMany = errors.New("the caller has too many connections")
 )
 
-// Failed has the record say that a handshake failed that a door made by itself.
-func (g *Gate) Failed(remote net.Addr, err error) { g.refuse(nil, remote, err) }
+// floodError says that too many handshakes of a network have failed.
+type floodError struct{ network netip.Prefix }
+
+func (e *floodError) Error() string {
+	return fmt.Sprintf("too many handshakes from %s have failed", e.network)
+}
 
 // refuse has the record say that a connection came to nothing. leaf may be nil.
 func (g *Gate) refuse(leaf *x509.Certificate, remote net.Addr, err error) {
@@ -328,16 +365,33 @@ func (g *Gate) refuse(leaf *x509.Certificate, remote net.Addr, err error) {
 	g.cfg.Refusals.add(r)
 }
 
-// gateConn is the raw connection below TLS. All but Close is the Conn's.
+// gateConn is the raw connection below TLS. All but Close is the Conn's, once it has
+// shaken hands.
 type gateConn struct {
 	net.Conn
 	g       *Gate
-	network netip.Prefix
+	network netip.Prefix      // whose places it has one of
+	source  netip.Prefix      // whose failures count against it
+	turn    *turn             // while it shakes hands
 	leaf    *x509.Certificate // when it has shaken hands
 	since   time.Time         // likewise
 	caller  string            // role/id, for counting
 	good    bool              // the certificate named a caller at the handshake
 	seen    *Seen             // of the certificate, if it did; guarded by the Gate's mu
+}
+
+// Read is the Conn's. A handshake's turn ends with it, and another one begins.
+func (c *gateConn) Read(b []byte) (int, error) {
+	t := c.turn
+	if t == nil {
+		return c.Conn.Read(b)
+	}
+	t.end()
+	n, err := c.Conn.Read(b)
+	if err == nil {
+		err = t.begin(n)
+	}
+	return n, err
 }
 
 // Close closes the connection, whoever asks for it.
@@ -346,16 +400,16 @@ func (c *gateConn) Close() error {
 	return c.Conn.Close()
 }
 
-// networkOf is the network of an address: what one customer of a provider has.
-func networkOf(a net.Addr) netip.Prefix {
+// networkOf is the network of an address, of so many bits: a /24 or /48 is what one customer
+// of a provider has at most, a single address or a /64 what one host has at least.
+func networkOf(a net.Addr, bits4, bits6 int) netip.Prefix {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {
 		return netip.Prefix{}
 	}
-	ip := t.AddrPort().Addr().Unmap()
-	bits := 48
+	ip, bits := t.AddrPort().Addr().Unmap(), bits6
 	if ip.Is4() {
-		bits = 24
+		bits = bits4
 	}
 	p, _ := ip.Prefix(bits) // fails for addresses that are none: one network for all of those
 	return p
@@ -373,8 +427,11 @@ func refusalOf(err error, leaf *x509.Certificate, now time.Time) Refusal {
 	denial, denied := errors.AsType[*identity.Denial](err)
 	_, foreign := errors.AsType[x509.UnknownAuthorityError](err)
 	invalid, bad := errors.AsType[x509.CertificateInvalidError](err)
+	flood, flooded := errors.AsType[*floodError](err)
 	var timeout net.Error
 	switch {
+	case flooded:
+		r.Reason, r.Detail, r.Network = Flood, "", flood.network.String()
 	case denied:
 		r.Reason, r.Detail = denial.Reason, denial.Detail
 	case foreign:
@@ -408,4 +465,5 @@ const (
 	Busy      = "busy"     // too many handshakes were under way
 	TooMany   = "too-many" // the caller has too many connections
 	Slow      = "slow"     // the handshake took too long
+	Flood     = "flood"    // too many handshakes of its network had failed
 )

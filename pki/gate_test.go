@@ -9,6 +9,7 @@ import (
 	"encoding/asn1"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -37,6 +38,7 @@ type door struct {
 	gate     *pki.Gate
 	refusals pki.Refusals
 	later    atomic.Int64 // how far the door's clock is ahead
+	stopped  atomic.Int64 // when it was stopped, in ns since 1970; 0: it runs
 	people   atomic.Pointer[identity.Map]
 	issuers  *pki.Issuers
 	issuing  string // the file of issuers
@@ -46,10 +48,29 @@ type door struct {
 	changed       atomic.Pointer[chan struct{}]
 	caller        atomic.Pointer[identity.Caller] // of the last request
 
+	log      said
 	mu       sync.Mutex
 	recorded []pki.Refusal
 	denied   []string // what Identify said of requests
 	failing  bool     // nothing can be recorded
+}
+
+// said is a log.
+type said struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (s *said) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(b)
+}
+
+func (s *said) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.String()
 }
 
 func newDoor(t testing.TB, limits pki.Limits) *door {
@@ -81,7 +102,7 @@ func newDoor(t testing.TB, limits pki.Limits) *door {
 	}
 	d.gate = pki.NewGate(pki.GateConfig{
 		Door: "sae", Credential: d.credential, Issuers: d.issuers, Revocations: d.revoked,
-		MinVersion: tls.VersionTLS13, Refusals: &d.refusals, Limits: limits, Now: d.now, Log: quiet,
+		MinVersion: tls.VersionTLS13, Refusals: &d.refusals, Limits: limits, Now: d.now, Log: slog.New(slog.NewTextHandler(&d.log, nil)),
 		Judge: func(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
 			return d.people.Load().Judge("sae", leaf, now)
 		},
@@ -111,7 +132,18 @@ func (d *door) trust(cas ...string) {
 	d.revoked.Fetch(d.t.Context())
 }
 
-func (d *door) now() time.Time { return time.Now().Add(time.Duration(d.later.Load())) }
+func (d *door) now() time.Time {
+	now := time.Now()
+	if at := d.stopped.Load(); at != 0 {
+		now = time.Unix(0, at)
+	}
+	return now.Add(time.Duration(d.later.Load()))
+}
+
+// stop has the door's clock move by later alone.
+func (d *door) stop() { d.stopped.Store(time.Now().UnixNano()) }
+
+func (d *door) address() string { return strings.TrimPrefix(d.url, "https://") }
 
 func (d *door) serve() {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -258,10 +290,51 @@ func TestCertificateTraps(t *testing.T) {
 		d.record("", "handshake no-certificate 1")
 	})
 	t.Run("the other way round", func(t *testing.T) { // an SAE's at the door of KMEs
-		kmes := issuers(t, filepath.Join(d.ca, "kme/intermediate.pem"))
-		if _, err := load(t, d.alice()).Leaf().Verify(x509.VerifyOptions{Roots: kmes.Pool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err == nil {
-			t.Error("verified")
+		kmes, crl := issuers(t, filepath.Join(d.ca, "kme/intermediate.pem")), newPublisher(t)
+		crl.publish(signerOf(t, d.ca, "kme").crl(t, 1, nil))
+		revoked, err := pki.OpenRevocations(t.Context(), pki.RevocationsConfig{
+			Role: "kme", Issuers: kmes, URLs: []string{crl.url}, Dir: t.TempDir(), Log: quiet,
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		gate := pki.NewGate(pki.GateConfig{
+			Door: "assign", Credential: d.credential, Issuers: kmes, Revocations: revoked, Refusals: &d.refusals, Log: quiet,
+			Judge: func(leaf *x509.Certificate, _ time.Time) (identity.Caller, error) {
+				return identity.Stranger(leaf), nil
+			},
+		})
+		way := gate.Listen(ln)
+		defer way.Close()
+		let := make(chan net.Conn, 1)
+		go func() {
+			for {
+				conn, err := way.Accept()
+				if err != nil {
+					return
+				}
+				let <- conn
+			}
+		}()
+		conn, err := tls.Dial("tcp", ln.Addr().String(), clientTLS(t, d.ca, d.alice()))
+		if err == nil {
+			_, err = conn.Read(make([]byte, 1)) // it learns of it after its handshake
+			_ = conn.Close()
+		}
+		if err == nil {
+			t.Error("it was let in")
+		}
+		d.record("", "handshake unknown-ca 1")
+		conn, err = tls.Dial("tcp", ln.Addr().String(), clientTLS(t, d.ca, mint(t, d.ca, "kme", "km2", nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		defer (<-let).Close() // a KME's is
 	})
 	t.Run("ended", func(t *testing.T) {
 		dir := d.alice()
@@ -287,6 +360,14 @@ func TestCertificateTraps(t *testing.T) {
 		}
 		d.record("", "handshake revoked 1")
 	})
+}
+
+// clientTLS is that of whom the credential in dir is.
+func clientTLS(t testing.TB, ca, dir string) *tls.Config {
+	t.Helper()
+	cfg := pki.ClientTLS(load(t, dir), pool(t, filepath.Join(ca, "root.pem")), nil)
+	cfg.ServerName = "localhost"
+	return cfg
 }
 
 var oidSubjectAltName, oidCommonName = asn1.ObjectIdentifier{2, 5, 29, 17}, asn1.ObjectIdentifier{2, 5, 4, 3}
@@ -375,6 +456,10 @@ func TestBlockAlice(t *testing.T) {
 					t.Errorf("bob was disturbed: %v", err)
 				default:
 				}
+				// A client does not say when it had to begin another connection.
+				if log := d.log.String(); strings.Count(log, "caller=sae/alice ") != 2 || strings.Contains(log, "caller=sae/bob ") {
+					t.Errorf("the gate has not closed two connections of alice, and no other:\n%s", log)
+				}
 			})
 		}
 	}
@@ -415,10 +500,9 @@ func peopleMap(t testing.TB, alice bool) *identity.Map {
 func TestLimits(t *testing.T) {
 	t.Parallel()
 	d := newDoor(t, pki.Limits{Handshakes: 3, HandshakesPerNetwork: 2, Connections: 2})
-	address := strings.TrimPrefix(d.url, "https://")
+	address := d.address()
 	dial := func(from string) net.Conn {
-		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-		c, err := dialer.DialContext(t.Context(), "tcp4", address)
+		c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp4", address)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -427,13 +511,13 @@ func TestLimits(t *testing.T) {
 	}
 	mute := []net.Conn{dial("127.0.0.1"), dial("127.0.0.9")}
 	d.until("two handshakes are under way", func() bool { return d.gate.Shaking() == 2 })
-	if _, err := dial("127.0.0.1").Read(make([]byte, 1)); err == nil {
+	if d.hears("127.0.0.1") {
 		t.Error("a third of the same network was heard")
 	}
 	d.record("", "handshake busy 1")
 	third := dial("127.0.1.1") // of another network
 	d.until("three handshakes are under way", func() bool { return d.gate.Shaking() == 3 })
-	if _, err := dial("127.0.2.1").Read(make([]byte, 1)); err == nil {
+	if d.hears("127.0.2.1") {
 		t.Error("a fourth of all was heard")
 	}
 	for _, c := range append(mute, third) {

@@ -19,6 +19,7 @@ var (
 	connectionsDesc = prometheus.NewDesc("kme_connections", "Connections that are open, by door.", []string{"door"}, nil)
 	handshakesDesc  = prometheus.NewDesc("kme_handshakes_total", "TLS handshakes that were completed, by door.", []string{"door"}, nil)
 	refusedDesc     = prometheus.NewDesc("kme_handshakes_refused_total", "TLS handshakes that were not, by door and reason.", []string{"door", "reason"}, nil)
+	failingDesc     = prometheus.NewDesc("kme_failing_networks", "Networks (an address of IPv4, a /64 of IPv6) of which handshakes have failed of late, by door.", []string{"door"}, nil)
 	crlAgeDesc      = prometheus.NewDesc("kme_crl_age_seconds", "Time since a CA (by its key identifier) signed the CRL that counts here.", []string{"role", "ca"}, nil)
 	crlEndDesc      = prometheus.NewDesc("kme_crl_next_update_timestamp_seconds", "When nobody is let in any more whom that CA certified.", []string{"role", "ca"}, nil)
 	crlSizeDesc     = prometheus.NewDesc("kme_crl_entries", "Certificates on that CRL.", []string{"role", "ca"}, nil)
@@ -28,7 +29,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (m Metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{connectionsDesc, handshakesDesc, refusedDesc, crlAgeDesc, crlEndDesc, crlSizeDesc, crlFailDesc, renewalsDesc} {
+	for _, d := range []*prometheus.Desc{connectionsDesc, handshakesDesc, refusedDesc, failingDesc, crlAgeDesc, crlEndDesc, crlSizeDesc, crlFailDesc, renewalsDesc} {
 		ch <- d
 	}
 }
@@ -47,6 +48,7 @@ func (m Metrics) Collect(ch chan<- prometheus.Metric) {
 		g.mu.Unlock()
 		gauge(connectionsDesc, float64(open), g.cfg.Door)
 		count(handshakesDesc, g.accepted.Load(), g.cfg.Door)
+		gauge(failingDesc, float64(g.failures.known(g.cfg.Now())), g.cfg.Door)
 	}
 	m.Refusals.mu.Lock()
 	for k, n := range m.Refusals.total {

@@ -18,6 +18,7 @@ type Refusal struct {
 	Detail      string               // of the first
 	Remote      string               // of the first: address and port
 	Certificate identity.Certificate // what was shown, verified or not; empty if nothing was
+	Network     string               // of a Flood: whose handshakes had failed; empty if it were several
 	Count       int
 }
 
@@ -38,7 +39,7 @@ type Refusals struct {
 	total   map[refusalKey]int64 // since the start, by door and reason
 }
 
-type refusalKey struct{ door, reason, fingerprint string }
+type refusalKey struct{ door, reason, who string }
 
 func (q *Refusals) add(r Refusal) {
 	q.mu.Lock()
@@ -53,10 +54,10 @@ func (q *Refusals) add(r Refusal) {
 
 // merge adds r to those that wait. q.mu is held.
 func (q *Refusals) merge(r Refusal) {
-	key := refusalKey{r.Door, r.Reason, r.Certificate.Fingerprint}
+	key := refusalKey{r.Door, r.Reason, cmp.Or(r.Certificate.Fingerprint, r.Network)}
 	if _, known := q.waiting[key]; !known && len(q.waiting) >= refusalKinds {
-		key.fingerprint = ""
-		r.Certificate = identity.Certificate{}
+		key.who = ""
+		r.Certificate, r.Network = identity.Certificate{}, ""
 	}
 	if known, ok := q.waiting[key]; ok {
 		known.Count += r.Count
@@ -84,7 +85,7 @@ func (q *Refusals) Run(ctx context.Context) error {
 func (q *Refusals) flush(ctx context.Context) {
 	q.mu.Lock()
 	all := slices.SortedFunc(maps.Values(q.waiting), func(a, b Refusal) int {
-		return cmp.Or(cmp.Compare(a.Door, b.Door), cmp.Compare(a.Reason, b.Reason), cmp.Compare(a.Certificate.Fingerprint, b.Certificate.Fingerprint))
+		return cmp.Or(cmp.Compare(a.Door, b.Door), cmp.Compare(a.Reason, b.Reason), cmp.Compare(a.Certificate.Fingerprint, b.Certificate.Fingerprint), cmp.Compare(a.Network, b.Network))
 	})
 	clear(q.waiting)
 	q.mu.Unlock()

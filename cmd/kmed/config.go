@@ -189,6 +189,16 @@ type LimitsConfig struct {
 	// many of them from one network (/24 of IPv4, /48 of IPv6). Defaults 1024 and 256.
 	Handshakes           int `yaml:"handshakes"`
 	HandshakesPerNetwork int `yaml:"handshakes_per_network"`
+	// HandshakesAtWork is how many of those under way may compute at the same time, at one
+	// door: the others wait. 0 (the default): half as many as there are processors, at least 1.
+	HandshakesAtWork int `yaml:"handshakes_at_work"`
+	// FailedHandshakesPerSecond is how many handshakes from one address of IPv4 or /64 of
+	// IPv6 may fail at one door, in the long run, and FailedHandshakesBurst after a pause. For
+	// as long as there were more, new connections from there are closed before TLS; a
+	// handshake that succeeds counts nothing. Defaults 10 and 200; 0 a second: no bound, for
+	// a door behind something that has all connections come from one address.
+	FailedHandshakesPerSecond int `yaml:"failed_handshakes_per_second"`
+	FailedHandshakesBurst     int `yaml:"failed_handshakes_burst"`
 	// Connections is how many one caller may have open at one door. Default 1024.
 	Connections int `yaml:"connections"`
 }
@@ -256,7 +266,8 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 		Legacy:       LegacyConfig{Reread: untilConsumed},
 		Limits: LimitsConfig{
 			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000,
-			Handshakes: pki.DefaultLimits.Handshakes, HandshakesPerNetwork: pki.DefaultLimits.HandshakesPerNetwork, Connections: pki.DefaultLimits.Connections,
+			Handshakes: pki.DefaultLimits.Handshakes, HandshakesPerNetwork: pki.DefaultLimits.HandshakesPerNetwork, HandshakesAtWork: pki.DefaultLimits.HandshakesAtWork,
+			FailedHandshakesPerSecond: pki.DefaultLimits.Failures, FailedHandshakesBurst: pki.DefaultLimits.FailureBurst, Connections: pki.DefaultLimits.Connections,
 		},
 	}
 	doc, err := decode(path, text, &c)
@@ -375,6 +386,9 @@ func (c *Config) check(doc document) error {
 	k.must(c.Limits.Burst >= kme.MinBurst, "limits.burst", "is %d: at least %d, the largest request", c.Limits.Burst, kme.MinBurst)
 	k.must(c.Limits.Handshakes >= 1, "limits.handshakes", "is %d: at least 1", c.Limits.Handshakes)
 	k.must(c.Limits.HandshakesPerNetwork >= 1, "limits.handshakes_per_network", "is %d: at least 1", c.Limits.HandshakesPerNetwork)
+	k.must(c.Limits.HandshakesAtWork >= 0, "limits.handshakes_at_work", "is %d: at least 1, or 0 for half of the processors", c.Limits.HandshakesAtWork)
+	k.must(c.Limits.FailedHandshakesPerSecond >= 0, "limits.failed_handshakes_per_second", "is %d: at least 1, or 0 for no bound", c.Limits.FailedHandshakesPerSecond)
+	k.must(c.Limits.FailedHandshakesBurst >= 1, "limits.failed_handshakes_burst", "is %d: at least 1", c.Limits.FailedHandshakesBurst)
 	k.must(c.Limits.Connections >= 1, "limits.connections", "is %d: at least 1", c.Limits.Connections)
 	k.must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
 	k.must(c.Legacy.Reread == untilConsumed || c.Legacy.Reread == once, "legacy.reread", "is %q: %s or %s", c.Legacy.Reread, untilConsumed, once)

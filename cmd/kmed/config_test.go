@@ -41,7 +41,7 @@ func TestExample(t *testing.T) {
 		Links: []LinkConfig{{ID: "km1-km2", Socket: "/run/qlink/alice.sock", SecretFile: "/etc/kmed/qlink.secret", AuthFile: "/etc/kmed/km1-km2.secret", Interval: time.Second, KeyBits: 1 << 19, InFlight: 1}},
 		Epoch: time.Hour, MaxWraps: 1 << 30, TTL: time.Hour, MaxTTL: 24 * time.Hour, PoolTTL: 24 * time.Hour, PoolLimit: 50_000,
 		Limits: LimitsConfig{
-			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000, Handshakes: 1024, HandshakesPerNetwork: 256, Connections: 1024,
+			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000, Handshakes: 1024, HandshakesPerNetwork: 256, FailedHandshakesPerSecond: 10, FailedHandshakesBurst: 200, Connections: 1024,
 		}, Legacy: LegacyConfig{Reread: "until-consumed"}, Audit: AuditConfig{Fork: "stop"},
 	}
 	undigested := cmpopts.IgnoreUnexported(Config{}) // its digest
@@ -51,7 +51,7 @@ func TestExample(t *testing.T) {
 
 	text := read(t, example)
 	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 45 {
+	if len(defaults) != 48 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
 	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})

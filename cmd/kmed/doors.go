@@ -78,7 +78,7 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 		saeTLS = tls.VersionTLS12
 	}
 	gateSAE, gateOperator := n.gate("sae", "sae", saeTLS), n.gate("operator", "operator", tls.VersionTLS13)
-	gateAssign, gateClassical := n.gate("assign", "kme", tls.VersionTLS13), n.gate("classical", "kme", tls.VersionTLS13)
+	gateAssign, gateClassical := n.gate("assign", "kme", tls.VersionTLS13), n.gate("classical", "kme", tls.VersionTLS13, peer.ClassicalProtocol)
 	saes := timed(core.Identity(), gateSAE.Identify)
 
 	door014, err := etsi014.New(etsi014.Config{KME: n.self, Backend: core, Identify: saes, Log: n.log})
@@ -120,7 +120,7 @@ func (n *node) doors(ctx context.Context, core *kme.KME) ([]door, error) {
 		{name: "operator", address: e.Operator, gate: gateOperator, handler: operator, log: n.log},
 		{name: "classical", address: e.Classical, log: n.log, raw: func(ctx context.Context, ln net.Listener) error {
 			return peer.ServeClassical(ctx, ln, peer.ClassicalConfig{
-				TLS: gateClassical.TLS(), Failed: gateClassical.Failed, Changed: n.revoked["kme"].Changed,
+				Shake: gateClassical.Listen, Changed: n.revoked["kme"].Changed,
 				Identify: func(s tls.ConnectionState) (identity.Caller, error) {
 					return gateClassical.Identify(&http.Request{TLS: &s})
 				},
@@ -140,16 +140,18 @@ func certificatesOf(seen []pki.Seen) []admin.Certificate {
 }
 
 // gate is the way into a door for the callers of a role.
-func (n *node) gate(door, role string, minTLS uint16) *pki.Gate {
+func (n *node) gate(door, role string, minTLS uint16, protocols ...string) *pki.Gate {
+	l := n.cfg.Limits
 	return pki.NewGate(pki.GateConfig{
-		Door: door, Credential: n.credential, Issuers: n.issuers[role], Revocations: n.revoked[role], MinVersion: minTLS,
+		Door: door, Credential: n.credential, Issuers: n.issuers[role], Revocations: n.revoked[role], MinVersion: minTLS, Protocols: protocols,
 		Judge: func(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
 			return n.live.Set().Principals.Judge(role, leaf, now)
 		},
 		Changed:  n.live.Changed,
 		Refusals: n.refusals, Now: failpoint.Now, Log: n.log,
 		Limits: pki.Limits{
-			Handshakes: n.cfg.Limits.Handshakes, HandshakesPerNetwork: n.cfg.Limits.HandshakesPerNetwork, Connections: n.cfg.Limits.Connections,
+			Handshakes: l.Handshakes, HandshakesPerNetwork: l.HandshakesPerNetwork, HandshakesAtWork: l.HandshakesAtWork,
+			Failures: l.FailedHandshakesPerSecond, FailureBurst: l.FailedHandshakesBurst, Connections: l.Connections,
 		},
 	})
 }

@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"time"
@@ -16,8 +17,8 @@ func (k *KME) RecordRefusals(ctx context.Context, rs []pki.Refusal) error {
 	evs := make([]audit.Event, len(rs))
 	for i, r := range rs {
 		reason := r.Reason
-		if r.Detail != "" {
-			reason += ": " + r.Detail
+		if more := cmp.Or(r.Detail, r.Network); more != "" {
+			reason += ": " + more
 		}
 		evs[i] = audit.Event{
 			Action: audit.Handshake, Outcome: audit.Refused, Reason: reason, Route: r.Door, Count: r.Count,

@@ -23,6 +23,7 @@ func TestHandshakesAreRecorded(t *testing.T) {
 	err := k.RecordRefusals(t.Context(), []pki.Refusal{
 		{Door: "sae", Reason: "revoked", Detail: "reason 1", Remote: "192.0.2.1:1", Certificate: identity.Stranger(leaf).Certificate(), Count: 3},
 		{Door: "assign", Reason: "busy", Count: 1000},
+		{Door: "sae", Reason: pki.Flood, Network: "192.0.2.1/32", Remote: "192.0.2.1:1", Count: 7},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -32,6 +33,7 @@ func TestHandshakesAreRecorded(t *testing.T) {
 	want := []told{
 		{"handshake", "refused", "revoked: reason 1", 3},
 		{"handshake", "refused", "busy", 1000},
+		{"handshake", "refused", "flood: 192.0.2.1/32", 7},
 		{"certificate", "done", "serial 4711 until 2026-12-01T00:00:00Z", 0},
 		{"certificate", "failed", "the CA is away", 0},
 	}

@@ -46,12 +46,15 @@ func BenchmarkFairness(b *testing.B) {
 // and in unit how often he was at it.
 func besides(b *testing.B, l *Lab, start func() *bully, unit string) {
 	b.Helper()
+	r := &rig{Lab: l}
 	alone := others(b, l)
 	bad := start()
+	before := r.cpu(b)
 	b.ResetTimer()
 	beside := others(b, l)
 	b.StopTimer()
 	acts := bad.end()
+	b.ReportMetric(r.cpu(b).less(before).kmed[1].Seconds()/b.Elapsed().Seconds(), "km2-cores")
 	b.ReportMetric(alone.at(0.99), "p99-alone-ms")
 	b.ReportMetric(beside.at(0.99), "p99-ms")
 	b.ReportMetric(beside.at(0.99)/alone.at(0.99), "times-alone")

@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"crypto/tls"
+	"math/rand/v2"
 	"net"
 	"strings"
 	"testing"
@@ -19,9 +20,10 @@ const badHandshakes = 1000
 // BenchmarkBadHandshakes has a few SAEs at KM2 ask for keys now and then, first alone and
 // then while somebody begins badHandshakes connections a second to their door that come to
 // nothing: what is said is no TLS; or a ClientHello, after which the other side hangs up; or
-// the certificate is an operator's. times-alone is what that costs the SAEs: how many times
+// the certificate is an operator's, always from one address or each time from another, of
+// which no bucket is ever empty. times-alone is what that costs the SAEs: how many times
 // their p99 without it. handshakes/s is how many it was, of badHandshakes, on a machine that
-// has both sides of them to do.
+// has both sides of them to do; km2-cores how many processors the door's kmed has used.
 func BenchmarkBadHandshakes(b *testing.B) {
 	l := start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = 1<<16, 1<<17+1, 50*time.Millisecond })
 	keysStored(b, l, 50_000)
@@ -37,13 +39,19 @@ func BenchmarkBadHandshakes(b *testing.B) {
 	foreign := pki.ClientTLS(credential, roots, nil)
 	foreign.ServerName = "localhost"
 	hello := clientHello(b, foreign)
+	one := func() net.IP { return net.IPv4(127, 0, 0, 2) }
+	anywhere := func() net.IP { return net.IPv4(127, byte(rand.N(250)+1), byte(rand.N(256)), byte(rand.N(254)+1)) }
+	shows := func(c net.Conn) bool { return !answered(tls.Client(c, foreign), nil) }
 	for _, bad := range []struct {
 		name string
+		from func() net.IP
 		say  func(net.Conn) bool // false if it did not end as it should
 	}{
-		{"no-tls", func(c net.Conn) bool { return !answered(c, []byte("GET / HTTP/1.1\r\nHost: kme\r\n\r\n")) }},
-		{"hangs-up", func(c net.Conn) bool { return answered(c, hello) }},
-		{"foreign", func(c net.Conn) bool { return !answered(tls.Client(c, foreign), nil) }},
+		{"no-tls", one, func(c net.Conn) bool { return !answered(c, []byte("GET / HTTP/1.1\r\nHost: kme\r\n\r\n")) }},
+		{"hangs-up", one, func(c net.Conn) bool { _ = answered(c, hello); return true }},
+		{"foreign", one, shows},
+		{"hangs-up-anywhere", anywhere, func(c net.Conn) bool { _ = answered(c, hello); return true }},
+		{"foreign-anywhere", anywhere, shows},
 	} {
 		b.Run(bad.name, func(b *testing.B) {
 			pace := rate.NewLimiter(badHandshakes, 1)
@@ -51,7 +59,7 @@ func BenchmarkBadHandshakes(b *testing.B) {
 				if pace.Wait(ctx) != nil {
 					return false
 				}
-				c, err := net.Dial("tcp", door)
+				c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: bad.from()}}).Dial("tcp4", door)
 				if err != nil {
 					return false
 				}

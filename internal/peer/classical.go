@@ -13,10 +13,11 @@ import (
 	"github.com/qutemail/kme/internal/identity"
 )
 
-// classicalProtocol is the ALPN name of a Stream.
-const classicalProtocol = "kme-classical/1"
+// ClassicalProtocol is the ALPN name of a Stream, which the TLS of a classical door offers
+// alone.
+const ClassicalProtocol = "kme-classical/1"
 
-// maxStreams bounds the connections of a classical door, in handshake or in use.
+// maxStreams bounds the connections of a classical door that have shaken hands.
 const maxStreams = 64
 
 // DialClassical opens a Stream to the classical door at the first of addresses
@@ -25,7 +26,7 @@ const maxStreams = 64
 func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config) (*Stream, error) {
 	var errs []error
 	for _, address := range addresses {
-		c, err := dialTLS(ctx, address, cfg, classicalProtocol)
+		c, err := dialTLS(ctx, address, cfg, ClassicalProtocol)
 		if err == nil {
 			return newStream(c.Conn), nil
 		}
@@ -36,13 +37,13 @@ func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config) (*S
 
 // ClassicalConfig is what a classical door needs. All fields must be set.
 type ClassicalConfig struct {
-	TLS      *tls.Config // must ask for a certificate of the KME CA
+	// Shake makes the TLS handshakes of a listener's connections, in which the other side must
+	// show a certificate of the KME CA: those of the listener that it returns are *tls.Conn.
+	Shake    func(net.Listener) net.Listener
 	Identify func(tls.ConnectionState) (identity.Caller, error)
 	// Changed is closed when Identify may answer otherwise: it is asked again then, and a
 	// stream of nobody any more is closed.
 	Changed func() <-chan struct{}
-	// Failed is told of each handshake that failed.
-	Failed func(remote net.Addr, err error)
 	// Handle works with one stream, which is closed when it returns. It must
 	// return soon after ctx ends.
 	Handle func(ctx context.Context, from identity.KME, s *Stream)
@@ -55,16 +56,15 @@ type ClassicalConfig struct {
 // stream, waits for the handlers and returns nil. It returns an error if ln fails.
 func ServeClassical(ctx context.Context, ln net.Listener, c ClassicalConfig) error {
 	ctx, cancel := context.WithCancel(ctx)
+	ln = c.Shake(watchful{ln})
 	stop := context.AfterFunc(ctx, func() { _ = ln.Close() })
 	var streams sync.WaitGroup
 	defer func() {
-		if stop() {
-			_ = ln.Close()
-		}
+		stop()
+		_ = ln.Close() // which waits, also if it is being closed
 		cancel()
 		streams.Wait()
 	}()
-	cfg := onlyClassical(c.TLS)
 	places := make(chan struct{}, maxStreams)
 	for pause := time.Duration(0); ; {
 		raw, err := ln.Accept()
@@ -93,54 +93,35 @@ func ServeClassical(ctx context.Context, ln net.Listener, c ClassicalConfig) err
 		}
 		streams.Go(func() {
 			defer func() { <-places }()
-			c.serve(ctx, raw, cfg)
+			c.serve(ctx, raw.(*tls.Conn))
 		})
 	}
 }
 
-// onlyClassical is cfg with our protocol, also where cfg is made anew for each
-// connection.
-func onlyClassical(cfg *tls.Config) *tls.Config {
-	cfg = cfg.Clone()
-	cfg.NextProtos = []string{classicalProtocol}
-	if fresh := cfg.GetConfigForClient; fresh != nil {
-		cfg.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-			made, err := fresh(h)
-			if made == nil || err != nil {
-				return made, err
-			}
-			made = made.Clone()
-			made.NextProtos = []string{classicalProtocol}
-			return made, nil
-		}
-	}
-	return cfg
-}
+// watchful is a listener whose connections notice an end that has gone without a word.
+type watchful struct{ net.Listener }
 
-// serve takes one connection from its handshake to its end.
-func (c ClassicalConfig) serve(ctx context.Context, raw net.Conn, cfg *tls.Config) {
-	defer func() { _ = raw.Close() }()
-	log := c.Log.With("remote", raw.RemoteAddr().String())
+func (l watchful) Accept() (net.Conn, error) {
+	raw, err := l.Listener.Accept()
 	if t, ok := raw.(*net.TCPConn); ok {
 		_ = t.SetKeepAliveConfig(keepAlive)
+		limitUnacknowledged(t)
 	}
-	limitUnacknowledged(raw)
-	conn := tls.Server(raw, cfg)
-	shake, cancel := context.WithTimeout(ctx, handshakeTime)
-	defer cancel()
-	if err := conn.HandshakeContext(shake); err != nil {
-		log.WarnContext(ctx, "handshake refused", "err", err)
-		c.Failed(raw.RemoteAddr(), err)
-		return
-	}
+	return raw, err
+}
+
+// serve takes one connection to its end.
+func (c ClassicalConfig) serve(ctx context.Context, conn *tls.Conn) {
+	defer func() { _ = conn.Close() }()
+	log := c.Log.With("remote", conn.RemoteAddr().String())
 	state := conn.ConnectionState()
 	changed := c.Changed()
-	if state.NegotiatedProtocol != classicalProtocol {
+	if state.NegotiatedProtocol != ClassicalProtocol {
 		log.WarnContext(ctx, "stream without the classical protocol")
 		return
 	}
 	caller, err := c.Identify(state)
-	caller = caller.WithRemote(raw.RemoteAddr().String())
+	caller = caller.WithRemote(conn.RemoteAddr().String())
 	from, ok := caller.KME()
 	if err == nil && !ok {
 		err = fmt.Errorf("role %q is no KME", caller.Role())

@@ -26,8 +26,7 @@ func classical(t *testing.T, cfg *tls.Config, handle func(context.Context, ident
 	done := make(chan error, 1)
 	go func() {
 		done <- ServeClassical(ctx, ln, ClassicalConfig{
-			TLS: cfg, Identify: judge(t), Handle: handle, Log: quiet(),
-			Changed: func() <-chan struct{} { return nil }, Failed: func(net.Addr, error) {},
+			Shake: shaking(cfg), Identify: judge(t), Handle: handle, Log: quiet(), Changed: func() <-chan struct{} { return nil },
 			Refused: func(_ context.Context, c identity.Caller, r Refusal) {
 				if c.Remote() == "" || c.Certificate().Serial == "" {
 					t.Error("a refusal without its caller's facts")
@@ -44,6 +43,32 @@ func classical(t *testing.T, cfg *tls.Config, handle func(context.Context, ident
 	})
 	t.Cleanup(stop)
 	return ln.Addr().String(), refused, stop
+}
+
+// shaking makes handshakes one after the other, as cfg says, and drops those that fail.
+func shaking(cfg *tls.Config) func(net.Listener) net.Listener {
+	cfg = cfg.Clone()
+	cfg.NextProtos = []string{ClassicalProtocol}
+	return func(ln net.Listener) net.Listener { return shaken{ln, cfg} }
+}
+
+type shaken struct {
+	net.Listener
+	cfg *tls.Config
+}
+
+func (l shaken) Accept() (net.Conn, error) {
+	for {
+		raw, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		conn := tls.Server(raw, l.cfg)
+		if conn.Handshake() == nil {
+			return conn, nil
+		}
+		_ = raw.Close()
+	}
 }
 
 func echo(_ context.Context, _ identity.KME, s *Stream) {
@@ -117,8 +142,8 @@ func TestStreamOfNobody(t *testing.T) {
 	done, over := make(chan error, 1), make(chan error, 1)
 	go func() {
 		done <- ServeClassical(ctx, ln, ClassicalConfig{
-			TLS: ca.server(ca.issue(t, "kme", "km2")), Log: quiet(), Refused: func(context.Context, identity.Caller, Refusal) {},
-			Failed: func(net.Addr, error) {}, Changed: func() <-chan struct{} { return *changed.Load() },
+			Shake: shaking(ca.server(ca.issue(t, "kme", "km2"))), Log: quiet(), Refused: func(context.Context, identity.Caller, Refusal) {},
+			Changed: func() <-chan struct{} { return *changed.Load() },
 			Identify: func(s tls.ConnectionState) (identity.Caller, error) {
 				if revoked.Load() {
 					return identity.Caller{}, errors.New("revoked")
@@ -187,26 +212,6 @@ func TestClassicalRefuses(t *testing.T) {
 	stop()
 	if len(*refused) != 2 {
 		t.Errorf("%d refusals recorded, want 2: %v", len(*refused), *refused)
-	}
-}
-
-// TestClassicalConfigMadeAnew: a TLS configuration that is made for each
-// connection, as hot reload does, still speaks our protocol.
-func TestClassicalConfigMadeAnew(t *testing.T) {
-	ca := newAuthority(t)
-	inner := ca.server(ca.issue(t, "kme", "km2"))
-	cfg := &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return inner, nil }}
-	addr, _, _ := classical(t, cfg, echo)
-	s, err := DialClassical(within(t, time.Minute), []string{addr}, ca.client(ca.issue(t, "kme", "km1")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = s.Close() }()
-	if err := s.Send(3, []byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	if kind, body, err := s.Recv(); err != nil || kind != 3 || string(body) != "x" {
-		t.Errorf("got %d %q %v", kind, body, err)
 	}
 }
 
