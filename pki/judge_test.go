@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"net/http"
@@ -50,6 +51,19 @@ func TestIdentifyAtGate(t *testing.T) {
 	}
 	if got := d.caller.Load(); got.ID() != "alice" || got.Session().Group != "X25519MLKEM768" {
 		t.Errorf("alice: %+v", got)
+	}
+
+	// Of a request that is under way when her certificate is revoked, before the connection
+	// is closed.
+	leaf := load(t, alice).Leaf()
+	r := &http.Request{TLS: &tls.ConnectionState{VerifiedChains: [][]*x509.Certificate{{leaf}}, CurveID: tls.X25519MLKEM768}}
+	if _, err := d.gate.Identify(r); err != nil {
+		t.Error(err)
+	}
+	d.crl.publish(d.sae.crl(t, 2, nil, leaf))
+	d.revoked.Fetch(t.Context())
+	if caller, err := d.gate.Identify(r); reasonOf(err) != identity.Revoked || caller.ID() != "" || caller.Certificate().Serial != leaf.SerialNumber.String() {
+		t.Errorf("revoked: %v, %+v", err, caller)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -91,6 +92,15 @@ func revoked(t *testing.T, l *Lab) {
 	case err := <-aliceEnded:
 		t.Errorf("alice was disturbed: %v", err)
 	default:
+	}
+	log, err := os.ReadFile(l.KM1.Node.LogFile()) // a client does not say when it had to begin another connection
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		if strings.Contains(line, "closing a connection") && !strings.Contains(line, "caller=sae/"+mallory+" ") {
+			t.Errorf("somebody else was disturbed: %s", line)
+		}
 	}
 	p, err := l.SAE(mallory)
 	if err != nil {
