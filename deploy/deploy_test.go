@@ -133,6 +133,17 @@ func TestUnits(t *testing.T) {
 			t.Errorf("kmed-sequencer.service has no %s", line)
 		}
 	}
+	ca, users, postinst := read(t, "systemd/kme-ca@.service"), read(t, "systemd/sysusers.conf"), read(t, "deb/postinst")
+	for _, line := range []string{"User=kme-ca-%i", "Group=kme-ca-%i", "StateDirectory=kme-ca/%i"} {
+		if !strings.Contains(ca, "\n"+line+"\n") {
+			t.Errorf("kme-ca@.service has no %s", line)
+		}
+	}
+	for _, role := range []string{"sae", "kme", "operator"} { // each CA is a user of its own
+		if !strings.Contains(users, "\nu kme-ca-"+role+" ") || !strings.Contains(postinst, " kme-ca-"+role) {
+			t.Errorf("there is no user of the CA of role %s", role)
+		}
+	}
 }
 
 // TestPatroniRoles: the recipe for a highly available database makes each role, lets it in
