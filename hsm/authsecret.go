@@ -43,34 +43,32 @@ func (t *Token) SetAuthSecret(ctx context.Context, link string, secret []byte) e
 		if len(found) != 0 {
 			return errors.New("the token has one for this link")
 		}
-		_, err = t.m.CreateObject(s, append(authSecret(link), pkcs11.NewAttribute(pkcs11.CKA_VALUE, secret)))
-		return fault("C_CreateObject", err)
+		return t.m.keep(s, authSecretApplication, link, secret)
 	})
 }
 
 // AuthSecret returns the secret of a link, which the caller wipes. ErrNoAuthSecret if
 // the token has none.
-func (t *Token) AuthSecret(ctx context.Context, link string) (secret []byte, err error) {
-	err = t.with(ctx, fmt.Sprintf("reading the authentication secret of link %q", link), func(s pkcs11.SessionHandle) error {
-		found, err := t.m.find(s, authSecret(link))
-		switch {
-		case err != nil:
+func (t *Token) AuthSecret(ctx context.Context, link string) ([]byte, error) {
+	secret := make([]byte, AuthSecretBytes)
+	err := t.call(ctx, urgent, fmt.Sprintf("reading the authentication secret of link %q", link), func() error {
+		return t.onSession(func(s pkcs11.SessionHandle) error {
+			found, err := t.m.find(s, authSecret(link))
+			switch {
+			case err != nil:
+				return err
+			case len(found) == 0:
+				return ErrNoAuthSecret
+			case len(found) > 1:
+				return fmt.Errorf("the token has %d for this link", len(found))
+			}
+			n, err := t.m.value(s, found[0], secret)
+			if err == nil && n != len(secret) {
+				err = fmt.Errorf("the secret has %d bytes, want %d", n, len(secret))
+			}
 			return err
-		case len(found) == 0:
-			return ErrNoAuthSecret
-		case len(found) > 1:
-			return fmt.Errorf("the token has %d for this link", len(found))
-		}
-		got, err := t.m.get(s, found[0], pkcs11.NewAttribute(pkcs11.CKA_VALUE, nil))
-		if err != nil {
-			return err
-		}
-		if secret = got[0].Value; len(secret) != AuthSecretBytes {
-			clear(secret)
-			return fmt.Errorf("the secret has %d bytes, want %d", len(secret), AuthSecretBytes)
-		}
-		return nil
-	})
+		})
+	}, func() { clear(secret) })
 	if err != nil {
 		return nil, err
 	}
@@ -100,13 +98,16 @@ func AuthSecretCheck(secret []byte) string {
 	return hex.EncodeToString(sum[:4])
 }
 
+// authSecretApplication is what the objects that hold secrets of links are for.
+const authSecretApplication = "qkd kme authentication secret"
+
 // authSecret matches the secret of a link.
 func authSecret(link string) []*pkcs11.Attribute {
 	return []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_APPLICATION, "qkd kme authentication secret"),
+		pkcs11.NewAttribute(pkcs11.CKA_APPLICATION, authSecretApplication),
 		pkcs11.NewAttribute(pkcs11.CKA_LABEL, link),
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -135,15 +136,66 @@ func TestNoPlainBytesAfterFault(t *testing.T) {
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
 	f.FailLate(hsmtest.Decrypt, pkcs11.CKR_DEVICE_ERROR, 1)
-	buf := make([]byte, len(s.ct))
-	rw(t, token, func(h pkcs11.SessionHandle) error {
-		if _, err := token.m.unseal(h, k.copy, s.iv[:], s.aad, s.ct, buf); !isRV(err, pkcs11.CKR_DEVICE_ERROR) {
-			t.Errorf("got %v, want CKR_DEVICE_ERROR", err)
+	out, err := opening(t, k, s)(t.Context())
+	if !isRV(err, pkcs11.CKR_DEVICE_ERROR) {
+		t.Errorf("got %v, want CKR_DEVICE_ERROR", err)
+	}
+	if !bytes.Equal(out, make([]byte, len(out))) {
+		t.Errorf("%q is left in the buffer", out)
+	}
+}
+
+// opening opens blobs in one turn as UnwrapAll does, and returns the buffer that the module
+// writes to.
+func opening(t *testing.T, k *KEK, blobs ...sealed) func(context.Context) ([]byte, error) {
+	t.Helper()
+	b := new(batch)
+	for _, s := range blobs {
+		if err := b.forOpening(s.iv[:], s.aad, s.ct); err != nil {
+			t.Fatal(err)
 		}
-		return nil
-	})
-	if !bytes.Equal(buf, make([]byte, len(buf))) {
-		t.Errorf("%q is left in the buffer", buf)
+	}
+	b.results()
+	out := b.out
+	return func(ctx context.Context) ([]byte, error) {
+		return out, k.turn(ctx, urgent, "unwrapping", b, &k.t.count.unwraps, func(h pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
+			return k.open(h, b, left)
+		})
+	}
+}
+
+// TestLeftAlone: of what nobody waits for any more the module does what it has begun, and
+// not the rest; what it has opened is wiped.
+func TestLeftAlone(t *testing.T) {
+	_, f, token := newFaulty(t)
+	k := newKEK(t, token, "epoch-1")
+	blobs := make([]sealed, turnItems)
+	for i := range blobs {
+		blobs[i] = wrap(t, k)
+	}
+	f.Hold(hsmtest.Decrypt, true)
+	before := f.Calls(hsmtest.Decrypt)
+	ctx, cancel := context.WithCancel(t.Context())
+	var out []byte
+	var err error
+	var caller sync.WaitGroup
+	caller.Go(func() { out, err = opening(t, k, blobs...)(ctx) })
+	until(t, "the call is in the module", func() bool { return f.Inside(hsmtest.Decrypt) == 1 })
+	cancel()
+	caller.Wait()
+	if !errors.Is(err, ErrUnavailable) || !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want ErrUnavailable because of context.Canceled", err)
+	}
+	f.Hold(hsmtest.Decrypt, false)
+	until(t, "the call returns", func() bool { return token.stuck.Load() == 0 })
+	if n := f.Calls(hsmtest.Decrypt) - before; n != 1 {
+		t.Errorf("%d blobs were opened when nobody waited", n)
+	}
+	if err := token.Close(); err != nil { // so that the call is over
+		t.Fatal(err)
+	}
+	if !bytes.Equal(out, make([]byte, len(out))) {
+		t.Errorf("%q is left in the buffer", out)
 	}
 }
 

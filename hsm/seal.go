@@ -13,14 +13,9 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// turnItems is how many blobs are sealed or opened in one turn in the module: to get
-// in costs about as much as one of them, and whoever waits for a turn waits for all.
-const turnItems = 16
-
 // Wrap seals plain (1 byte or more) and binds it to aad. It returns the fresh
 // random IV and the blob: the ciphertext, as long as plain, then the tag. It keeps
-// nothing of plain. After an error because ctx has ended, the module may still be
-// reading plain and aad: they may be wiped, but not be used for something else.
+// nothing of plain.
 func (k *KEK) Wrap(ctx context.Context, plain, aad []byte) (iv [IVBytes]byte, ct []byte, err error) {
 	sealed, err := k.wrap(ctx, urgent, [][]byte{plain}, [][]byte{aad})
 	if err != nil {
@@ -41,23 +36,43 @@ func (k *KEK) WrapAllInBackground(ctx context.Context, plains, aads [][]byte) ([
 }
 
 func (k *KEK) wrap(ctx context.Context, c class, plains, aads [][]byte) ([]Sealed, error) {
-	all := make([]Sealed, 0, len(plains))
-	for len(all) < len(plains) {
-		first := len(all)
-		turn := make([]Sealed, min(turnItems, len(plains)-first))
-		err := k.each(ctx, c, "wrapping", len(turn), &k.t.count.wraps, func(s pkcs11.SessionHandle, i int) error {
-			plain, to := plains[first+i], &turn[i]
-			to.AAD, to.CT = aads[first+i], make([]byte, len(plain)+TagBytes)
-			_, _ = rand.Read(to.IV[:]) // never fails: it ends the process instead
-			k.wraps.Add(1)             // before the call: an attempt that fails may have used the key
-			return k.t.m.seal(s, k.copy, to.IV[:], to.AAD, plain, to.CT)
-		}, nil)
-		if err != nil {
+	all := make([]Sealed, len(plains))
+	for turn := all; len(turn) > 0; {
+		n := min(turnItems, len(turn))
+		if err := k.wrapTurn(ctx, c, plains[:n], aads[:n], turn[:n]); err != nil {
 			return nil, err
 		}
-		all = append(all, turn...)
+		plains, aads, turn = plains[n:], aads[n:], turn[n:]
 	}
 	return all, nil
+}
+
+// wrapTurn seals what goes into one turn.
+func (k *KEK) wrapTurn(ctx context.Context, c class, plains, aads [][]byte, sealed []Sealed) error {
+	var ivs [turnItems * IVBytes]byte
+	_, _ = rand.Read(ivs[:len(sealed)*IVBytes]) // never fails: it ends the process instead
+	b := batches.Get().(*batch)
+	for i, plain := range plains {
+		sealed[i] = Sealed{IV: [IVBytes]byte(ivs[i*IVBytes:]), AAD: aads[i]}
+		if err := b.forSealing(sealed[i].IV[:], aads[i], plain, len(plain)+TagBytes); err != nil {
+			b.end()
+			k.t.count.wraps.failed(err)
+			return err
+		}
+	}
+	b.results()
+	err := k.turn(ctx, c, "wrapping", b, &k.t.count.wraps, func(s pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
+		k.wraps.Add(int64(b.n)) // before the call: an attempt that fails may have used the key
+		return k.t.m.seal(s, k.copy, b, left)
+	})
+	if err != nil {
+		return err
+	}
+	for i := range sealed {
+		sealed[i].CT = b.result(i)
+	}
+	b.end()
+	return nil
 }
 
 // Unwrap opens what Wrap returned, given the same aad. The caller owns the plain
@@ -74,42 +89,58 @@ func (k *KEK) Unwrap(ctx context.Context, iv [IVBytes]byte, ct, aad []byte) ([]b
 // It opens all or none: who is told ErrTampered opens each alone to learn which.
 func (k *KEK) UnwrapAll(ctx context.Context, blobs []Sealed) ([][]byte, error) {
 	all := make([][]byte, 0, len(blobs))
-	for len(all) < len(blobs) {
-		first := len(all)
-		turn := make([][]byte, min(turnItems, len(blobs)-first))
-		err := k.each(ctx, urgent, "unwrapping", len(turn), &k.t.count.unwraps, func(s pkcs11.SessionHandle, i int) (err error) {
-			turn[i], err = k.open(s, blobs[first+i])
-			return err
-		}, func() { wipe(turn) })
-		if err != nil {
+	for len(blobs) > 0 {
+		n := min(turnItems, len(blobs))
+		var err error
+		if all, err = k.unwrapTurn(ctx, blobs[:n], all); err != nil {
 			wipe(all)
 			return nil, err
 		}
-		all = append(all, turn...)
+		blobs = blobs[n:]
 	}
 	return all, nil
 }
 
-// open opens one blob.
-func (k *KEK) open(s pkcs11.SessionHandle, blob Sealed) ([]byte, error) {
-	if len(blob.CT) <= TagBytes {
-		return nil, fmt.Errorf("%w: %d bytes", ErrTampered, len(blob.CT))
-	}
-	buf := make([]byte, len(blob.CT))
-	n, err := k.t.m.unseal(s, k.copy, blob.IV[:], blob.AAD, blob.CT, buf)
-	if errors.Is(err, errRefused) {
-		if err := k.vouch(s, err); err != nil {
-			return nil, err
-		}
-		// The token is well. If it refuses once more, it is the blob.
-		if n, err = k.t.m.unseal(s, k.copy, blob.IV[:], blob.AAD, blob.CT, buf); errors.Is(err, errRefused) {
-			return nil, fmt.Errorf("%w (%v)", ErrTampered, err)
+// unwrapTurn opens what goes into one turn, and appends it to all.
+func (k *KEK) unwrapTurn(ctx context.Context, blobs []Sealed, all [][]byte) ([][]byte, error) {
+	b := batches.Get().(*batch)
+	for i := range blobs {
+		if err := b.forOpening(blobs[i].IV[:], blobs[i].AAD, blobs[i].CT); err != nil {
+			b.end()
+			k.t.count.unwraps.failed(ErrTampered)
+			return all, fmt.Errorf("%w: %w", ErrTampered, err)
 		}
 	}
+	b.results()
+	err := k.turn(ctx, urgent, "unwrapping", b, &k.t.count.unwraps, func(s pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
+		return k.open(s, b, left)
+	})
 	if err != nil {
-		return nil, err
+		return all, err
 	}
-	return buf[:n:n], nil
+	for i := range blobs {
+		all = append(all, b.result(i))
+	}
+	b.end()
+	return all, nil
+}
+
+// open opens the blobs of a batch, and returns how many it did.
+func (k *KEK) open(s pkcs11.SessionHandle, b *batch, left *atomic.Int32) (done int, err error) {
+	vouched := -1
+	for {
+		done, err = k.t.m.unseal(s, k.copy, b, done, left)
+		switch {
+		case !errors.Is(err, errRefused):
+			return done, err
+		case done == vouched: // the token is well: it is the blob
+			return done, fmt.Errorf("%w (%v)", ErrTampered, err)
+		}
+		if err := k.vouch(s, err); err != nil {
+			return done, err
+		}
+		vouched = done // to be tried once more
+	}
 }
 
 func wipe(plains [][]byte) {
@@ -130,38 +161,28 @@ func (k *KEK) vouch(s pkcs11.SessionHandle, refusal error) error {
 	return err
 }
 
-// each does n operations with the KEK in one turn, the next only after the one before,
-// and counts them. Unless all succeed, discard, if it is not nil, is called when the
-// module has let go of the last one.
-func (k *KEK) each(ctx context.Context, c class, verb string, n int, count *outcomes, op func(pkcs11.SessionHandle, int) error, discard func()) error {
-	if discard == nil {
-		discard = func() {}
+// turn has the module do what is in b, in a turn of its own, and counts it. If it fails, b
+// is ended.
+func (k *KEK) turn(ctx context.Context, c class, verb string, b *batch, count *outcomes, do func(pkcs11.SessionHandle, *atomic.Int32) (int, error)) error {
+	what := verb + " under KEK " + k.info.Label
+	if err := k.t.admit(ctx, c, what); err != nil {
+		b.end()
+		count.failed(err)
+		return err
 	}
-	var done atomic.Int64
-	err := k.t.call(ctx, c, verb+" under KEK "+k.info.Label, func() (err error) {
+	left := new(atomic.Int32)
+	err := judged(what, k.t.do(ctx, c, func() error {
 		if k.gone != nil {
 			return k.gone
 		}
-		defer func() {
-			if err != nil {
-				discard()
-			}
-		}()
 		return k.t.onSession(func(s pkcs11.SessionHandle) error {
-			for i := range n {
-				if i > 0 && ctx.Err() != nil { // nobody waits for the rest
-					return fmt.Errorf("%w: %w", ErrUnavailable, context.Cause(ctx))
-				}
-				if err := op(s, i); err != nil {
-					return err
-				}
-				done.Add(1)
-			}
-			return nil
+			n, err := do(s, left)
+			count.done.Add(int64(n))
+			return err
 		})
-	}, discard)
-	count.done.Add(done.Load())
+	}, b.discard))
 	if err != nil {
+		left.Store(1) // if the module has not returned, it need not begin another one
 		count.failed(err)
 	}
 	return err
@@ -181,17 +202,16 @@ var canaryPayload = []byte("qkd kme canary 17")
 func newCanary(m *module, s pkcs11.SessionHandle, key pkcs11.ObjectHandle) (canary, error) {
 	c := canary{blob: make([]byte, len(canaryPayload)+TagBytes)}
 	_, _ = rand.Read(c.iv[:])
-	return c, m.seal(s, key, c.iv[:], canaryPayload, canaryPayload, c.blob)
+	return c, m.sealOne(s, key, c.iv[:], canaryPayload, canaryPayload, c.blob)
 }
 
 // check opens the canary with key, which is the one that sealed it or a copy.
 func (c canary) check(m *module, s pkcs11.SessionHandle, key pkcs11.ObjectHandle) error {
-	plain := make([]byte, len(c.blob))
-	n, err := m.unseal(s, key, c.iv[:], canaryPayload, c.blob, plain)
+	plain, err := m.unsealOne(s, key, c.iv[:], canaryPayload, c.blob)
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(plain[:n], canaryPayload) {
+	if !bytes.Equal(plain, canaryPayload) {
 		return errors.New("known good blob opened to something else")
 	}
 	return nil

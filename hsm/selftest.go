@@ -141,9 +141,9 @@ func (m *module) checkSize(c *checker, s pkcs11.SessionHandle, key pkcs11.Object
 	for _, b := range [][]byte{iv[:], otherIV[:], plain} {
 		_, _ = rand.Read(b)
 	}
-	blob, otherBlob, out := make([]byte, size+TagBytes), make([]byte, size+TagBytes), make([]byte, size+TagBytes)
+	blob, otherBlob := make([]byte, size+TagBytes), make([]byte, size+TagBytes)
 	sealed := c.check(of("AES-GCM seals"), func() error {
-		return errors.Join(m.seal(s, key, iv[:], aad, plain, blob), m.seal(s, key, otherIV[:], aad, plain, otherBlob))
+		return errors.Join(m.sealOne(s, key, iv[:], aad, plain, blob), m.sealOne(s, key, otherIV[:], aad, plain, otherBlob))
 	})
 	if !sealed {
 		return
@@ -155,8 +155,8 @@ func (m *module) checkSize(c *checker, s pkcs11.SessionHandle, key pkcs11.Object
 		return nil
 	})
 	c.check(of("it opens"), func() error {
-		n, err := m.unseal(s, key, iv[:], aad, blob, out)
-		if err == nil && !bytes.Equal(out[:n], plain) {
+		out, err := m.unsealOne(s, key, iv[:], aad, blob)
+		if err == nil && !bytes.Equal(out, plain) {
 			err = errors.New("what was sealed opens to something else")
 		}
 		return err
@@ -172,7 +172,7 @@ func (m *module) checkSize(c *checker, s pkcs11.SessionHandle, key pkcs11.Object
 		{"IV", otherIV[:], aad, blob},
 	} {
 		c.check(of("a wrong "+wrong.what+" is refused"), func() error {
-			_, err := m.unseal(s, key, wrong.iv, wrong.aad, wrong.blob, out)
+			_, err := m.unsealOne(s, key, wrong.iv, wrong.aad, wrong.blob)
 			switch {
 			case err == nil:
 				return errors.New("the module opened it")
@@ -184,11 +184,11 @@ func (m *module) checkSize(c *checker, s pkcs11.SessionHandle, key pkcs11.Object
 	}
 	c.check(of("what the module must never see is refused before"), func() error {
 		for what, err := range map[string]error{
-			"sealing with an empty IV":  m.seal(s, key, nil, aad, plain, blob),
-			"sealing without a tag":     m.seal(s, key, iv[:], aad, plain, blob[:size]),
-			"sealing with a short tag":  m.seal(s, key, iv[:], aad, plain, blob[:size+12]),
-			"opening with an empty IV":  second(m.unseal(s, key, nil, aad, blob, out)),
-			"opening without a payload": second(m.unseal(s, key, iv[:], aad, blob[:TagBytes], out[:TagBytes])),
+			"sealing with an empty IV":  m.sealOne(s, key, nil, aad, plain, blob),
+			"sealing without a tag":     m.sealOne(s, key, iv[:], aad, plain, blob[:size]),
+			"sealing with a short tag":  m.sealOne(s, key, iv[:], aad, plain, blob[:size+12]),
+			"opening with an empty IV":  second(m.unsealOne(s, key, nil, aad, blob)),
+			"opening without a payload": second(m.unsealOne(s, key, iv[:], aad, blob[:TagBytes])),
 		} {
 			if err == nil || isFault(err) {
 				return fmt.Errorf("%s reached the module", what)

@@ -31,6 +31,14 @@ func (t *Token) alone(ctx context.Context, what string, f func(pkcs11.SessionHan
 
 // call runs f in a turn of the class. See with and do.
 func (t *Token) call(ctx context.Context, c class, what string, f func() error, discard func()) error {
+	if err := t.admit(ctx, c, what); err != nil {
+		return err
+	}
+	return judged(what, t.do(ctx, c, f, discard))
+}
+
+// admit waits for a turn, as enter does, but nobody waits for long to be alone.
+func (t *Token) admit(ctx context.Context, c class, what string) error {
 	if c == alone { // it keeps everybody out while it waits: not for long, and not for what may never end
 		if n := t.stuck.Load(); n > 0 {
 			return fmt.Errorf("%w: token %q: %s: %d calls are stuck in the module", ErrUnavailable, t.cfg.TokenLabel, what, n)
@@ -43,7 +51,7 @@ func (t *Token) call(ctx context.Context, c class, what string, f func() error, 
 	} else if err := t.enter(ctx, c); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	return judged(what, t.do(ctx, c, f, discard))
+	return nil
 }
 
 // onOwnSession runs f on a read-write session of its own.
@@ -60,12 +68,20 @@ func (t *Token) onOwnSession(f func(pkcs11.SessionHandle) error) error {
 // do runs f, which calls the module, in the turn that the caller has taken, and gives
 // the turn back when f has ended. Nothing can call back a call that is in the module:
 // if ctx ends first, do leaves f to itself and fails with ErrUnavailable. What f
-// writes to belongs to f then, and discard (which may be nil), called when f has ended
-// at last, undoes what nobody waits for any more. Close waits for such calls.
+// writes to belongs to f then. discard (which may be nil) undoes what f has done: it is
+// called, once and in f's turn, if f has failed, or has ended when nobody waited for it any
+// more. Close waits for such calls.
 func (t *Token) do(ctx context.Context, c class, f func() error, discard func()) error {
+	if discard == nil {
+		discard = func() {}
+	}
 	if ctx.Done() == nil {
 		defer t.gate.leave(c)
-		return f()
+		err := f()
+		if err != nil {
+			discard()
+		}
+		return err
 	}
 	var settled atomic.Bool
 	done := make(chan error, 1)
@@ -73,13 +89,14 @@ func (t *Token) do(ctx context.Context, c class, f func() error, discard func())
 		defer t.gate.leave(c)
 		err := f()
 		if settled.CompareAndSwap(false, true) {
+			if err != nil {
+				discard()
+			}
 			done <- err
 			return
 		}
 		t.stuck.Add(-1)
-		if discard != nil {
-			discard()
-		}
+		discard()
 	}()
 	select {
 	case err := <-done:
