@@ -185,6 +185,15 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 	return cmp.Or(err, <-coreDone)
 }
 
+// longestTTL is how long keys live that were asked for without a lifetime.
+func (n *node) longestTTL() time.Duration {
+	longest := n.cfg.TTL
+	for _, l := range n.set.Links {
+		longest = max(longest, l.TTL)
+	}
+	return longest
+}
+
 // open reads the policies, gets a certificate if there is none, and opens the
 // HSM and the database, in the order in which an operator would want to hear of
 // what is wrong.
@@ -226,7 +235,7 @@ func (n *node) open(ctx context.Context) (err error) {
 		return errors.Join(err, n.witness.Close(), n.token.Close())
 	}
 	n.db, err = store.Open(ctx, store.Config{
-		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, Now: failpoint.Now, Witness: n.witness, Key: auditKey, Log: n.log,
+		DSN: n.cfg.Database, Site: n.self, Node: n.cfg.Node, EpochLength: n.cfg.Epoch, TTL: n.longestTTL(), Now: failpoint.Now, Witness: n.witness, Key: auditKey, Log: n.log,
 	})
 	if err != nil {
 		_, _ = n.token.Close(), n.witness.Close()

@@ -183,6 +183,10 @@ func (k *KME) oldest(link string) key.Epoch {
 	return key.EpochAt(k.Now().Add(-k.poolTTL(link)), k.EpochLength)
 }
 
+// MinPoolTTL is the least time that unassigned atoms stay useful: what is close to its end
+// is not used (usable).
+const MinPoolTTL = time.Minute
+
 // usable is the first epoch whose atoms may be announced: a little before the peer
 // expires them, so that none is announced in vain.
 func (l *link) usable() key.Epoch {

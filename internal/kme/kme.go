@@ -166,8 +166,8 @@ func New(c Config) (*KME, error) {
 		k.sinks = append(k.sinks, siem.New(s))
 	}
 	for _, lc := range c.Links {
-		if lc.TTL < 0 || lc.TTL > c.MaxTTL || lc.PoolTTL != 0 && lc.PoolTTL < c.EpochLength {
-			return nil, fmt.Errorf("configuring the KME: link %s: a ttl of %v and a pool_ttl of %v: at most max_ttl (%v), and at least an epoch (%v)", lc.ID, lc.TTL, lc.PoolTTL, c.MaxTTL, c.EpochLength)
+		if lc.TTL < 0 || lc.TTL > c.MaxTTL || lc.PoolTTL != 0 && lc.PoolTTL < max(c.EpochLength, MinPoolTTL) {
+			return nil, fmt.Errorf("configuring the KME: link %s: a ttl of %v and a pool_ttl of %v: at most max_ttl (%v), and at least an epoch (%v) and %v", lc.ID, lc.TTL, lc.PoolTTL, c.MaxTTL, c.EpochLength, MinPoolTTL)
 		}
 		if c.Peers[lc.Peer] == nil {
 			return nil, fmt.Errorf("configuring the KME: link %s: no client for peer %s", lc.ID, lc.Peer)

@@ -77,10 +77,16 @@ func (db *DB) readDue(ctx context.Context, sql string, ids []key.ID) (map[key.ID
 	return found, rows.Err()
 }
 
-// probed is how many expiry epochs, from the current one, are asked for a key by
-// the names of their partitions: those that the default lifetime reaches. A key
-// that is not there is looked for in the others too, which is slow.
-const probed = 3
+// maxProbed bounds how many expiry epochs are asked for a key by the names of their
+// partitions: see probed.
+const maxProbed = 64
+
+// probed is how many expiry epochs, from the current one, are asked for a key by the
+// names of their partitions: those that Config.TTL reaches. A key that is not there is
+// looked for in the others too, which is slow.
+func (c Config) probed() key.Epoch {
+	return min(key.Epoch(c.TTL/c.EpochLength)+2, maxProbed)
+}
 
 // maxFinds bounds the requests that share one statement.
 const maxFinds = 256
@@ -160,7 +166,7 @@ func (f *finder) look(batch []*find) {
 	}
 	var parts []string
 	now := key.EpochAt(f.db.cfg.Now(), f.db.cfg.EpochLength)
-	for e := now; e < now+probed; e++ {
+	for e := now; e < now+f.db.cfg.probed(); e++ {
 		if f.db.epochs.has(e) {
 			parts = append(parts, "SELECT "+dueColumns+" FROM "+dueTable(e)+" WHERE key_id = ANY($1::uuid[])")
 		}

@@ -68,6 +68,7 @@ type Config struct {
 	Site        identity.KME     // whose database it is: a database of another KME is refused
 	Node        string           // this node's name, unique at the site
 	EpochLength time.Duration    // must be what the database was made with
+	TTL         time.Duration    // most assigned keys expire no later than this from now: where they are looked for first
 	Now         func() time.Time // the daemon's clock
 	Witness     *Witness         // is told of each commit; nil: nobody is
 	Key         *audit.NodeKey   // signs the head of the audit chain in each commit; nil: nobody does, for tests
