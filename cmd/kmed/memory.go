@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"io"
 	"net"
 	"net/http"
 	"runtime"
@@ -11,12 +13,13 @@ import (
 	"time"
 )
 
-// Plain keys live in buffers of ours, which are wiped. But an answer also passes through
-// buffers of the standard library (HTTP, TLS) that nobody can reach, and whatever the
-// garbage collector has freed keeps its bytes until the memory is used for something
-// else. So the collector overwrites what it frees (clobberFree), and it is made to run
-// soon after keys were handed out (sweeper). That is not all of it: hsm/README.md has what
-// was still found.
+// Plain keys live in buffers of ours, which are wiped. But whatever the garbage collector
+// has freed keeps its bytes until the memory is used for something else, and an answer
+// over HTTP/2 also passes through buffers of the standard library that nobody can reach. So
+// the collector overwrites what it frees (clobberFree), it is made to run soon after keys
+// were handed out (sweeper), and over HTTP/1.1 an answer goes from its handler's buffer to
+// TLS, which encrypts it (past). That is not all of it: hsm/README.md has what was still
+// found.
 
 // clobberFree has Go's runtime overwrite memory that the garbage collector frees. It is
 // read once, when a process begins: main begins again with it.
@@ -61,9 +64,30 @@ type sweeper struct {
 func (s *sweeper) watch(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer s.left.Store(sweeps)
-		h.ServeHTTP(w, r)
+		h.ServeHTTP(past{w}, r)
 	})
 }
+
+// past has bodies whose length was said before go past net/http's buffers, where the
+// connection can do that (wipingConn): those of HTTP/1.1 are shared by all connections, and
+// would keep an answer until another one happens to be written over it.
+type past struct{ http.ResponseWriter }
+
+// Write sends b, behind the header.
+func (w past) Write(b []byte) (int, error) {
+	to, ok := w.ResponseWriter.(io.ReaderFrom) // not that of HTTP/2
+	if !ok || w.Header().Get("Content-Length") == "" {
+		return w.ResponseWriter.Write(b)
+	}
+	if err := http.NewResponseController(w.ResponseWriter).Flush(); err != nil {
+		return 0, err
+	}
+	n, err := to.ReadFrom(bytes.NewReader(b))
+	return int(n), err
+}
+
+// Unwrap serves http.ResponseController.
+func (w past) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // connection notes the end of a connection: its buffers, with the last answers that it
 // carried, are garbage from then on.
@@ -73,11 +97,12 @@ func (s *sweeper) connection(_ net.Conn, state http.ConnState) {
 	}
 }
 
-// wiping is the listener of a door that answers with keys: what a connection of HTTP/1.1
-// has sent is wiped. net/http gives the write buffer of a connection that has ended to
-// another one, of any server of the process, which keeps it for as long as it is open:
-// the rest of an old answer, behind the short ones of an operator who looks at alarms.
-// (Those of HTTP/2 go back after each write, and the sweeper has them collected.)
+// wiping is the listener of a door that answers with keys: a connection of HTTP/1.1 takes a
+// body past net/http's buffers (past), and wipes what went through them nevertheless.
+// net/http gives the write buffer of a connection that has ended to another one, of any
+// server of the process, which keeps it for as long as it is open: the rest of an old
+// answer, behind the short ones of an operator who looks at alarms. (Those of HTTP/2 go
+// back after each write, and the sweeper has them collected.)
 type wiping struct{ net.Listener }
 
 // Accept returns the next connection.
@@ -102,6 +127,12 @@ func (c wipingConn) Write(b []byte) (int, error) {
 		clear(b)
 	}
 	return n, err
+}
+
+// ReadFrom sends what is in src. net/http calls it with a body that it need not see, and
+// bytes.Reader writes its own bytes.
+func (c wipingConn) ReadFrom(src io.Reader) (int64, error) {
+	return io.Copy(struct{ io.Writer }{c.Conn}, src)
 }
 
 // run sweeps until ctx ends.

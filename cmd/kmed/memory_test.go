@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -70,12 +72,14 @@ func TestWiping(t *testing.T) {
 	ln := wiping{shaken{raw, cfg}}
 	pages := map[string][]byte{"/short": []byte("short"), "/long": bytes.Repeat([]byte("long "), 5000)} // a handler's own
 	want := map[string]string{"/short": string(pages["/short"]), "/long": string(pages["/long"])}
-	s := &http.Server{TLSConfig: cfg, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s := &http.Server{TLSConfig: cfg, Handler: new(sweeper).watch(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.TLS == nil {
 			t.Error("the handler sees no TLS")
 		}
-		_, _ = w.Write(pages[r.URL.Path])
-	})}
+		page := pages[r.URL.Path]
+		w.Header().Set("Content-Length", strconv.Itoa(len(page)))
+		_, _ = w.Write(page)
+	}))}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ln) }()
 	for _, protocol := range []int{1, 2} {
@@ -115,5 +119,93 @@ func TestWiping(t *testing.T) {
 	}
 	if sent := b.AvailableBuffer()[:httpBuffer]; !bytes.Equal(sent, make([]byte, httpBuffer)) {
 		t.Errorf("what was sent is still in the buffer: %q", sent[:8])
+	}
+}
+
+// seeing is the listener of one whose connections note what they are given to send, and how.
+type seeing struct {
+	net.Listener
+	*sent
+}
+
+type sent struct {
+	sync.Mutex
+	written, direct bytes.Buffer
+}
+
+func (l seeing) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	return seeingConn{c, l.sent}, err
+}
+
+type seeingConn struct {
+	net.Conn
+	*sent
+}
+
+func (c seeingConn) Write(b []byte) (int, error) {
+	c.Lock()
+	defer c.Unlock()
+	c.written.Write(b)
+	return c.Conn.Write(b)
+}
+
+func (c seeingConn) ReadFrom(src io.Reader) (int64, error) {
+	c.Lock()
+	defer c.Unlock()
+	return io.Copy(struct{ io.Writer }{c.Conn}, io.TeeReader(src, &c.direct))
+}
+
+// TestPast: a body whose length was said goes to the connection directly, not through a
+// buffer of net/http; the header goes before it. One without goes as ever.
+func TestPast(t *testing.T) {
+	t.Parallel()
+	raw, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln := seeing{raw, new(sent)}
+	s := &http.Server{Handler: new(sweeper).watch(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/key" {
+			w.Header().Set("Content-Length", "11")
+		}
+		for _, part := range []string{"half ", "a key "} {
+			if _, err := io.WriteString(w, part); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := http.NewResponseController(w).Flush(); err != nil {
+			t.Error(err)
+		}
+	}))}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(ln) }()
+	hc := &http.Client{Transport: &http.Transport{}}
+	for _, path := range []string{"/other", "/key", "/key"} {
+		res, err := hc.Get("http://" + raw.Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(res.Body)
+		if err != nil || string(got) != "half a key " || (res.ContentLength == 11) != (path == "/key") {
+			t.Errorf("%s: %q, of length %d, %v", path, got, res.ContentLength, err)
+		}
+		_ = res.Body.Close()
+		if path != "/key" {
+			ln.Lock()
+			ln.written.Reset()
+			ln.Unlock()
+		}
+	}
+	hc.CloseIdleConnections()
+	_ = s.Close()
+	if err := <-served; err != http.ErrServerClosed {
+		t.Error(err)
+	}
+	if got := ln.direct.String(); got != "half a key half a key " {
+		t.Errorf("%q went to the connection directly", got)
+	}
+	if got := ln.written.String(); bytes.Contains([]byte(got), []byte("key ")) {
+		t.Errorf("a body went through a buffer:\n%s", got)
 	}
 }
