@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha test-console storm rotation bench lint deb sbom fuzz tools promtool prerequisites clean
+.PHONY: all run build test test-ha test-console test-arm64 storm rotation bench lint deb sbom fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -40,6 +40,11 @@ test-console: prerequisites
 	@command -v chromium >/dev/null && command -v npm >/dev/null || { echo "kme: please install chromium, nodejs and npm"; exit 1; }
 	cd internal/lab/testdata/console && npm ci --ignore-scripts --no-audit --no-fund --silent
 	$(GO) test -tags $(TAGS),console -run '^TestConsole$$' -timeout 20m -v ./internal/lab
+
+## test-arm64: what has assembly for arm64, emulated (Debian package qemu-user-static); a few minutes
+test-arm64:
+	@command -v qemu-aarch64-static >/dev/null || { echo "kme: please install qemu-user-static"; exit 1; }
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) test -exec qemu-aarch64-static -tags $(TAGS) -timeout 30m ./internal/distill ./internal/bb84
 
 ## bench: the benchmarks, in Go's benchmark format
 bench: prerequisites build

@@ -132,7 +132,11 @@ func lastBlock(l admin.Link) string {
 	if b == nil {
 		return "-"
 	}
-	s := fmt.Sprintf("block %d at %s: QBER %.2f %%", b.Block, clock(b.At), 100*b.QBER)
+	s := fmt.Sprintf("block %d at %s: ", b.Block, clock(b.At))
+	if b.Aborted != "" && b.QBER == 0 { // before it was known
+		return s + "GIVEN UP: " + printable(b.Aborted)
+	}
+	s += fmt.Sprintf("QBER %.2f %%", 100*b.QBER)
 	if b.Aborted != "" {
 		return s + ", GIVEN UP: " + printable(b.Aborted)
 	}

@@ -221,9 +221,10 @@ type LinkConfig struct {
 	// longer block makes more key of the same light, and takes more time and memory. Both
 	// ends must have the same. Default 524288, at most 2097152.
 	KeyBits int `yaml:"key_bits"`
-	// InFlight is how many blocks may be under way at a time, at Alice's end. More than one
-	// makes up for a peer that is far away; each takes memory at both ends. Default 1, at
-	// most 15.
+	// InFlight is how many blocks may be at work at a time, at Alice's end. Those whose
+	// messages are on their way to the other end or back do not count: for a peer that is far
+	// away more are begun by themselves, up to 15 in all. Each takes memory at both ends, and
+	// what is under way is lost when an end dies. Default 1, at most 15.
 	InFlight int `yaml:"in_flight"`
 	// Filler, if not 0, makes blocks of so many random atoms instead of sending
 	// light: for load tests. A production node refuses it. Both ends must have it.

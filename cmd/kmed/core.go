@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/subtle"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
@@ -227,9 +228,7 @@ func (m mixed) Read(b []byte) (int, error) {
 	}
 	own := make([]byte, len(b))
 	_, _ = rand.Read(own) // never fails: it ends the process instead
-	for i := range b {
-		b[i] ^= own[i]
-	}
+	subtle.XORBytes(b, b, own)
 	clear(own)
 	return len(b), nil
 }

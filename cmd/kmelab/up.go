@@ -126,6 +126,8 @@ func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) 
 		switch made := link.Last != nil && link.Last.Aborted == ""; {
 		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && op.Ready(ctx) == nil:
 			return link, nil
+		case link.Last != nil && link.Last.Aborted != "" && link.Last.QBER == 0: // before it was known
+			s.step("link  block given up: " + link.Last.Aborted)
 		case link.Last != nil && link.Last.Aborted != "":
 			s.step(fmt.Sprintf("link  QBER %.1f %%: %s", 100*link.Last.QBER, link.Last.Aborted))
 		case link.Current != nil:

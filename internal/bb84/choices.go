@@ -102,18 +102,30 @@ func newChoices(seed *[SeedSize]byte, end string, session, block int64, p Params
 	}, nil
 }
 
-// draw takes the next 8 bytes of the stream and overwrites them.
+// drawBytes is what a draw takes of the key stream.
+const drawBytes = 8
+
+// draw takes the next bytes of the stream and overwrites them.
 func (c *Choices) draw() uint64 {
+	v := binary.LittleEndian.Uint64(c.coming(1))
+	c.drop(1)
+	return v
+}
+
+// coming is the key stream of the draws to come: of most at most, and of one at least.
+func (c *Choices) coming(most int) []byte {
 	if c.at == windowBytes {
 		clear(c.window[:])
 		c.stream.XORKeyStream(c.window[:], c.window[:])
 		c.at = 0
 	}
-	w := c.window[c.at : c.at+8]
-	v := binary.LittleEndian.Uint64(w)
-	clear(w)
-	c.at += 8
-	return v
+	return c.window[c.at:min(windowBytes, c.at+drawBytes*most)]
+}
+
+// drop overwrites the next draws.
+func (c *Choices) drop(draws int) {
+	clear(c.window[c.at : c.at+drawBytes*draws])
+	c.at += drawBytes * draws
 }
 
 // choose is the basis and the bit of a draw: bit 0, and bits 1 to 31.
@@ -126,8 +138,9 @@ func (c *Choices) choose(v uint64) (Basis, byte) {
 func (c *Choices) Sent() Sent { return c.sent(&c.intensities) }
 
 // sent draws what she sent, with the intensities as likely as s says.
-func (c *Choices) sent(s *spread) Sent {
-	v := c.draw()
+func (c *Choices) sent(s *spread) Sent { return c.sentBy(c.draw(), s) }
+
+func (c *Choices) sentBy(v uint64, s *spread) Sent {
 	basis, bit := c.choose(v)
 	return Sent{Basis: basis, Bit: bit, Intensity: s.pick(uint32(v >> 32))}
 }

@@ -1,6 +1,7 @@
 package bb84
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math"
 	"math/bits"
@@ -31,7 +32,8 @@ type Event struct {
 // the intensity of its pulse is drawn, by Alice's generator, with the chances that it
 // then has; bases and bits are as they were. A Sampler is for one goroutine.
 type Sampler struct {
-	rng        *rand.Rand
+	physics    *physics
+	gap        *ziggurat // of the distribution of gaps
 	alice, bob *Choices
 	gates      int64                         // of the block
 	next       int64                         // first gate not yet decided
@@ -52,12 +54,10 @@ type thresholds struct {
 	right, single uint64
 }
 
-const unit = 1 << 53
-
-// NewSampler starts a block of that many gates. Physics decides what fibre, Eve
+// NewSampler starts a block of that many gates. The source decides what fibre, Eve
 // and detectors do; its numbers must have nothing to do with the seeds of the
 // ends.
-func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.Source) (*Sampler, error) {
+func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, source rand.Source) (*Sampler, error) {
 	if err := p.Validate(); err != nil {
 		return nil, fmt.Errorf("link parameters: %w", err)
 	}
@@ -68,7 +68,7 @@ func NewSampler(p Params, e Eve, gates int64, alice, bob *Choices, physics rand.
 		return nil, fmt.Errorf("a block of %d gates: want 1 to 2^50", gates)
 	}
 	s := &Sampler{
-		rng:   rand.New(physics),
+		physics: newPhysics(source), gap: newZiggurat(),
 		alice: alice, bob: bob, gates: gates,
 		dead: p.DeadGates, quiet: -1 / math.Log1p(-p.Afterpulse),
 	}
@@ -99,47 +99,77 @@ func (o outcomes) thresholds() thresholds {
 
 // Next gives the next event, or false at the end of the block.
 func (s *Sampler) Next() (Event, bool) {
-	left := float64(s.gates - s.next)
-	gap := s.rng.ExpFloat64() * s.apart
-	var mask byte // bit 0: the detector of 0 clicked, bit 1: that of 1
-	if s.pending {
-		if s.until--; s.until < 0 {
-			mask = 1 + byte(s.rng.Uint64()>>63)
-			s.until = s.untilAfterpulse()
-		}
-	}
-	own := mask == 0 || gap < 1 // the gate has a click of its own
-	if mask != 0 {
-		gap = 0
-	}
-	if !(gap < left) { // true for NaN: nothing ever clicks
-		s.next = s.gates
-		return Event{}, false
-	}
-	gate := s.next + int64(gap)
-	s.next, s.pending = gate+1+s.dead, true
+	var one [1]Event
+	n := s.Read(one[:])
+	return one[0], n == 1
+}
 
-	basis, coin := s.bob.choose(s.bob.draw())
-	var sent Sent
-	if own {
-		sent = s.alice.sent(&s.clicked)
-		mask |= s.click(sent, basis)
-	} else {
-		sent = s.alice.sent(&s.dark)
+// Read draws the next events, as many as there is room for, and says how many these are:
+// fewer at the end of the block alone.
+func (s *Sampler) Read(events []Event) int {
+	read := 0
+	for read < len(events) && s.next < s.gates {
+		read += s.read(events[read:])
 	}
-	if mask == 3 {
-		return Event{Detection{Gate: gate, Basis: basis, Bit: coin, Double: true}, sent}, true
+	return read
+}
+
+// read draws some of the next events, at least one unless the block ends. It looks at the
+// choices of the ends as they lie in memory, so that nothing is called for one of them.
+func (s *Sampler) read(events []Event) int {
+	bobs := s.bob.coming(len(events))
+	alices := s.alice.coming(len(bobs) / drawBytes)
+	events = events[:len(alices)/drawBytes]
+	next, pending, until := s.next, s.pending, s.until
+	read := 0
+	for i := range events {
+		gap := s.physics.exponential(s.gap) * s.apart
+		var mask byte // bit 0: the detector of 0 clicked, bit 1: that of 1
+		own, intensities := true, &s.clicked
+		if pending {
+			if until--; until < 0 {
+				mask = 1 + byte(s.physics.word()>>63)
+				until = s.untilAfterpulse()
+				if own = gap < 1; !own { // or the gate has a click of its own, too
+					intensities = &s.dark
+				}
+				gap = 0
+			}
+		}
+		if !(gap < float64(s.gates-next)) { // true for NaN: nothing ever clicks
+			next = s.gates
+			break
+		}
+		gate := next + int64(gap)
+		next, pending = gate+1+s.dead, true
+
+		basis, coin := s.bob.choose(binary.LittleEndian.Uint64(bobs[drawBytes*i:]))
+		sent := s.alice.sentBy(binary.LittleEndian.Uint64(alices[drawBytes*i:]), intensities)
+		if own {
+			mask |= s.click(sent, basis)
+		}
+		e := &events[i]
+		*e = Event{Detection{Gate: gate, Basis: basis, Bit: mask >> 1}, sent}
+		if mask == 3 {
+			e.Bit, e.Double = coin, true
+		}
+		read++
 	}
-	return Event{Detection{Gate: gate, Basis: basis, Bit: mask >> 1}, sent}, true
+	s.next, s.pending, s.until = next, pending, until
+	s.bob.drop(read)
+	s.alice.drop(read)
+	return read
 }
 
 // untilAfterpulse draws how many clicks have no afterpulse before one has.
-func (s *Sampler) untilAfterpulse() float64 { return math.Floor(s.rng.ExpFloat64() * s.quiet) }
+func (s *Sampler) untilAfterpulse() float64 {
+	return math.Floor(s.physics.exponential(s.gap) * s.quiet)
+}
 
 // click draws which detectors a gate's own click is in.
 func (s *Sampler) click(sent Sent, bob Basis) byte {
 	t := &s.light[sent.Intensity][sent.Basis^bob]
-	u := s.rng.Uint64() >> 11
+	u := s.physics.word() >> 11
 	_, right := bits.Sub64(u, t.right, 0)
 	_, single := bits.Sub64(u, t.single, 0)
 	return 1<<(sent.Bit^byte(1-right)) | 3*byte(1-single)

@@ -229,6 +229,67 @@ func wilsonHilferty(chi2 float64, freedom int) float64 {
 	return (math.Cbrt(chi2/float64(freedom)) - (1 - k)) / math.Sqrt(k)
 }
 
+// The ziggurat draws from the exponential distribution: its upper parts are as likely as they
+// should be, down into the tail that it draws apart.
+func TestExponential(t *testing.T) {
+	p, z := newPhysics(rand.NewPCG(8, 8)), newZiggurat()
+	const n = 4_000_000
+	var above [400]int // 0.025 apart
+	sum := 0.
+	for range n {
+		x := p.exponential(z)
+		sum += x
+		for i := range min(len(above), int(x*40)+1) {
+			above[i]++
+		}
+	}
+	for i, count := range above {
+		mean := n * math.Exp(-float64(i)/40)
+		if sigma := math.Sqrt(mean * (1 - mean/n)); math.Abs(float64(count)-mean) > 4.5*sigma+1e-9 {
+			t.Errorf("%d of %d above %v, want %.0f +- %.0f", count, n, float64(i)/40, mean, sigma)
+		}
+	}
+	if mean := sum / n; math.Abs(mean-1) > 4.5/math.Sqrt(n) {
+		t.Errorf("mean %v", mean)
+	}
+	for i := 2; i < 256; i++ { // every layer has the same area
+		if area := z.width[i] * unit * (z.height[i-1] - z.height[i]); math.Abs(area/zigguratArea-1) > 1e-9 {
+			t.Errorf("layer %d has area %v", i, area)
+		}
+	}
+}
+
+// Events are the same however many are read at a time.
+func TestSamplerReads(t *testing.T) {
+	p := Standard()
+	p.Afterpulse, p.DarkPerGate = .03, .002
+	const gates = 1_000_000
+	sampler := func() *Sampler {
+		alice, bob := choices(t, p, 6)
+		s, err := NewSampler(p, Eve{}, gates, alice, bob, rand.NewPCG(6, 6))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	one, many := sampler(), sampler()
+	random, all := rand.New(rand.NewPCG(7, 7)), 0
+	for done := false; !done; {
+		events := make([]Event, 1+random.IntN(1500))
+		n := many.Read(events)
+		done = n < len(events)
+		for i, e := range events[:n] {
+			if want, ok := one.Next(); !ok || e != want {
+				t.Fatalf("event %d: %+v, want %+v", all+i, e, want)
+			}
+		}
+		all += n
+	}
+	if e, ok := one.Next(); ok || many.Read(make([]Event, 3)) != 0 || all < 9000 {
+		t.Fatalf("after %d events: %+v", all, e)
+	}
+}
+
 // Links at the edge of what Validate lets through neither hang nor divide by zero.
 func TestSamplerExtremes(t *testing.T) {
 	bright := []Intensity{{10, .9}, {9.9, .1}}
@@ -342,14 +403,16 @@ func BenchmarkSampler(b *testing.B) {
 			p.Km = km
 			gates := int64(2e5 / p.Rates(Eve{}).Gain)
 			var clicks int64
+			var events [512]Event
 			for i := 0; b.Loop(); i++ {
 				alice, bob := choices(b, p, byte(i))
 				s, err := NewSampler(p, Eve{}, gates, alice, bob, rand.NewPCG(uint64(i), 1))
 				if err != nil {
 					b.Fatal(err)
 				}
-				for _, ok := s.Next(); ok; _, ok = s.Next() {
-					clicks++
+				for n := len(events); n == len(events); {
+					n = s.Read(events[:])
+					clicks += int64(n)
 				}
 			}
 			b.ReportMetric(float64(gates)*float64(b.N)/b.Elapsed().Seconds(), "pulses/s")

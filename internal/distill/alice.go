@@ -126,6 +126,9 @@ func (a *aliceEnd) sift() error {
 	if err := a.out.enough(a.Params); err != nil {
 		return a.talk.abort(ReasonCounts, 0, err)
 	}
+	if err := proportion(sent.Bases, theirBases, n, a.PX); err != nil {
+		return a.talk.abort(ReasonBases, 0, err)
+	}
 	m := siftedMessage{matches: matches, intensities: planes(a.Params, matches, sent)}
 	if m.seed, err = a.seed(); err != nil {
 		return err

@@ -26,45 +26,80 @@ func amplify(key frame, keyBits int, seed []byte, length int) []byte {
 }
 
 // toeplitzTimes adds T times x, of rest bits, to out, of length bits; what it adds
-// behind the last is of no meaning. Matrix and vectors are cut into squares of
-// one size, whose products are middle products of the seed.
+// behind the last is of no meaning. The matrix is cut into squares, whose products with
+// their parts of x are middle products of the seed.
 func toeplitzTimes(out, x, seed frame, length, rest int) {
-	size := squareSize(length, rest)
-	words := size / 64
-	w := newWorkspace(words)
+	squares := cut(length, rest)
+	most := 0
+	for _, q := range squares {
+		most = max(most, q.words)
+	}
+	w := newWorkspace(most)
 	defer w.wipe()
-	part, product, stretch := make(frame, words), make(frame, words), make(frame, 2*words)
-	for row := 0; row*size < length; row++ {
-		for column := 0; column*size < rest; column++ {
-			clear(part)
-			copy(part, x[min(column*words, len(x)):])
-			window(stretch, seed, (row-column)*size+rest-1-size)
-			w.middle(product, stretch, part)
-			to := out[row*words:]
-			for i := range min(len(to), words) {
-				to[i] ^= product[i]
-			}
-		}
+	part, product, stretch := make(frame, most), make(frame, most), make(frame, 2*most)
+	for _, q := range squares {
+		part, product, stretch := part[:q.words], product[:q.words], stretch[:2*q.words]
+		clear(part[copy(part, x[q.column:]):])
+		window(stretch, seed, 64*(q.row-q.column-q.words)+rest-1)
+		w.middle(product, stretch, part)
+		to := out[q.row:]
+		to = to[:min(len(to), q.words)]
+		xor(to, to, product)
 	}
 	clear(part)
 	clear(product)
 }
 
-// squareSize is the size in bits of the squares for which the work is least: a square
-// twice as large takes three times as long.
-func squareSize(length, rest int) int {
-	const smallest = 64 * kernelWords
-	best, least := smallest, 0
-	for size, work := smallest, 1; size <= 1<<22; size, work = 2*size, 3*work {
-		squares := ((length + size - 1) / size) * ((rest + size - 1) / size)
-		if total := squares * work; least == 0 || total < least {
-			best, least = size, total
-		}
-		if size >= length && size >= rest {
-			break
+// square is one of a matrix of bits: its first row and column, and how many of each it has,
+// in words. The last ones may stand out over the edge.
+type square struct{ row, column, words int }
+
+// cut cuts a matrix into the squares that are the least work.
+func cut(rows, columns int) []square {
+	rows, columns = (rows+63)/64, (columns+63)/64
+	size := kernelWords
+	for size < min(max(rows, columns), 1<<16) {
+		size *= 2
+	}
+	squares, _ := cover(rows, columns, size, max(kernelWords, size/64))
+	return squares
+}
+
+// cover covers so many rows and columns of words with squares of a size, or with as many as
+// lie in it whole and, to the right of them and below, with smaller ones, down to the finest.
+// The work is that of the smallest product: three times as much for a square twice as large,
+// besides fetching the seed for it.
+func cover(rows, columns, size, finest int) (squares []square, work int) {
+	if rows <= 0 || columns <= 0 {
+		return nil, 0
+	}
+	each := 1
+	for words := kernelWords; words < size; words *= 2 {
+		each *= 3
+	}
+	each += 2 * size / kernelWords
+	down, across := (rows+size-1)/size, (columns+size-1)/size
+	work = down * across * each
+	if size > finest {
+		whole, wide := rows/size, columns/size
+		right, more := cover(whole*size, columns-wide*size, size/2, finest)
+		below, most := cover(rows-whole*size, columns, size/2, finest)
+		if some := whole*wide*each + more + most; some < work {
+			for _, q := range right {
+				squares = append(squares, square{q.row, q.column + wide*size, q.words})
+			}
+			for _, q := range below {
+				squares = append(squares, square{q.row + whole*size, q.column, q.words})
+			}
+			down, across, work = whole, wide, some
 		}
 	}
-	return best
+	for i := range down {
+		for j := range across {
+			squares = append(squares, square{i * size, j * size, size})
+		}
+	}
+	return squares, work
 }
 
 // window sets dst to the bits of src from bit first on, which may lie before its
@@ -119,6 +154,10 @@ func (w *workspace) middle(out, s, x frame) {
 	n := len(x)
 	if n == kernelWords {
 		kernel((*[kernelWords]uint64)(out), (*[2 * kernelWords]uint64)(s), (*[kernelWords]uint64)(x))
+		return
+	}
+	if n == 2*kernelWords && hasWide {
+		kernelTwice(&out[:n][0], &s[:2*n][0], &x[0])
 		return
 	}
 	h := n / 2

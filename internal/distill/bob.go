@@ -5,6 +5,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/qutemail/kme/internal/key"
@@ -134,15 +135,18 @@ func (b *bobEnd) sift() error {
 	b.sifted = sift(b.Params, m.seed, m.matches, bases, detections.Bits, m.intensities)
 	b.out.Key, b.out.Test = b.sifted.used.key, b.sifted.used.test
 	b.progress(StageSift, 1)
-	return b.estimate(m.test)
+	return b.estimate(m.test, runs(detections.Bits, n))
 }
 
-// estimate compares the test bits, and shows Alice his.
-func (b *bobEnd) estimate(theirs []byte) error {
+// estimate compares the test bits, and shows Alice his, unless his bits depend on each other.
+func (b *bobEnd) estimate(theirs []byte, alike error) error {
 	b.progress(StageEstimate, 0)
 	tooMany := b.out.tested(b.Params, b.sifted.wrong(theirs))
 	if !b.Doubles.hold(b.out.Doubles) {
 		return b.talk.abort(ReasonDoubles, b.out.TestErrors.total(), fmt.Errorf("%d double clicks, where %d to %d pass", b.out.Doubles, b.Doubles.Min, b.Doubles.Max))
+	}
+	if alike != nil {
+		return b.talk.abort(ReasonRuns, b.out.TestErrors.total(), alike)
 	}
 	if err := b.out.gains(b.Params); err != nil {
 		return b.talk.abort(ReasonGains, b.out.TestErrors.total(), err)
@@ -171,7 +175,7 @@ func (b *bobEnd) reconcile() error {
 	before := slices.Clone(b.sifted.key)
 	defer clear(before)
 	ask := func(round []frameQuestions) ([]byte, error) { return b.ask(round, rate) }
-	b.searches, err = reconcile(newPasses(b.FrameBits, rate, [32]byte(body)), b.sifted.frames(b.FrameBits), ask)
+	b.searches, err = reconcile(newPasses(b.FrameBits, rate, [32]byte(body)), b.sifted.frames(b.FrameBits), b.spare(), ask)
 	if err != nil {
 		return err
 	}
@@ -184,6 +188,18 @@ func (b *bobEnd) reconcile() error {
 	}
 	b.progress(StageReconcile, 1)
 	return nil
+}
+
+// spare is how many bits may leak to save questions: what LeakLimit leaves beyond what
+// reconciliation takes, if the key has as many errors as it may by the test bits.
+func (b *bobEnd) spare() int {
+	if b.Hurry == nil || !b.Hurry() {
+		return 0
+	}
+	const sigmas, usual = 4, 1.05 // usual: efficiency
+	errors := float64(b.out.TestErrors.total())
+	highest := (errors + sigmas*math.Sqrt(errors) + sigmas) / float64(b.TestBits)
+	return b.LeakLimit - int(usual*float64(b.KeyBits)*entropy(min(.5, highest)))
 }
 
 // ask puts questions to Alice, as far as the profile allows her to answer.

@@ -27,10 +27,10 @@ func noisyPair(random *rand.Rand, n int, rate float64) (a, b frame, errors int) 
 }
 
 // reconciled runs Bob's search against Alice's view and counts what leaks.
-func reconciled(t testing.TB, p *passes, a, b frame) (s *search, revealed, rounds int) {
+func reconciled(t testing.TB, p *passes, a, b frame, spare int) (s *search, revealed, rounds int) {
 	t.Helper()
 	alice := newView(p, a)
-	searches, err := reconcile(p, []frame{b}, func(round []frameQuestions) ([]byte, error) {
+	searches, err := reconcile(p, []frame{b}, spare, func(round []frameQuestions) ([]byte, error) {
 		rounds++
 		n := countAll(round)
 		revealed += n
@@ -50,16 +50,21 @@ func seedOf(i int) (seed [32]byte) {
 }
 
 // 10 000 frames in all: a frame error rate of 1e-4 would leave one.
-func TestCascadeLeavesNoError(t *testing.T) {
+func TestCascadeLeavesNoError(t *testing.T) { leavesNoError(t, 2000, 0) }
+
+// Nor do hurried questions leave one, which go after the same errors in several passes.
+func TestHurriedCascadeLeavesNoError(t *testing.T) { leavesNoError(t, 200, 1<<9) }
+
+func leavesNoError(t *testing.T, frames, spare int) {
 	random := rand.New(rand.NewPCG(1, 2))
 	for _, rate := range []float64{0.01, 0.02, 0.03, 0.05, 0.08} {
 		var p *passes
-		for i := range 2000 {
+		for i := range frames {
 			if i%8 == 0 { // the frames of a block share their passes
 				p = newPasses(1<<13, rate, seedOf(i))
 			}
 			a, b, errors := noisyPair(random, 1<<13, rate)
-			s, revealed, _ := reconciled(t, p, a, b)
+			s, revealed, _ := reconciled(t, p, a, b, spare)
 			if !slices.Equal(a, b) {
 				t.Fatalf("rate %v, frame %d: the keys differ", rate, i)
 			}
@@ -78,10 +83,18 @@ func TestCascadeEfficiency(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	for _, rate := range []float64{0.005, 0.01, 0.02, 0.03, 0.05} {
 		a, b, errors := noisyPair(random, n, rate)
-		s, _, _ := reconciled(t, newPasses(n, rate, seedOf(1)), a, b)
+		p := newPasses(n, rate, seedOf(1))
+		before := slices.Clone(b)
+		s, _, _ := reconciled(t, p, a, b, 0)
 		if !slices.Equal(a, b) {
 			t.Fatalf("rate %v: the keys differ", rate)
 		}
+		spare := s.leak / 10
+		hurried, _, _ := reconciled(t, p, a, before, spare)
+		if !slices.Equal(a, before) || hurried.rounds*4 > s.rounds*3 || hurried.leak > s.leak+spare {
+			t.Errorf("rate %v: in a hurry %d rounds and %d bits, %d and %d without", rate, hurried.rounds, hurried.leak, s.rounds, s.leak)
+		}
+		t.Logf("rate %v: in a hurry %d rounds, %.3f of the bits", rate, hurried.rounds, float64(hurried.leak)/float64(s.leak))
 		f := float64(s.leak) / (n * entropy(float64(errors)/n))
 		t.Logf("rate %v: f %.4f, %d rounds", rate, f, s.rounds)
 		if f > 1.08 {
@@ -111,7 +124,7 @@ func BenchmarkCascade(b *testing.B) {
 				if i%2 == 0 { // a block of the lab has two frames
 					p = newPasses(n, rate, seedOf(i))
 				}
-				s, _, _ := reconciled(b, p, alices[i%8], slices.Clone(bobs[i%8]))
+				s, _, _ := reconciled(b, p, alices[i%8], slices.Clone(bobs[i%8]), 0)
 				f += float64(s.leak) / (n * entropy(float64(errors[i%8])/n))
 				rounds += float64(s.rounds)
 			}

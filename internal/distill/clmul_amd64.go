@@ -34,5 +34,18 @@ func xor(dst, a, b frame) {
 //go:noescape
 func kernelWide(out *[kernelWords]uint64, s *[2 * kernelWords]uint64, x *[kernelWords]uint64)
 
+// hasFours says that there is assembly for add4.
+var hasFours = hasProduct
+
+// addFoursAsm is add4 of so many times four coefficients, of 16 bytes each.
+//
+//go:noescape
+func addFoursAsm(sum *element, powers *[4]element, coefficients *byte, fours int)
+
+// kernelTwice is kernelWide for twice as many words of everything.
+//
+//go:noescape
+func kernelTwice(out, s, x *uint64)
+
 //go:noescape
 func xorWide(dst, a, b *uint64, eights int)

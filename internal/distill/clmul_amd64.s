@@ -120,6 +120,74 @@ TEXT ·kernelWide(SB), NOSPLIT, $0-24
 	VZEROUPPER
 	RET
 
+// func kernelTwice(out, s, x *uint64)
+//
+// As kernelWide: Z4 and Z5 get the sums with a+b = 16, 18, 20, 22 and 17, 19, 21, 23, Z8 and
+// Z9 those with 24 and on, and Z6 that with a+b = 15.
+TEXT ·kernelTwice(SB), NOSPLIT, $0-24
+	MOVQ       out+0(FP), DI
+	MOVQ       s+8(FP), SI
+	MOVQ       x+16(FP), DX
+	VMOVDQU64  (DX), Z0
+	VMOVDQU64  64(DX), Z2
+	VSHUFI64X2 $0x1b, Z0, Z0, Z0
+	VSHUFI64X2 $0x1b, Z2, Z2, Z2
+	VMOVDQU64  (SI), Z1
+	VMOVDQU64  64(SI), Z3
+	VPCLMULQDQ $0x01, Z2, Z1, Z6
+	VPCLMULQDQ $0x10, Z2, Z1, Z7
+	VPXORQ     Z7, Z6, Z6
+	VPCLMULQDQ $0x01, Z0, Z3, Z7
+	VPXORQ     Z7, Z6, Z6
+	VPCLMULQDQ $0x10, Z0, Z3, Z7
+	VPXORQ     Z7, Z6, Z6
+	VPXORQ     Z4, Z4, Z4
+	VPXORQ     Z5, Z5, Z5
+	VPXORQ     Z8, Z8, Z8
+	VPXORQ     Z9, Z9, Z9
+
+#define BY2(B) \
+	VPBROADCASTQ (8*B)(DX), Z0; \
+	VMOVDQU64    (128-8*B)(SI), Z1; \
+	VMOVDQU64    (192-8*B)(SI), Z10; \
+	VPCLMULQDQ   $0x00, Z0, Z1, Z2; \
+	VPCLMULQDQ   $0x01, Z0, Z1, Z3; \
+	VPCLMULQDQ   $0x00, Z0, Z10, Z11; \
+	VPCLMULQDQ   $0x01, Z0, Z10, Z12; \
+	VPXORQ       Z2, Z4, Z4; \
+	VPXORQ       Z3, Z5, Z5; \
+	VPXORQ       Z11, Z8, Z8; \
+	VPXORQ       Z12, Z9, Z9
+
+	BY2(0)
+	BY2(1)
+	BY2(2)
+	BY2(3)
+	BY2(4)
+	BY2(5)
+	BY2(6)
+	BY2(7)
+	BY2(8)
+	BY2(9)
+	BY2(10)
+	BY2(11)
+	BY2(12)
+	BY2(13)
+	BY2(14)
+	BY2(15)
+	VSHUFI64X2 $0x4e, Z6, Z6, Z7
+	VPXORQ     Z7, Z6, Z6
+	VSHUFI64X2 $0xb1, Z6, Z6, Z7
+	VPXORQ     Z7, Z6, Z6
+	VALIGNQ    $7, Z5, Z9, Z9
+	VALIGNQ    $7, Z6, Z5, Z5
+	VPXORQ     Z5, Z4, Z4
+	VPXORQ     Z9, Z8, Z8
+	VMOVDQU64  Z4, (DI)
+	VMOVDQU64  Z8, 64(DI)
+	VZEROUPPER
+	RET
+
 // func xorWide(dst, a, b *uint64, eights int)
 TEXT ·xorWide(SB), NOSPLIT, $0-32
 	MOVQ dst+0(FP), DI
@@ -137,4 +205,71 @@ loop:
 	DECQ      CX
 	JNZ       loop
 	VZEROUPPER
+	RET
+
+// func addFoursAsm(sum *element, powers *[4]element, coefficients *byte, fours int)
+//
+// X4, X5 and X6 get the low, middle and high parts of the sum of four products. What lies
+// beyond z^127 comes back as its multiple by z^7+z^2+z+1 (X12), the highest 64 bits first.
+TEXT ·addFoursAsm(SB), NOSPLIT, $0-32
+	MOVQ  sum+0(FP), DI
+	MOVQ  powers+8(FP), DX
+	MOVQ  coefficients+16(FP), SI
+	MOVQ  fours+24(FP), CX
+	MOVOU (DI), X0
+	MOVOU (DX), X11
+	MOVOU 16(DX), X10
+	MOVOU 32(DX), X9
+	MOVOU 48(DX), X8
+	MOVQ  $0x87, AX
+	MOVQ  AX, X12
+
+#define TIMES(POWER) \
+	MOVO      X1, X2; \
+	MOVO      X1, X3; \
+	MOVO      X1, X7; \
+	PCLMULQDQ $0x00, POWER, X2; \
+	PCLMULQDQ $0x11, POWER, X3; \
+	PCLMULQDQ $0x01, POWER, X7; \
+	PCLMULQDQ $0x10, POWER, X1; \
+	PXOR      X2, X4; \
+	PXOR      X3, X6; \
+	PXOR      X7, X5; \
+	PXOR      X1, X5
+
+four:
+	PXOR  X4, X4
+	PXOR  X5, X5
+	PXOR  X6, X6
+	MOVOU 16(SI), X1
+	TIMES(X9)
+	MOVOU 32(SI), X1
+	TIMES(X10)
+	MOVOU 48(SI), X1
+	TIMES(X11)
+	MOVOU (SI), X1
+	PXOR  X0, X1
+	TIMES(X8)
+
+	MOVO  X5, X7
+	PSLLO $8, X7
+	PSRLO $8, X5
+	PXOR  X7, X4
+	PXOR  X5, X6
+
+	MOVO      X6, X7
+	PCLMULQDQ $0x01, X12, X7
+	MOVO      X7, X5
+	PSLLO     $8, X5
+	PSRLO     $8, X7
+	PXOR      X5, X4
+	PXOR      X7, X6
+	PCLMULQDQ $0x00, X12, X6
+	PXOR      X6, X4
+	MOVO      X4, X0
+
+	ADDQ  $64, SI
+	DECQ  CX
+	JNZ   four
+	MOVOU X0, (DI)
 	RET

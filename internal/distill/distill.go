@@ -279,6 +279,11 @@ type BobConfig struct {
 	// Stored answers how many atoms Bob's end has stored.
 	Stored func() int
 
+	// Hurry, if not nil, is asked when reconciliation begins whether Alice is far away. Then
+	// fewer questions are asked, of more bits, as far as the profile lets them leak. It changes
+	// nothing about the length of the secret, for which LeakLimit counts and not what does leak.
+	Hurry func() bool
+
 	// Accept judges Alice's terms for a block of so many atoms. An error aborts the
 	// block; it is kept in Abort.Err here and not told to Alice.
 	Accept func(terms Terms, atoms int) error
@@ -298,6 +303,8 @@ const (
 	ReasonErrors  = "key errors above tolerance" // with one decoy: in the key basis, of an intensity
 	ReasonVerify  = "verification failed"        // the keys still differ
 	ReasonTerms   = "terms refused"              // Bob does not take the block under Alice's terms
+	ReasonBases   = "bases out of proportion"    // detection depends on the basis of an end
+	ReasonRuns    = "neighbouring bits alike"    // or unlike: what a detector sees depends on what it saw
 )
 
 // ErrTag is the error of a block whose transcript the other end's tag does not fit. The
@@ -311,14 +318,23 @@ var ErrNoPad = errors.New("no such pad in the reserve")
 // and the channel is in step for the next block.
 type Abort struct {
 	Reason string  // one of the Reason constants
-	QBER   float64 // error rate of the test bits; 0 if it was not yet known
+	QBER   float64 // error rate of the test bits; 0 if it was not yet known: see Estimated
 	Peer   bool    // the other end decided it
 	Err    error   // more about it, at the end that decided; may be nil
 }
 
-// Error says why, with the error rate.
+// Estimated says whether the test bits were compared before the block was given up, so that
+// QBER is a rate.
+func (a *Abort) Estimated() bool {
+	return a.Reason != ReasonPad && a.Reason != ReasonCounts && a.Reason != ReasonBases
+}
+
+// Error says why, with the error rate if there is one.
 func (a *Abort) Error() string {
-	s := fmt.Sprintf("block aborted: %s (error rate %.2f %%)", a.Reason, 100*a.QBER)
+	s := "block aborted: " + a.Reason
+	if a.Estimated() {
+		s += fmt.Sprintf(" (error rate %.2f %%)", 100*a.QBER)
+	}
 	if a.Err != nil {
 		s += ": " + a.Err.Error()
 	}

@@ -265,14 +265,17 @@ func TestBlock(t *testing.T) {
 		params    Params
 		errorRate float64
 		limit     float64 // of the efficiency
+		far       bool
 	}{
-		{"one percent", standard, 0.01, 1.05},
-		{"two percent", standard, 0.02, 1.05},
-		{"one decoy", oneDecoy(small), 0.02, 1.5},
+		{"one percent", standard, 0.01, 1.05, false},
+		{"two percent", standard, 0.02, 1.05, false},
+		{"far away", standard, 0.02, 1.4, true},
+		{"one decoy", oneDecoy(small), 0.02, 1.5, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l := shine(rand.New(rand.NewPCG(1, 1)), test.params, detection(test.params), test.errorRate)
 			e := newEnds(test.params, l, 1)
+			e.bob.Hurry = func() bool { return test.far }
 			var stages []string
 			e.alice.Progress = func(stage string, done float64) {
 				if done == 1 {
@@ -301,6 +304,9 @@ func TestBlock(t *testing.T) {
 			}
 			if a.Efficiency == 0 || a.Efficiency > test.limit {
 				t.Errorf("efficiency: %v", a.Efficiency)
+			}
+			if test.far && (a.Rounds > 150 || a.Efficiency < 1.05) {
+				t.Errorf("in a hurry: %d rounds, efficiency %v", a.Rounds, a.Efficiency)
 			}
 			t.Logf("QBER %.4f, of the key %.4f, leak %d, f %.4f, %d rounds", a.QBER, a.KeyQBER, a.Leak, a.Efficiency, a.Rounds)
 			if a.Pads[0].Bits == a.Pads[1].Bits || a.Pads[1].Name != (PadName{7, 3, 1}) {
@@ -340,6 +346,17 @@ func TestAborts(t *testing.T) {
 		{ReasonTerms, 0.9, 0.03, func(e *ends) { e.bob.Accept = func(Terms, int) error { return refused } }},
 		{ReasonPad, 0.9, 0.03, func(e *ends) { e.padsB.last = PadName{5, 0, 0} }},
 		{ReasonDoubles, 0.9, 0.03, func(e *ends) { e.alice.Doubles, e.bob.Doubles = Limits{0, 3}, Limits{0, 3} }},
+		{ReasonBases, 0.9, 0.03, func(e *ends) { e.alice.PX, e.bob.PX = .71, .71 }},
+		{ReasonRuns, 0.9, 0.03, func(e *ends) {
+			all := e.bob.Detections
+			e.bob.Detections = func(ctx context.Context, session, block int64) (Detections, error) {
+				d, err := all(ctx, session, block)
+				for i := range d.Bits {
+					d.Bits[i] &= 0x77 // detector 1 is tired at every fourth
+				}
+				return d, err
+			}
+		}},
 		{ReasonGains, 0.9, 0.03, func(e *ends) { e.alice.Key[1].Max, e.bob.Key[1].Max = 900, 900 }},
 		{ReasonGains, 0.9, 0.03, func(e *ends) { e.alice.Test[2].Min, e.bob.Test[2].Min = 600, 600 }},
 		{ReasonErrors, 0.9, 0.03, func(e *ends) {
@@ -386,6 +403,22 @@ func TestAborts(t *testing.T) {
 				t.Errorf("the next block: Alice %v, Bob %v", aliceErr, bobErr)
 			}
 		})
+	}
+}
+
+// An abort speaks of an error rate only if there is one.
+func TestAbortSaysWhatIsKnown(t *testing.T) {
+	cause := errors.New("0 key bits")
+	for want, abort := range map[string]*Abort{
+		"block aborted: counts too low: 0 key bits":                                 {Reason: ReasonCounts, Err: cause},
+		"block aborted: pad unknown":                                                {Reason: ReasonPad, Peer: true},
+		"block aborted: error rate above tolerance (error rate 25.00 %)":            {Reason: ReasonQBER, QBER: .25},
+		"block aborted: verification failed (error rate 0.00 %)":                    {Reason: ReasonVerify},
+		"block aborted: double clicks out of range (error rate 1.00 %): 0 key bits": {Reason: ReasonDoubles, QBER: .01, Err: cause},
+	} {
+		if got := abort.Error(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
 

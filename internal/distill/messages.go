@@ -284,6 +284,7 @@ func parseConfirm(body []byte) (tag [16]byte, err error) {
 // abortReasons numbers the reasons on the wire; 0 is none.
 var abortReasons = [...]string{
 	"", ReasonPad, ReasonDoubles, ReasonCounts, ReasonGains, ReasonQBER, ReasonLeak, ReasonErrors, ReasonVerify, ReasonTerms,
+	ReasonBases, ReasonRuns,
 }
 
 type abortMessage struct {

@@ -63,6 +63,10 @@ func (a *authenticator) record(from, kind byte, body []byte) {
 	at := func(i int) element {
 		return element{binary.LittleEndian.Uint64(body[16*i:]), binary.LittleEndian.Uint64(body[16*i+8:])}
 	}
+	if fours := len(body) / 64; fours > 0 && hasFours {
+		addFoursAsm(&a.sum, &a.powers, &body[0], fours)
+		body = body[64*fours:]
+	}
 	for ; len(body) >= 64; body = body[64:] {
 		a.add4(at(0), at(1), at(2), at(3))
 	}

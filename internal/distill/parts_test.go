@@ -54,6 +54,59 @@ func TestAmplifyIsToeplitz(t *testing.T) {
 	}
 }
 
+// However a matrix is cut, its squares cover it once. The last stand out by less than their
+// size.
+func TestCutCovers(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		rows, columns := rapid.IntRange(1, 1<<15).Draw(t, "rows"), rapid.IntRange(1, 1<<15).Draw(t, "columns")
+		down, across := (rows+63)/64, (columns+63)/64
+		covered := make([]byte, down*across)
+		for _, q := range cut(rows, columns) {
+			if q.row >= down || q.column >= across {
+				t.Fatalf("a square at %d, %d of %d, %d words", q.row, q.column, down, across)
+			}
+			for i := q.row; i < min(down, q.row+q.words); i++ {
+				for j := q.column; j < min(across, q.column+q.words); j++ {
+					covered[i*across+j]++
+				}
+			}
+		}
+		if bytes.Count(covered, []byte{1}) != len(covered) {
+			t.Fatalf("%d rows and %d columns are not covered once each", rows, columns)
+		}
+	})
+}
+
+// Middle products are the same whatever they are made of.
+func TestMiddle(t *testing.T) {
+	random := rand.New(rand.NewPCG(20, 20))
+	for _, words := range []int{kernelWords, 2 * kernelWords, 4 * kernelWords, 16 * kernelWords} {
+		s, x, got, want := make(frame, 2*words), make(frame, words), make(frame, words), make(frame, words)
+		for range 20 {
+			for i := range s {
+				s[i] = random.Uint64()
+			}
+			clear(want)
+			for i := range x {
+				x[i] = random.Uint64()
+				for k := range s {
+					hi, lo := productPortable(s[k], x[i])
+					if at := k + i - words; at >= 0 && at < words {
+						want[at] ^= lo
+					}
+					if at := k + i + 1 - words; at >= 0 && at < words {
+						want[at] ^= hi
+					}
+				}
+			}
+			newWorkspace(words).middle(got, s, x)
+			if !slices.Equal(got, want) {
+				t.Fatalf("%d words of %x and %x: %x, want %x", words, s, x, got, want)
+			}
+		}
+	}
+}
+
 func TestAmplifyIsLinear(t *testing.T) {
 	random := rand.New(rand.NewPCG(12, 12))
 	const n, length = 1 << 14, 9741
@@ -197,6 +250,26 @@ func TestPlaceAndIndex(t *testing.T) {
 	}
 }
 
+// A key is mixed a word at a time as it is bit by bit.
+func TestMix(t *testing.T) {
+	random := rand.New(rand.NewPCG(19, 19))
+	for _, n := range []int{1 << 12, 1 << 13, 1 << 15, 1 << 18} {
+		for _, rate := range []float64{.04, .02, .01, .003} {
+			p := newPasses(n, rate, seedOf(n))
+			if len(p.deal) < 64 || len(p.shift) < 64 {
+				continue
+			}
+			key, _, _ := noisyPair(random, n, 0)
+			got, want := newFrame(n), newFrame(n)
+			p.mix(got, key)
+			p.mixBits(want, key)
+			if !slices.Equal(got, want) {
+				t.Errorf("%d bits in blocks of %d: mixed otherwise", n, len(p.shift))
+			}
+		}
+	}
+}
+
 func TestParity(t *testing.T) {
 	random := rand.New(rand.NewPCG(14, 14))
 	const n = 1 << 10
@@ -320,6 +393,10 @@ func TestPick(t *testing.T) {
 		if got := pick(mask, mask, column); !slices.Equal(got[1], want) || got[0].ones() != at {
 			t.Fatalf("mask %x of %x: %x, want %x", mask, column, got[1], want)
 		}
+		portable := []frame{make(frame, len(want))}
+		if pickPortable(portable, mask, []frame{column}); !slices.Equal(portable[0], want) {
+			t.Fatalf("mask %x of %x: %x without instructions for it, want %x", mask, column, portable[0], want)
+		}
 	})
 }
 
@@ -345,6 +422,33 @@ func TestTranscriptIsPolynomial(t *testing.T) {
 			t.Fatalf("%v, want %v", a.sum, want)
 		}
 	})
+}
+
+// BenchmarkSift is what an end does between the light and reconciliation, for a key of 2^21
+// bits of the lab's light: an end's part, per detection.
+func BenchmarkSift(b *testing.B) {
+	const n = 3_600_000
+	random := rand.New(rand.NewPCG(21, 21))
+	biased := func(of int) []byte { // one bit in of is set
+		bits := make([]byte, packedBytes(n))
+		for i := range n {
+			if random.IntN(of) == 0 {
+				setBit(bits, i, 1)
+			}
+		}
+		return bits
+	}
+	p := Params{KeyBits: 1 << 21, Intensities: 3}
+	sent := Sent{Bits: biased(2), Bases: biased(5), Low: biased(2), High: make([]byte, packedBytes(n))}
+	theirs := biased(5)
+	p.TestBits = n / 30
+	begun := cpuTime()
+	for b.Loop() {
+		matches := equalBits(sent.Bases, theirs, n)
+		tally(matches, theirs)
+		sift(p, seedOf(1), matches, theirs, sent.Bits, planes(p, matches, sent))
+	}
+	b.ReportMetric(float64((cpuTime()-begun).Nanoseconds())/float64(b.N)/n, "cpu-ns/detection")
 }
 
 // BenchmarkAmplify halves blocks of 1 Mbit.

@@ -41,7 +41,7 @@ type passes struct {
 	// The second pass's order, see place.
 	deal, back   []uint32 // a permutation of its blocks, and the inverse
 	shift, flips []uint32 // of each run: how far it is rotated before, flipped after
-	order        []uint32 // index of every place
+	flipped      []frame  // of each bit of a block's number: the runs in which it is flipped
 }
 
 // newPasses makes the passes for frames of n bits, a power of two, in which errors are
@@ -59,10 +59,6 @@ func newPasses(n int, rate float64, seed [32]byte) *passes {
 	random := rand.NewChaCha8(seed)
 	p.shuffle(random)
 	p.drawMasks(n, seed)
-	p.order = make([]uint32, n)
-	for place := range p.order {
-		p.order[place] = uint32(p.index(place))
-	}
 	return p
 }
 
@@ -98,9 +94,16 @@ func (p *passes) shuffle(random *rand.ChaCha8) {
 	}
 	p.shift = make([]uint32, runs)
 	p.flips = make([]uint32, runs)
+	p.flipped = make([]frame, p.log-p.top[shufflePass])
+	for i := range p.flipped {
+		p.flipped[i] = make(frame, (runs+63)/64)
+	}
 	for run := range runs {
 		p.shift[run] = uint32(uniform(random, blocks))
 		p.flips[run] = uint32(uniform(random, blocks))
+		for i, in := range p.flipped {
+			in[run>>6] |= uint64(p.flips[run]>>i&1) << (run & 63)
+		}
 	}
 }
 
@@ -144,14 +147,73 @@ type view struct {
 
 func newView(p *passes, key frame) *view {
 	v := &view{passes: p, key: key, mixed: newFrame(1 << p.log)}
-	for i := range v.mixed {
-		var word uint64
-		for j, from := range p.order[64*i : 64*i+64 : 64*i+64] {
-			word |= key[from>>6] >> (from & 63) & 1 << j
-		}
-		v.mixed[i] = word
+	if len(p.deal) < 64 || len(p.shift) < 64 {
+		p.mixBits(v.mixed, key)
+	} else {
+		p.mix(v.mixed, key)
 	}
 	return v
+}
+
+// mixBits sets mixed, which is all zeros, to the key in the order of the second pass.
+func (p *passes) mixBits(mixed, key frame) {
+	for i := range 1 << p.log {
+		at := p.place(i)
+		mixed[at>>6] |= uint64(key.get(i)) << (at & 63)
+	}
+}
+
+// mix does the same, where no block and no run is less than a word: it takes the key for a
+// matrix with a row for each run, rotates the rows, transposes it, so that there is a row for
+// each block, deals these out, and in the columns of the runs that are flipped exchanges
+// the rows whose numbers differ in one bit, for one bit after the other.
+func (p *passes) mix(mixed, key frame) {
+	words, width := len(p.deal)/64, len(p.shift)/64 // of a row before, and after
+	var square [64]uint64
+	defer clear(square[:])
+	for column := range width {
+		for w := range words {
+			for i := range square {
+				run := 64*column + i
+				row := key[run*words : (run+1)*words : (run+1)*words]
+				by := p.shift[run]
+				from := w - int(by>>6)
+				square[i] = row[from&(words-1)]<<(by&63) | row[(from-1)&(words-1)]>>(64-by&63)
+			}
+			transpose(&square)
+			for i, block := range p.deal[64*w : 64*w+64] {
+				mixed[int(block)*width+column] = square[i]
+			}
+		}
+	}
+	for bit, in := range p.flipped {
+		for block := range p.deal {
+			if block>>bit&1 == 1 {
+				continue
+			}
+			a := mixed[block*width : (block+1)*width]
+			b := mixed[(block|1<<bit)*width:][:width]
+			for i, runs := range in {
+				t := (a[i] ^ b[i]) & runs
+				a[i] ^= t
+				b[i] ^= t
+			}
+		}
+	}
+}
+
+// transpose makes bit i of word k bit k of word i (Warren, Hacker's Delight, 2nd edition, 7-3).
+func transpose(square *[64]uint64) {
+	for half, low := 32, uint64(1<<32-1); half > 0; half, low = half/2, low^low<<(half/2) {
+		for i := range 64 {
+			if i&half != 0 {
+				continue
+			}
+			t := (square[i]>>half ^ square[i|half]) & low
+			square[i] ^= t << half
+			square[i|half] ^= t
+		}
+	}
 }
 
 // parity is the parity of a node.

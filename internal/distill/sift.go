@@ -91,10 +91,23 @@ func thin(random *rand.ChaCha8, set frame, n, k int) {
 // pick takes from each of the columns the bits at which mask has one, and puts them side
 // by side. They may be secret, and belong to the caller.
 func pick(mask frame, columns ...frame) []frame {
-	picked := make([]frame, len(columns))
+	picked, words := make([]frame, len(columns)), (mask.ones()+63)/64
 	for c := range picked {
-		picked[c] = make(frame, (mask.ones()+63)/64)
+		picked[c] = make(frame, words+1)[:words] // pickAsm may write a word more
 	}
+	if len(mask) == 0 || !hasPick {
+		pickPortable(picked, mask, columns)
+		return picked
+	}
+	for c, column := range columns {
+		pickAsm(&picked[c][:words+1][0], &column[:len(mask)][0], &mask[0], len(mask))
+	}
+	return picked
+}
+
+// pickPortable is pick without the instruction that some processors have for it. It finds
+// picked all zeros.
+func pickPortable(picked []frame, mask frame, columns []frame) {
 	at := 0
 	for i, m := range mask {
 		p := newPicker(m)
@@ -111,7 +124,6 @@ func pick(mask frame, columns ...frame) []frame {
 		}
 		at += n
 	}
-	return picked
 }
 
 // picker moves the bits of a word at which a mask has one to its lower end, their order

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"runtime"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -18,26 +19,78 @@ import (
 	"github.com/qutemail/kme/internal/store"
 )
 
-// intake cuts a block into atoms, wraps each in the HSM the moment it exists,
-// stores them HELD and has the other end told. The bits are wiped before it
-// returns. If the process dies before HELD is committed, the session dies with
-// it, and the other end is answered NEVER: nothing of the block is ever used.
+// sealedBlocks are the blocks of a session whose atoms are wrapped and not stored yet. Each
+// is wrapped the moment it is made, whichever others are under way; they are stored one
+// after the other.
+type sealedBlocks struct {
+	l      *link
+	mu     sync.Mutex
+	blocks map[int64]store.Block // by number
+}
+
+func newSealedBlocks(l *link) *sealedBlocks {
+	return &sealedBlocks{l: l, blocks: make(map[int64]store.Block)}
+}
+
+// seal wraps a block, and wipes its bits.
+func (s *sealedBlocks) seal(ctx context.Context, b qlink.Block) error {
+	block, err := s.l.sealBlock(ctx, b)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.blocks[b.Block] = block
+	return nil
+}
+
+// hold stores a block that is sealed, or seals it first.
+func (s *sealedBlocks) hold(ctx context.Context, b qlink.Block) error {
+	s.mu.Lock()
+	block, ok := s.blocks[b.Block]
+	delete(s.blocks, b.Block)
+	s.mu.Unlock()
+	if !ok {
+		return s.l.intake(ctx, b)
+	}
+	return s.l.hold(ctx, b, block)
+}
+
+// intake seals a block and stores it.
 func (l *link) intake(ctx context.Context, b qlink.Block) error {
+	block, err := l.sealBlock(ctx, b)
+	if err != nil {
+		return err
+	}
+	return l.hold(ctx, b, block)
+}
+
+// sealBlock cuts a block into atoms and wraps each in the HSM the moment it exists. The bits are
+// wiped before it returns.
+func (l *link) sealBlock(ctx context.Context, b qlink.Block) (store.Block, error) {
 	defer clear(b.Bits)
 	defer clear(b.Pads)
 	failpoint.Hit(failpoint.IntakeDistilled)
 	k := l.k
 	if err := k.serving(); err != nil {
-		return err
+		return store.Block{}, err
 	}
 	if k.Production && b.Provenance == key.Simulated {
-		return fmt.Errorf("block %d is simulated: this node is set to production", b.Block)
+		return store.Block{}, fmt.Errorf("block %d is simulated: this node is set to production", b.Block)
 	}
 	block, err := l.wrap(ctx, b)
 	if err != nil {
-		return err
+		return store.Block{}, err
 	}
 	failpoint.Hit(failpoint.IntakeWrapped)
+	return block, nil
+}
+
+// hold stores a sealed block HELD and has the other end told. If the process dies before
+// HELD is committed, the session dies with it, and the other end is answered NEVER: nothing
+// of the block is ever used.
+func (l *link) hold(ctx context.Context, b qlink.Block, block store.Block) error {
+	k := l.k
 	ev := k.own(audit.Hold)
 	ev.Link, ev.Peer, ev.Provenance, ev.Count, ev.Bits = l.ID, l.Peer.String(), b.Provenance, len(block.Atoms), key.AtomBits
 	ev.Atoms = []audit.Atoms{{Link: l.ID, Session: b.Session, Block: b.Block, Count: len(block.Atoms)}}

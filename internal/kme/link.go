@@ -31,7 +31,7 @@ type LinkConfig struct {
 	TTL        time.Duration                               // lifetime of an assigned key that nobody asked to be another; 0 for the node's DefaultTTL
 	PoolTTL    time.Duration                               // how long an unassigned atom stays useful; 0 for the node's
 	Interval   time.Duration                               // least time from the start of a block to that of the next
-	InFlight   int                                         // blocks that may be under way at a time, at Alice's end; 0 for one
+	InFlight   int                                         // blocks that may be at work at a time, at Alice's end; 0 for one: see qlink.SourceConfig
 	Filler     int                                         // if not 0: no light, but blocks of so many random atoms (qlink.Filler)
 	Device     qlink.Device                                // if not nil: no light, but the keys of what stands beside this end (qlink.Upstream)
 	DeviceKeys int                                         // with Device, at Alice's end: how many in a block
@@ -286,7 +286,8 @@ func (l *link) openHere(ctx context.Context, session int64) error {
 
 // session distils blocks until something fails that is more than a bad block.
 func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error {
-	source, done, err := l.source(ctx, s, session)
+	sealed := newSealedBlocks(l)
+	source, done, err := l.source(ctx, s, session, sealed.seal)
 	if err != nil {
 		return fmt.Errorf("opening the quantum channel: %w", err)
 	}
@@ -321,7 +322,7 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 		case err != nil:
 			return err
 		default:
-			if err := l.intake(ctx, block); err != nil {
+			if err := sealed.hold(ctx, block); err != nil {
 				return err
 			}
 			l.distilled(ctx, block, l.took(began))
@@ -334,8 +335,9 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 	}
 }
 
-// source opens this end of the quantum channel for a session.
-func (l *link) source(ctx context.Context, s *peer.Stream, session int64) (blockSource, func(), error) {
+// source opens this end of the quantum channel for a session. Where several blocks may be
+// under way, seal is given each as it is made.
+func (l *link) source(ctx context.Context, s *peer.Stream, session int64, seal func(context.Context, qlink.Block) error) (blockSource, func(), error) {
 	if l.Filler > 0 {
 		f, err := qlink.NewFiller(qlink.FillerConfig{
 			End: l.End, Link: l.ID, Session: session, Channel: s, Atoms: l.Filler, Random: l.Random, Terms: l.terms, Accept: l.accept,
@@ -352,7 +354,9 @@ func (l *link) source(ctx context.Context, s *peer.Stream, session int64) (block
 	if err != nil {
 		return nil, nil, err
 	}
-	source, err := qlink.NewSource(ctx, l.distillation(s, box, session))
+	cfg := l.distillation(s, box, session)
+	cfg.Seal = seal
+	source, err := qlink.NewSource(ctx, cfg)
 	if err != nil {
 		_ = box.Close()
 		return nil, nil, err

@@ -33,11 +33,15 @@ type traces struct {
 	doubles    int64
 }
 
-func (l *traces) add(e bb84.Event) {
-	l.clicked.Add(e.Gate)
-	l.seen, l.sent = push(l.seen, seenCode(e.Detection)), push(l.sent, sentCode(e.Sent))
-	if e.Double {
-		l.doubles++
+func (l *traces) add(events []bb84.Event) {
+	l.seen, l.sent = room(l.seen, len(events)), room(l.sent, len(events))
+	for i := range events {
+		e := &events[i]
+		l.clicked.Add(e.Gate)
+		l.seen, l.sent = append(l.seen, seenCode(e.Detection)), append(l.sent, sentCode(e.Sent))
+		if e.Double {
+			l.doubles++
+		}
 	}
 }
 
@@ -46,14 +50,14 @@ func (l *traces) wipe() {
 	clear(l.sent)
 }
 
-// push is append, and leaves no copy behind.
-func push(list []byte, b byte) []byte {
-	if len(list) == cap(list) {
-		grown := append(make([]byte, 0, 2*cap(list)+4096), list...)
-		clear(list)
-		list = grown
+// room is list with room for n more, and leaves no copy behind.
+func room(list []byte, n int) []byte {
+	if cap(list)-len(list) >= n {
+		return list
 	}
-	return append(list, b)
+	grown := append(make([]byte, 0, 2*cap(list)+n), list...)
+	clear(list)
+	return grown
 }
 
 // fire sends a block of gates from t and leaves what the receiver saw with it, all
@@ -148,15 +152,16 @@ func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (left traces, 
 	if err := f.waitOut(ctx, s.stall); err != nil {
 		return left, err
 	}
-	room := s.expected + s.expected/64 + 64
-	left = traces{clicked: distill.NewGates(room), seen: make([]byte, 0, room), sent: make([]byte, 0, room)}
-	for e, ok := sampler.Next(); ok; e, ok = sampler.Next() {
-		if len(left.seen)%4096 == 0 {
-			if err := f.underWay(ctx, t, s); err != nil {
-				return left, err
-			}
+	most := s.expected + s.expected/64 + 64
+	left = traces{clicked: distill.NewGates(most), seen: make([]byte, 0, most), sent: make([]byte, 0, most)}
+	events := make([]bb84.Event, 512) // as much key stream as the ends make at a time
+	defer clear(events)
+	for n := len(events); n == len(events); {
+		if err := f.underWay(ctx, t, s); err != nil {
+			return left, err
 		}
-		left.add(e)
+		n = sampler.Read(events)
+		left.add(events[:n])
 	}
 	return left, nil
 }

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/qutemail/kme/internal/distill"
 )
@@ -21,6 +23,8 @@ type lanes struct {
 	in   [MaxInFlight]chan laneMessage
 	gone chan struct{} // closed when nothing more comes
 	why  error         // set before it is closed
+
+	shortest atomic.Int64 // time from a message to its answer, in ns; 0 before the first
 }
 
 type laneMessage struct {
@@ -62,39 +66,69 @@ func (l *lanes) receive() error {
 // wait returns when the channel is closed and has been read to its end.
 func (l *lanes) wait() { <-l.gone }
 
-// lane is the channel of one block after another.
-func (l *lanes) lane(n int) distill.Channel { return &lane{l, n} }
+// trip is how long a message to the other end and the answer are on their way: the shortest
+// time that one has taken. Most answers take longer, because something is done for them.
+func (l *lanes) trip() time.Duration { return time.Duration(l.shortest.Load()) }
+
+// answered takes note of a time from a message to its answer.
+func (l *lanes) answered(took time.Duration) {
+	for {
+		least := l.shortest.Load()
+		if least > 0 && int64(took) >= least || l.shortest.CompareAndSwap(least, max(1, int64(took))) {
+			return
+		}
+	}
+}
+
+// lane is the channel of one block.
+func (l *lanes) lane(n int) *lane { return &lane{lanes: l, n: n} }
 
 type lane struct {
 	*lanes
-	n int
+	n       int
+	sent    time.Time // when the last message was; zero once there was an answer
+	answers int       // to messages
 }
+
+// away is how long messages of this block were on their way, there and back.
+func (l *lane) away() time.Duration { return time.Duration(l.answers) * l.trip() }
 
 func (l *lane) Send(kind byte, body []byte) error {
 	if kind > 0xf {
 		return fmt.Errorf("%w: kind %#x", errMalformed, kind)
 	}
+	l.sent = time.Now()
 	l.send.Lock()
 	defer l.send.Unlock()
 	return l.ch.Send(kind|byte(l.n)<<4, body)
 }
 
-// Recv returns what came before the channel ended, then why it did.
 func (l *lane) Recv() (kind byte, body []byte, err error) {
+	m, err := l.recv()
+	if err == nil && !l.sent.IsZero() {
+		l.answered(time.Since(l.sent))
+		l.answers++
+		l.sent = time.Time{}
+	}
+	return m.kind, m.body, err
+}
+
+// recv returns what came before the channel ended, then why it did.
+func (l *lane) recv() (laneMessage, error) {
 	select {
 	case m := <-l.in[l.n]:
-		return m.kind, m.body, nil
+		return m, nil
 	default:
 	}
 	select {
 	case m := <-l.in[l.n]:
-		return m.kind, m.body, nil
+		return m, nil
 	case <-l.gone:
 		select { // it may have come with the last word
 		case m := <-l.in[l.n]:
-			return m.kind, m.body, nil
+			return m, nil
 		default:
 		}
-		return 0, nil, l.why
+		return laneMessage{}, l.why
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/distill"
@@ -32,9 +33,11 @@ type SourceConfig struct {
 	Box     *Box            // of this end; it belongs to the caller
 	Params  distill.Params
 
-	// InFlight is how many blocks may be under way at a time, from 1 to MaxInFlight, at
-	// Alice's end only: while the ends of one wait for each other's messages, the next have
-	// their turn. Each takes memory at both ends. 0 is 1.
+	// InFlight is how many blocks may be at work at a time, from 1 to MaxInFlight, at Alice's
+	// end only. 0 is 1. A block whose message is on its way to the other end, or the answer
+	// on its way back, is not at work: as many more are begun as make up for those. So an end
+	// beside this one has InFlight blocks under way, and one that is far away as many as it
+	// takes not to wait for messages, up to MaxInFlight. Each takes memory at both ends.
 	InFlight int
 
 	// Random yields the seed of this end's secret choices and all that distillation
@@ -55,6 +58,11 @@ type SourceConfig struct {
 	Accept func(terms distill.Terms, atoms int) error // at Bob's end only
 	Log    *slog.Logger                               // figures only, never a bit
 
+	// Seal, if it is not nil, is given every block the moment it is made, by the goroutine
+	// that made it, several perhaps at a time. It makes what is secret in it safe to keep and
+	// wipes that, so that no block waits in the clear for those before it. An error is Next's.
+	Seal func(ctx context.Context, b Block) error
+
 	Progress func(stage string, done float64) // of the block that is next to end; may be nil
 }
 
@@ -68,13 +76,19 @@ type SourceConfig struct {
 // of a block before the one before it is over. In between they go as they come. To the theorem each is
 // a block of its own: its light is over before anything is said of it, and what is said of
 // others meanwhile has been drawn without it.
+//
+// All that an end, the other end or the channel loses when it dies are the blocks under way:
+// light, of which no key was made yet. How many there are follows the distance: see window.
 type Source struct {
 	cfg     SourceConfig
 	lanes   *lanes
 	free    []int // lanes without a block
 	pending map[int64]distill.PadName
-	under   int         // blocks under way: at Bob's end, or that may begin
-	results chan result // with room for all of them
+	under   int              // blocks under way: at Bob's end, or that may begin
+	results chan result      // with room for all of them
+	early   map[int64]result // at Alice's end: of blocks that are not the next to be returned
+	due     int64            // and that one
+	window  window
 	running sync.WaitGroup
 
 	fired, ended <-chan struct{} // closed when the block begun last has left the transmitter, and when it is over
@@ -86,9 +100,10 @@ type Source struct {
 // result is how a block went.
 type result struct {
 	distill.Outcome
-	err  error
-	lane int
-	of   int64 // the block, at Alice's end
+	err        error
+	lane       int
+	of         int64         // the block, at Alice's end
+	took, away time.Duration // from its beginning to its end, and of that with messages on their way
 }
 
 // NewSource seeds this end's Box and waits until the other end has done likewise,
@@ -111,7 +126,8 @@ func NewSource(ctx context.Context, cfg SourceConfig) (*Source, error) {
 	}
 	s := &Source{
 		cfg: cfg, lanes: newLanes(cfg.Channel), pending: make(map[int64]distill.PadName),
-		results: make(chan result, MaxInFlight), fired: closed, ended: closed, next: 1,
+		results: make(chan result, MaxInFlight), early: make(map[int64]result), fired: closed, ended: closed, next: 1, due: 1,
+		window: window{base: max(1, cfg.InFlight)},
 	}
 	for lane := range MaxInFlight {
 		s.free = append(s.free, lane)
@@ -191,7 +207,7 @@ func (c *SourceConfig) meet() error {
 // Light that Bob's end did not see is a block without detections, and so an Abort
 // for its counts.
 func (s *Source) Next(ctx context.Context) (Block, error) {
-	begin, most := s.lead, max(1, s.cfg.InFlight)
+	begin, most := s.lead, s.window.most()
 	if s.cfg.End == handover.Bob {
 		begin, most = s.follow, MaxInFlight
 	}
@@ -208,11 +224,31 @@ func (s *Source) Next(ctx context.Context) (Block, error) {
 
 // Rest is Next without another block begun. Some must be under way.
 func (s *Source) Rest() (Block, error) {
-	r := <-s.results
+	r := s.result()
 	s.under--
 	s.free = append(s.free, r.lane)
 	delete(s.pending, r.of)
+	if r.err == nil {
+		s.window.ended(r.took, r.away)
+	}
 	return Block{Outcome: r.Outcome, Provenance: key.Simulated}, r.err
+}
+
+// result waits for the block that is to be returned next: at Alice's end the one that was
+// begun first, at Bob's whichever is there.
+func (s *Source) result() result {
+	if s.cfg.End == handover.Bob {
+		return <-s.results
+	}
+	for {
+		if r, ok := s.early[s.due]; ok {
+			delete(s.early, s.due)
+			s.due++
+			return r
+		}
+		r := <-s.results
+		s.early[r.of] = r
+	}
 }
 
 // Pending is how many blocks Alice's end has begun that Next has not returned.
@@ -225,19 +261,29 @@ func (s *Source) Close() {
 	s.lanes.wait()
 	for len(s.results) > 0 {
 		r := <-s.results
+		s.early[r.of] = r
+	}
+	for _, r := range s.early {
 		clear(r.Bits)
 		clear(r.Pads)
 	}
 }
 
-// run has a block made on a lane.
-func (s *Source) run(of int64, distil func(distill.Channel) (distill.Outcome, error)) {
-	lane := s.free[0]
+// run has a block made, and sealed, on a lane.
+func (s *Source) run(ctx context.Context, of int64, distil func(distill.Channel) (distill.Outcome, error)) {
+	r := result{lane: s.free[0], of: of}
 	s.free = s.free[1:]
 	s.under++
 	s.running.Go(func() {
-		out, err := distil(s.lanes.lane(lane))
-		s.results <- result{out, err, lane, of}
+		begun, ch := time.Now(), s.lanes.lane(r.lane)
+		r.Outcome, r.err = distil(ch)
+		if r.err == nil && s.cfg.Seal != nil {
+			r.err = s.cfg.Seal(ctx, Block{Outcome: r.Outcome, Provenance: key.Simulated})
+			clear(r.Bits)
+			clear(r.Pads)
+		}
+		r.took, r.away = time.Since(begun), ch.away()
+		s.results <- r
 	})
 }
 
@@ -258,7 +304,7 @@ func (s *Source) lead(ctx context.Context) error {
 	s.next++ // used up, whatever happens
 	s.fired, s.ended = fired, ended
 	s.pending[f.block] = pad.Name
-	s.run(f.block, func(ch distill.Channel) (distill.Outcome, error) {
+	s.run(ctx, f.block, func(ch distill.Channel) (distill.Outcome, error) {
 		defer close(ended)
 		defer func() { <-f.mayEnd }() // also one that was given up early
 		defer f.fired()
@@ -322,11 +368,12 @@ func (s *Source) progress(first <-chan struct{}) func(stage string, done float64
 
 // follow waits at Bob's end for a block that Alice names.
 func (s *Source) follow(ctx context.Context) error {
-	s.run(0, func(ch distill.Channel) (distill.Outcome, error) {
+	s.run(ctx, 0, func(ch distill.Channel) (distill.Outcome, error) {
 		return distill.Bob(ctx, ch, distill.BobConfig{
 			Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session,
 			Detections: s.seen, Pad: s.cfg.Pad, SpendPad: s.cfg.SpendPad,
 			Stored: s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
+			Hurry: func() bool { return s.lanes.trip() > farAway },
 		})
 	})
 	return nil

@@ -1,0 +1,46 @@
+package qlink
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+// A window opens as far as the distance makes necessary: a block that is at work for 100 ms
+// and travels for so long.
+func TestWindow(t *testing.T) {
+	for _, tc := range []struct {
+		base   int
+		travel time.Duration
+		want   int
+	}{
+		{1, 0, 1},
+		{1, 15 * time.Millisecond, 1}, // which costs less than a fifth
+		{1, 30 * time.Millisecond, 2},
+		{1, 100 * time.Millisecond, 2},
+		{1, time.Second, 11},
+		{1, 10 * time.Second, MaxInFlight},
+		{3, 0, 3},
+		{3, 100 * time.Millisecond, 6},
+	} {
+		t.Run(fmt.Sprintf("base=%d/travel=%v", tc.base, tc.travel), func(t *testing.T) {
+			w := window{base: tc.base}
+			if w.most() != tc.base {
+				t.Errorf("before the first block: %d", w.most())
+			}
+			w.ended(100*time.Millisecond+tc.travel, tc.travel)
+			if w.most() != tc.want {
+				t.Errorf("%d under way, want %d", w.most(), tc.want)
+			}
+		})
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		w := window{base: rapid.IntRange(1, MaxInFlight).Draw(t, "base")}
+		w.ended(time.Duration(rapid.Int64().Draw(t, "took")), time.Duration(rapid.Int64().Draw(t, "away")))
+		if n := w.most(); n < w.base || n > MaxInFlight {
+			t.Fatalf("%d of %d", n, w.base)
+		}
+	})
+}
