@@ -99,6 +99,16 @@ func (g Gates) Append(b []byte) []byte {
 // Size is how many bytes Append appends.
 func (g Gates) Size() int { return gatesHead + len(g.gaps) }
 
+// Pieces are what Append appends, in two pieces. The second is g's own memory.
+func (g Gates) Pieces() (count, gaps []byte) {
+	return binary.BigEndian.AppendUint64(nil, uint64(g.n)), g.gaps
+}
+
+// Is says whether b is what Append appends. A list has one form only.
+func (g Gates) Is(b []byte) bool {
+	return len(b) == g.Size() && binary.BigEndian.Uint64(b) == uint64(g.n) && bytes.Equal(b[gatesHead:], g.gaps)
+}
+
 // ParseGates reads what Append wrote, all of whose gates must lie below limit, and
 // returns what follows. The list shares the memory of b.
 func ParseGates(b []byte, limit int64) (Gates, []byte, error) {

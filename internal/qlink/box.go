@@ -79,7 +79,7 @@ func (b *Box) Fire(ctx context.Context, session, block, gates int64) error {
 // above those asked before: the transmitter's buffer is read in order and once. The answer
 // is secret and belongs to the caller.
 func (b *Box) Sent(ctx context.Context, session, block int64, gates distill.Gates) (distill.Sent, error) {
-	body, err := b.call(ctx, kindSent, encodeSent(blockName{session, block}, gates), kindChoices)
+	body, err := b.call(ctx, kindSent, nil, kindChoices, encodeSent(blockName{session, block}, gates)...)
 	if err != nil {
 		return distill.Sent{}, fmt.Errorf("asking what was sent in block %d of session %d: %w", block, session, err)
 	}
@@ -106,8 +106,9 @@ func (b *Box) Detections(ctx context.Context, session, block int64) (distill.Det
 	return list, nil
 }
 
-// call sends one request, wipes it, and returns the body of the answer wanted.
-func (b *Box) call(ctx context.Context, kind byte, body []byte, want byte) (_ []byte, err error) {
+// call sends one request, wipes it but for what is open in it and comes first, and returns
+// the body of the answer wanted.
+func (b *Box) call(ctx context.Context, kind byte, body []byte, want byte, open ...[]byte) (_ []byte, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if ctx.Err() != nil {
@@ -120,7 +121,7 @@ func (b *Box) call(ctx context.Context, kind byte, body []byte, want byte) (_ []
 			err = ctx.Err()
 		}
 	}()
-	answer, got, err := b.exchange(kind, body)
+	answer, got, err := b.exchange(kind, body, open)
 	if err != nil {
 		_ = b.conn.Close() // out of step: no later call may take this one's answer
 		return nil, err
@@ -139,8 +140,8 @@ func (b *Box) call(ctx context.Context, kind byte, body []byte, want byte) (_ []
 	return nil, fmt.Errorf("%w: answer of kind %#x", errMalformed, got)
 }
 
-func (b *Box) exchange(kind byte, body []byte) (answer []byte, got byte, err error) {
-	if err := writeFrame(b.conn, kind, body); err != nil {
+func (b *Box) exchange(kind byte, body []byte, open [][]byte) (answer []byte, got byte, err error) {
+	if err := writeFrame(b.conn, kind, body, open...); err != nil {
 		return nil, 0, err
 	}
 	got, answer, err = readFrame(b.conn, maxFrame)

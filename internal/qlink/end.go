@@ -11,8 +11,15 @@ import (
 
 // device is what stands at an end: it answers one request at a time.
 type device interface {
-	answer(ctx context.Context, kind byte, body []byte) (answerKind byte, answer []byte, err error)
+	answer(ctx context.Context, kind byte, body []byte) (reply, error)
 	close()
+}
+
+// reply is an answer: what is open in it, and then what is secret and belongs to whoever gets it.
+type reply struct {
+	kind   byte
+	open   [][]byte
+	secret []byte
 }
 
 // serveEnd lets a KME in that knows the secret of the end, puts whoever was there
@@ -79,20 +86,20 @@ func answerAll(ctx context.Context, conn net.Conn, dev device) error {
 			}
 			return err
 		}
-		k, b, err := dev.answer(ctx, kind, body)
+		r, err := dev.answer(ctx, kind, body)
 		clear(body)
 		var refusal *Refusal
 		switch {
 		case errors.Is(err, ErrCut):
-			k, b = kindCut, nil
+			r = reply{kind: kindCut}
 		case errors.Is(err, ErrLost):
-			k, b = kindLost, nil
+			r = reply{kind: kindLost}
 		case errors.As(err, &refusal):
-			k, b = kindRefused, []byte(refusal.Reason)
+			r = reply{kind: kindRefused, secret: []byte(refusal.Reason)}
 		case err != nil:
 			return err
 		}
-		if err := writeFrame(conn, k, b); err != nil {
+		if err := writeFrame(conn, r.kind, r.secret, r.open...); err != nil {
 			return err
 		}
 	}
@@ -112,33 +119,29 @@ func (s *Server) newAlice() device {
 
 func (d *aliceDevice) close() { d.f.detachAlice(d.t) }
 
-func (d *aliceDevice) answer(ctx context.Context, kind byte, body []byte) (byte, []byte, error) {
+func (d *aliceDevice) answer(ctx context.Context, kind byte, body []byte) (reply, error) {
 	switch kind {
 	case kindSeed:
 		session, seed, err := parseSeed(body)
 		if err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
-		return kindDone, nil, d.f.seedAlice(d.t, session, seed)
+		return reply{kind: kindDone}, d.f.seedAlice(d.t, session, seed)
 	case kindFire:
 		name, gates, err := parseFire(body)
 		if err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
-		return kindDone, nil, d.f.fire(ctx, d.t, name, gates)
+		return reply{kind: kindDone}, d.f.fire(ctx, d.t, name, gates)
 	case kindSent:
-		name, gates, err := parseSent(body)
+		name, asked, err := parseSent(body)
 		if err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
-		sent, err := d.f.sent(d.t, name, gates)
-		if err != nil {
-			return 0, nil, err
-		}
-		defer clear(sent)
-		return kindChoices, encodeChoices(sent), nil
+		sent, err := d.f.sent(d.t, name, asked)
+		return reply{kind: kindChoices, secret: sent}, err
 	}
-	return 0, nil, fmt.Errorf("%w: kind %#x at alice's end", errMalformed, kind)
+	return reply{}, fmt.Errorf("%w: kind %#x at alice's end", errMalformed, kind)
 }
 
 // bobDevice speaks for the receiver.
@@ -155,21 +158,21 @@ func (s *Server) newBob() device {
 
 func (d *bobDevice) close() { d.f.detachBob(d.r) }
 
-func (d *bobDevice) answer(_ context.Context, kind byte, body []byte) (byte, []byte, error) {
+func (d *bobDevice) answer(_ context.Context, kind byte, body []byte) (reply, error) {
 	switch kind {
 	case kindSeed:
 		session, seed, err := parseSeed(body)
 		if err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
-		return kindDone, nil, d.f.seedBob(d.r, session, seed)
+		return reply{kind: kindDone}, d.f.seedBob(d.r, session, seed)
 	case kindDetections:
 		name, err := parseName(body)
 		if err != nil {
-			return 0, nil, err
+			return reply{}, err
 		}
-		list, err := d.f.detections(d.r, name)
-		return kindDetectedAt, list, err
+		gates, seen, err := d.f.detections(d.r, name)
+		return reply{kindDetectedAt, gates, seen}, err
 	}
-	return 0, nil, fmt.Errorf("%w: kind %#x at bob's end", errMalformed, kind)
+	return reply{}, fmt.Errorf("%w: kind %#x at bob's end", errMalformed, kind)
 }

@@ -3,7 +3,6 @@ package qlink
 import (
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 
 	"github.com/qutemail/kme/internal/bb84"
@@ -105,7 +104,7 @@ func (t *transmitter) endBlock() {
 	if t.choices != nil {
 		t.choices.Wipe()
 	}
-	clear(t.sent)
+	scrap(t.sent)
 	t.choices, t.gates, t.next, t.clicked, t.at, t.sent = nil, 0, 0, distill.Gates{}, distill.GatesReader{}, nil
 }
 
@@ -117,7 +116,7 @@ func (r *receiver) darken() {
 
 // empty forgets the block that it holds.
 func (r *receiver) empty() {
-	clear(r.seen)
+	scrap(r.seen)
 	r.full, r.clicked, r.seen = false, distill.Gates{}, nil
 }
 
@@ -149,11 +148,15 @@ func (f *fibre) seedBob(r *receiver, session int64, seed *[bb84.SeedSize]byte) e
 	return nil
 }
 
-// sent answers what was sent at gates (sentCode). Of a gate in which the receiver saw
-// nothing it is decided now: nobody has had a use for it.
-func (f *fibre) sent(t *transmitter, name blockName, gates distill.Gates) ([]byte, error) {
+// sent answers what was sent at the gates asked for, in wire form. Of a gate in which the
+// receiver saw nothing it is decided now: nobody has had a use for it.
+func (f *fibre) sent(t *transmitter, name blockName, question []byte) ([]byte, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	gates, err := parseAsked(question, t.clicked)
+	if err != nil {
+		return nil, err
+	}
 	asked := gates.Reader()
 	switch {
 	case f.alice != t:
@@ -161,7 +164,7 @@ func (f *fibre) sent(t *transmitter, name blockName, gates distill.Gates) ([]byt
 	case !t.seeded || t.session != name.session || t.last != name.block || t.gates == 0:
 		return nil, refuse("block %d of session %d is not in the transmitter's buffer", name.block, name.session)
 	case !asked.Next():
-		return nil, nil
+		return encodeChoices(nil), nil
 	case asked.Gate < t.next:
 		return nil, refuse("gate %d was passed before: the next is %d", asked.Gate, t.next)
 	case gates.End() > t.gates:
@@ -169,9 +172,10 @@ func (f *fibre) sent(t *transmitter, name blockName, gates distill.Gates) ([]byt
 	}
 	if t.next == 0 && gates.Equal(t.clicked) { // Bob has named all that clicked, as he should
 		t.next = gates.End()
-		return slices.Clone(t.sent), nil
+		return encodeChoices(t.sent), nil
 	}
 	sent := make([]byte, 0, gates.Len())
+	defer func() { clear(sent) }()
 	for more := true; more; more = asked.Next() {
 		for t.at.Gate < asked.Gate && t.at.Next() {
 		}
@@ -182,23 +186,24 @@ func (f *fibre) sent(t *transmitter, name blockName, gates distill.Gates) ([]byt
 		}
 	}
 	t.next = gates.End()
-	return sent, nil
+	return encodeChoices(sent), nil
 }
 
 // detections hands over what the receiver saw in a block, once, in wire form.
-func (f *fibre) detections(r *receiver, name blockName) ([]byte, error) {
+func (f *fibre) detections(r *receiver, name blockName) (gates [][]byte, seen []byte, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
 	case f.bob != r:
-		return nil, refuse("another connection has taken this end")
+		return nil, nil, refuse("another connection has taken this end")
 	case !r.seeded || r.session != name.session:
-		return nil, refuse("the receiver is not seeded for session %d", name.session)
+		return nil, nil, refuse("the receiver is not seeded for session %d", name.session)
 	case r.full && r.block == name.block:
-		defer r.empty()
-		return encodeDetections(r.clicked, r.seen), nil
+		gates, seen = encodeDetections(r.clicked, r.seen)
+		r.empty()
+		return gates, seen, nil
 	case f.cut:
-		return nil, ErrCut
+		return nil, nil, ErrCut
 	}
-	return nil, ErrLost
+	return nil, nil, ErrLost
 }

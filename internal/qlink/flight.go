@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	mathrand "math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/qutemail/kme/internal/bb84"
@@ -46,8 +47,29 @@ func (l *traces) add(events []bb84.Event) {
 }
 
 func (l *traces) wipe() {
-	clear(l.seen)
-	clear(l.sent)
+	scrap(l.seen)
+	scrap(l.sent)
+}
+
+// scraps are lists that were wiped, for the next blocks: millions of bytes that need not come
+// anew from the system.
+var scraps sync.Pool
+
+// scrap wipes a list that nobody uses any more.
+func scrap(list []byte) {
+	if cap(list) > 0 {
+		clear(list)
+		list = list[:0]
+		scraps.Put(&list)
+	}
+}
+
+// list is an empty one with room for so many bytes.
+func list(room int) []byte {
+	if l, ok := scraps.Get().(*[]byte); ok && cap(*l) >= room {
+		return *l
+	}
+	return make([]byte, 0, room)
 }
 
 // room is list with room for n more, and leaves no copy behind.
@@ -56,7 +78,7 @@ func room(list []byte, n int) []byte {
 		return list
 	}
 	grown := append(make([]byte, 0, 2*cap(list)+n), list...)
-	clear(list)
+	scrap(list)
 	return grown
 }
 
@@ -153,7 +175,7 @@ func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (left traces, 
 		return left, err
 	}
 	most := s.expected + s.expected/64 + 64
-	left = traces{clicked: distill.NewGates(most), seen: make([]byte, 0, most), sent: make([]byte, 0, most)}
+	left = traces{clicked: distill.NewGates(most), seen: list(most), sent: list(most)}
 	events := make([]bb84.Event, 512) // as much key stream as the ends make at a time
 	defer clear(events)
 	for n := len(events); n == len(events); {
@@ -194,7 +216,7 @@ func (f *fibre) land(t *transmitter, s *shot, left traces) (lost bool, err error
 	r := s.receiver
 	t.clicked, t.at, t.sent = left.clicked, left.clicked.Reader(), left.sent
 	if r == nil || f.bob != r || r.session != s.session || r.seed != s.seed {
-		clear(left.seen)
+		scrap(left.seen)
 		f.stats.lost++
 		return true, nil
 	}

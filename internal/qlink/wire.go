@@ -61,14 +61,20 @@ func readFrame(r io.Reader, limit int) (kind byte, body []byte, err error) {
 	return b[0], b[1:], nil
 }
 
-// writeFrame writes one frame and wipes body, which may be secret.
-func writeFrame(w io.Writer, kind byte, body []byte) error {
+// writeFrame writes one frame and wipes its body, which may be secret, but for what is open
+// in it and comes first.
+func writeFrame(w io.Writer, kind byte, body []byte, open ...[]byte) error {
 	defer clear(body)
-	if len(body)+1 > maxFrame {
-		return fmt.Errorf("a frame of %d bytes: want at most %d", len(body)+1, maxFrame)
+	size := 1 + len(body)
+	for _, b := range open {
+		size += len(b)
 	}
-	head := append(binary.BigEndian.AppendUint32(make([]byte, 0, 5), uint32(len(body)+1)), kind)
-	_, err := (&net.Buffers{head, body}).WriteTo(w) // one system call, if w is a connection
+	if size > maxFrame {
+		return fmt.Errorf("a frame of %d bytes: want at most %d", size, maxFrame)
+	}
+	head := append(binary.BigEndian.AppendUint32(make([]byte, 0, 5), uint32(size)), kind)
+	parts := append(append(net.Buffers{head}, open...), body)
+	_, err := parts.WriteTo(w) // one system call, if w is a connection
 	return err
 }
 
@@ -146,20 +152,32 @@ func parseName(body []byte) (n blockName, err error) {
 	return n, nil
 }
 
-// encodeSent makes the question for gates.
-func encodeSent(n blockName, gates distill.Gates) []byte {
-	return gates.Append(put8(make([]byte, 0, 16+gates.Size()), n.session, n.block))
+// encodeSent makes the question for gates, in pieces.
+func encodeSent(n blockName, gates distill.Gates) [][]byte {
+	count, gaps := gates.Pieces()
+	return [][]byte{put8(nil, n.session, n.block), count, gaps}
 }
 
-func parseSent(body []byte) (n blockName, gates distill.Gates, err error) {
-	rest, err := take8(body, &n.session, &n.block)
-	if err == nil {
-		gates, rest, err = distill.ParseGates(rest, distill.MaxGates)
+// parseSent takes the gates as they are: see parseAsked.
+func parseSent(body []byte) (n blockName, asked []byte, err error) {
+	asked, err = take8(body, &n.session, &n.block)
+	if err != nil {
+		return blockName{}, nil, errMalformed
 	}
+	return n, asked, nil
+}
+
+// parseAsked reads the gates of a question. clicked are those that it is likely to name, and
+// then they need not be read.
+func parseAsked(asked []byte, clicked distill.Gates) (distill.Gates, error) {
+	if clicked.Is(asked) {
+		return clicked, nil
+	}
+	gates, rest, err := distill.ParseGates(asked, distill.MaxGates)
 	if err != nil || len(rest) != 0 || gates.Len() > maxList {
-		return blockName{}, distill.Gates{}, errMalformed
+		return distill.Gates{}, errMalformed
 	}
-	return n, gates, nil
+	return gates, nil
 }
 
 // What an end's device did in a gate is a byte here, and on the wire a bit in each of some
@@ -246,8 +264,10 @@ func parseChoices(body []byte, count int) (s distill.Sent, err error) {
 	return s, nil
 }
 
-func encodeDetections(gates distill.Gates, codes []byte) []byte {
-	return appendColumns(gates.Append(make([]byte, 0, gates.Size()+seenBits*(len(codes)/8+1))), codes, seenBits)
+// encodeDetections gives the gates in pieces, and what is secret.
+func encodeDetections(gates distill.Gates, codes []byte) (open [][]byte, secret []byte) {
+	count, gaps := gates.Pieces()
+	return [][]byte{count, gaps}, appendColumns(nil, codes, seenBits)
 }
 
 // parseDetections reads what encodeDetections made. What it returns shares the memory of body.

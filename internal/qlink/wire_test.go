@@ -75,7 +75,7 @@ func TestListsRoundTrip(t *testing.T) {
 			want, sent = append(want, d), append(sent, s)
 			seenCodes, sentCodes = append(seenCodes, seenCode(d)), append(sentCodes, sentCode(s))
 		}
-		got, err := parseDetections(encodeDetections(gates, seenCodes))
+		got, err := parseDetections(detectionsBody(gates, seenCodes))
 		if err != nil || !slices.Equal(listOf(got), want) {
 			t.Fatalf("detections: got %v, %v", listOf(got), err)
 		}
@@ -88,16 +88,28 @@ func TestListsRoundTrip(t *testing.T) {
 				t.Fatalf("what was sent at gate %d is not %v", i, s)
 			}
 		}
-		name, asked, err := parseSent(encodeSent(blockName{5, 6}, gates))
-		if err != nil || name != (blockName{5, 6}) || asked.Len() != len(want) {
-			t.Fatalf("gates: got %v, %v", name, err)
+		name, question, err := parseSent(slices.Concat(encodeSent(blockName{5, 6}, gates)...))
+		if err != nil || name != (blockName{5, 6}) {
+			t.Fatalf("question: got %v, %v", name, err)
 		}
-		for i, gate := range asked.All() {
-			if gate != want[i].Gate {
-				t.Fatalf("gate %d: got %d, want %d", i, gate, want[i].Gate)
+		for _, clicked := range []distill.Gates{gates, {}, gatesOf(0, 3)} { // whichever are likely to be named
+			asked, err := parseAsked(question, clicked)
+			if err != nil || asked.Len() != len(want) || asked.End() != gates.End() {
+				t.Fatalf("gates: got %d, %v", asked.Len(), err)
+			}
+			for i, gate := range asked.All() {
+				if gate != want[i].Gate {
+					t.Fatalf("gate %d: got %d, want %d", i, gate, want[i].Gate)
+				}
 			}
 		}
 	})
+}
+
+// detectionsBody is what encodeDetections makes, in one piece.
+func detectionsBody(gates distill.Gates, codes []byte) []byte {
+	open, secret := encodeDetections(gates, codes)
+	return append(slices.Concat(open...), secret...)
 }
 
 // A body that any parser takes is the one that its encoder makes, so nothing can be
@@ -107,10 +119,10 @@ func FuzzBodies(f *testing.F) {
 	f.Add(byte(kindHello), hello{end: 'a', secret: []byte("0123456789abcdef")}.encode())
 	f.Add(byte(kindSeed), encodeSeed(3, &seed))
 	f.Add(byte(kindFire), encodeFire(blockName{1, 2}, 5_200_000))
-	f.Add(byte(kindSent), encodeSent(blockName{1, 2}, gatesOf(0, 1, 300, 301)))
+	f.Add(byte(kindSent), slices.Concat(encodeSent(blockName{1, 2}, gatesOf(0, 1, 300, 301))...))
 	f.Add(byte(kindDetections), encodeName(blockName{1, 2}))
 	f.Add(byte(kindChoices), encodeChoices([]byte{9, 2, 0, 0, 0, 0, 0, 0, 4}))
-	f.Add(byte(kindDetectedAt), encodeDetections(gatesOf(0, 1, 7, 5000), []byte{3, 3, 7, 3}))
+	f.Add(byte(kindDetectedAt), detectionsBody(gatesOf(0, 1, 7, 5000), []byte{3, 3, 7, 3}))
 	f.Add(byte(kindSent), append(put8(nil, 1, 1, math.MaxInt64), 0))
 	f.Add(byte(kindDetectedAt), append(put8(nil, 1), 1, 7, 0, 0, 0, 0))
 	f.Fuzz(func(t *testing.T, kind byte, body []byte) {
@@ -136,8 +148,12 @@ func reencode(kind byte, body []byte) ([]byte, error) {
 		n, gates, err := parseFire(body)
 		return encodeFire(n, gates), err
 	case kindSent:
-		n, gates, err := parseSent(body)
-		return encodeSent(n, gates), err
+		n, question, err := parseSent(body)
+		if err != nil {
+			return nil, err
+		}
+		gates, err := parseAsked(question, distill.Gates{})
+		return slices.Concat(encodeSent(n, gates)...), err
 	case kindDetections:
 		n, err := parseName(body)
 		return encodeName(n), err
