@@ -185,7 +185,7 @@ func TestPackage(t *testing.T) {
 	run(t, "dpkg-deb", "-R", debs[0], root)
 	for _, file := range []string{
 		"usr/share/kme/kmed.yaml", "usr/share/kme/openapi.json", "usr/share/kme/policies/default.cedar", "usr/share/kme/policies/schema.cedarschema",
-		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md", "usr/share/kme/AUDIT.md", "usr/share/kme/hsm/README.md", "usr/share/kme/pki/README.md",
+		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md", "usr/share/kme/AUDIT.md", "usr/share/kme/postgres/pg_ident.conf", "usr/share/kme/hsm/README.md", "usr/share/kme/pki/README.md",
 		"usr/share/doc/kme/copyright", "usr/lib/sysusers.d/kme.conf", "usr/lib/tmpfiles.d/kme.conf",
 	} {
 		if info, err := os.Stat(filepath.Join(root, file)); err != nil || info.Size() == 0 || info.Mode().Perm() != 0o644 && file != "usr/share/kme/clients/kme.py" {

@@ -21,7 +21,7 @@ install -D -m 644 deploy/systemd/tmpfiles.conf "$root/usr/lib/tmpfiles.d/kme.con
 
 share=$root/usr/share/kme
 mkdir -p "$share/policies"
-cp -R deploy/alerts deploy/dashboards deploy/runbooks deploy/clients deploy/patroni "$share/"
+cp -R deploy/alerts deploy/dashboards deploy/runbooks deploy/clients deploy/patroni deploy/postgres "$share/"
 find "$share" -name __pycache__ -prune -exec rm -rf {} +
 cp deploy/AUDIT.md deploy/DEGRADED.md deploy/RECOVERY.md deploy/THREATMODEL.md deploy/kmed.yaml internal/etsi014/openapi.json "$share/"
 for part in hsm pki; do # which the runbooks name

@@ -3,7 +3,7 @@
 // Package failpoint names the places where a test kills the process, or holds it up,
 // to show that nothing is lost or handed out twice whatever dies. It does something
 // only in a binary built with the tag failpoint; otherwise Hit and Fault are empty,
-// and Now is the machine's clock.
+// every event is recorded, and Now is the machine's clock.
 package failpoint
 
 import (

@@ -129,6 +129,13 @@ func TestFaults(t *testing.T) {
 	if err := Fault(t.Context(), HSM); err == nil || time.Until(Now()) > -25*time.Second {
 		t.Errorf("the HSM answered %v, and the clock is ahead by %v", err, time.Until(Now()))
 	}
+	if Unaudited() {
+		t.Error("nothing is audited, and the file does not say so")
+	}
+	say("audit off\n")
+	if !Unaudited() {
+		t.Error("the file says that nothing is audited")
+	}
 	say("hsm 1h")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
@@ -140,7 +147,7 @@ func TestFaults(t *testing.T) {
 // TestMisspeltFaults end the process.
 func TestMisspeltFaults(t *testing.T) {
 	t.Parallel()
-	for _, line := range []string{"enc-leasd 1s", "clock", "clock soon", "hsm 1s 2s", "enc-leased error", "dsm error"} {
+	for _, line := range []string{"enc-leasd 1s", "clock", "clock soon", "hsm 1s 2s", "enc-leased error", "dsm error", "audit 1s", "audit on", "audit"} {
 		if err := (&faults{waits: make(map[string]time.Duration)}).add(strings.Fields(line)); err == nil {
 			t.Errorf("%q is taken", line)
 		}

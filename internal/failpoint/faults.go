@@ -7,7 +7,10 @@ package failpoint
 //	NAME DURATION    whoever comes to that failpoint, or asks that organ, waits so long
 //	NAME error       that organ fails
 //	clock DURATION   the clock is ahead by so much, or behind
+//	audit off        no event is recorded: what is measured is what the audit costs
 const FaultsFile = "KME_FAULTS"
 
 // HSM is the organ that Fault knows: whatever is asked of the token.
 const HSM = "hsm"
+
+const auditing = "audit" // see Unaudited

@@ -19,6 +19,8 @@ type faults struct {
 	clock time.Duration
 	waits map[string]time.Duration
 	fails map[string]bool
+
+	unaudited bool
 }
 
 // faultsAge is how old a reading may be.
@@ -53,8 +55,11 @@ func (f *faults) add(words []string) (err error) {
 	switch {
 	case len(words) == 0:
 		return nil
+	case len(words) == 2 && words[0] == auditing && words[1] == "off":
+		f.unaudited = true
+		return nil
 	case len(words) != 2 || words[0] != "clock" && words[0] != HSM && !slices.Contains(Names, words[0]):
-		return errors.New("want the name of a failpoint, of an organ or clock, and one word more")
+		return errors.New("want the name of a failpoint, of an organ or clock, and one word more, or audit off")
 	case words[0] == HSM && words[1] == "error":
 		f.fails[HSM] = true
 		return nil
@@ -85,6 +90,9 @@ func Fault(ctx context.Context, organ string) error {
 	}
 	return f.wait(ctx, organ)
 }
+
+// Unaudited says whether the file of faults has no event recorded.
+func Unaudited() bool { return current().unaudited }
 
 func (f *faults) wait(ctx context.Context, name string) error {
 	d := f.waits[name]

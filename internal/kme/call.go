@@ -24,14 +24,15 @@ type call struct {
 	sae     identity.SAE
 	session identity.Session
 	ev      audit.Event
-	pending bool // its outcome event is part of a commit under way: see late
+	pending bool          // its outcome event is part of a commit under way: see late
+	missed  chan struct{} // closed when that was counted
 }
 
 // begin starts the record of a request.
 func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identity.SAE) *call {
 	sae, _ := c.SAE()
 	cert := c.Certificate()
-	return &call{k: k, sae: sae, session: c.Session(), ev: audit.Event{
+	return &call{k: k, sae: sae, session: c.Session(), missed: make(chan struct{}), ev: audit.Event{
 		Action: a, Request: rid, Peer: other.String(),
 		Actor: audit.Actor{
 			Role: string(c.Role()), ID: c.ID(), Gateway: c.Gateway(), Rule: c.Rule(), Remote: c.Remote(),
@@ -108,6 +109,7 @@ func union(a, b []string) []string {
 // it can be again, and answered as unavailable: no answer without its record.
 func (c *call) refuse(ctx context.Context, err error) error {
 	if c.pending {
+		c.miss(store.ErrDoubt)
 		return c.k.classify(err)
 	}
 	var p *problem.Error
@@ -139,9 +141,8 @@ func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Even
 	counted := make(chan struct{})
 	defer close(counted)
 	err := k.Store.RecordLate(ctx, func(committed bool) {
-		if <-counted; committed {
-			k.outage.settle(1)
-		}
+		<-counted
+		k.outage.learn(committed)
 	}, ev)
 	if err == nil {
 		return p
@@ -150,19 +151,29 @@ func (k *KME) recordOrCount(ctx context.Context, p *problem.Error, ev audit.Even
 	return &problem.Error{Kind: problem.Unavailable, RetryAfter: time.Second, Err: fmt.Errorf("recording a refusal (%w): %w", p, err)}
 }
 
+// miss counts a call whose outcome event could not be recorded, or is in doubt.
+func (c *call) miss(err error) {
+	c.k.miss(err)
+	close(c.missed)
+}
+
 // late records what became of a commit that the caller was told 503 about, because
 // it took too long: if it went through, its event says that the keys were handed
-// out, and this one that the answer was lost.
+// out, and this one that the answer was lost. Until then the call is counted, for the
+// summary of the next process if this one dies.
 func (c *call) late(committed bool) {
+	<-c.missed
 	ev := c.ev
 	ev.Outcome = audit.Failed
+	told := true
 	if committed {
 		ev.Action, ev.Reason = audit.Lost, "committed after the caller was told 503"
-		c.k.note(context.Background(), ev)
-		return
+		told = c.k.note(context.Background(), ev)
+	} else {
+		ev.Reason = "not committed in time"
+		_ = c.k.recordOrCount(context.Background(), problem.New(problem.Unavailable, "not committed in time"), ev) // nobody waits any more
 	}
-	ev.Reason = "not committed in time"
-	_ = c.k.recordOrCount(context.Background(), problem.New(problem.Unavailable, "not committed in time"), ev) // nobody waits any more
+	c.k.outage.learn(told)
 }
 
 // classify says what a failure of an organ means to a caller.

@@ -81,7 +81,7 @@ func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid str
 func (k *KME) compromise(ctx context.Context, call *call, what store.Compromise, done audit.Event, answer *admin.Compromised) (err error) {
 	k.burning.Lock()
 	defer k.burning.Unlock()
-	if what, err = k.Store.BeginCompromise(ctx, what, done); err != nil {
+	if what, err = k.Store.BeginCompromise(ctx, what, call.late, done); err != nil {
 		call.pending = errors.Is(err, store.ErrDoubt)
 		return call.refuse(ctx, err)
 	}

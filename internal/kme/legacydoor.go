@@ -3,6 +3,7 @@ package kme
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/qutemail/kme/internal/audit"
@@ -146,10 +147,13 @@ func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (s leg
 		}
 		s.Stored += n
 	}
-	done := call.ev
-	done.Outcome = audit.Done
-	if err := k.Store.Record(ctx, done); err != nil {
-		k.miss(err)
+	ev := call.ev
+	ev.Outcome = audit.Done
+	if s.HSM != legacy.Connected || s.Database != legacy.Connected {
+		ev.Outcome, ev.Reason = audit.Failed, fmt.Sprintf("HSM: %s; database: %s", s.HSM, s.Database)
+	}
+	if err := k.Store.RecordLate(ctx, call.late, ev); err != nil {
+		call.miss(err)
 		s.Database = "error: the database does not answer"
 	}
 	return s, nil

@@ -20,6 +20,7 @@ type tally struct {
 	mu   sync.Mutex
 	path string
 	n    int64
+	open int64 // of them, those in doubt
 	kept int64 // what the file says
 	err  error // of the last write
 }
@@ -51,20 +52,41 @@ func (o *tally) count(n int) {
 	o.save()
 }
 
+// doubt adds an event that is part of a commit under way. No summary of this process
+// tells of it before learn is called; if the process dies first, one of the next does.
+func (o *tally) doubt() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.n++
+	o.open++
+	o.save()
+}
+
+// learn ends a doubt: whether the event is in the log, or counted anew, or is to be told
+// of by a summary like the others.
+func (o *tally) learn(told bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.open--
+	if told {
+		o.n--
+		o.save()
+	}
+}
+
 // counted is how many events wait for their summary.
 func (o *tally) counted() int64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.n
+	return o.n - o.open
 }
 
-// settle subtracts what a summary has told of, or one whose own event was in doubt
-// and has been committed after all. If the process dies before it, they are told of
-// twice, and not lost.
+// settle subtracts what a summary has told of. If the process dies before it, they are
+// told of twice, and not lost.
 func (o *tally) settle(n int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.n = max(0, o.n-n)
+	o.n -= n
 	o.save()
 }
 
@@ -87,11 +109,15 @@ func (o *tally) keep() error {
 	return o.err
 }
 
-// miss counts a request whose outcome could not be recorded, by why it could not.
+// miss counts a request whose outcome could not be recorded, by why it could not. With
+// store.ErrDoubt it may be yet: whoever learns that calls k.outage.learn.
 func (k *KME) miss(err error) {
-	if errors.Is(err, store.ErrOverflow) {
+	switch {
+	case errors.Is(err, store.ErrDoubt):
+		k.outage.doubt()
+	case errors.Is(err, store.ErrOverflow):
 		k.overflow.count(1)
-	} else {
+	default:
 		k.outage.count(1)
 	}
 }

@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -11,10 +12,14 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/legacy"
+	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
 )
 
 // TestOutageIsCounted: a refusal that cannot be recorded is answered 503, counted
@@ -188,4 +193,101 @@ func contents(t *testing.T, dir string) map[string]string {
 		files[e.Name()] = string(text)
 	}
 	return files
+}
+
+// TestInDoubt: a request whose commit is still under way when its caller is told 503 is
+// counted in the file, for the next process if this one dies, and by nobody else until
+// it is known what became of it; then the log says that.
+func TestInDoubt(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	status := func() *call { return k.begin(asSAE(t, "alice", k.Now()), "r1", audit.Status, saeID(t, "bob")) }
+	kept := func() string { return strings.TrimSpace(contents(t, s.data)["outage"]) }
+	doubted := func(c *call) {
+		t.Helper()
+		c.pending = true
+		if err := c.refuse(t.Context(), store.ErrDoubt); problem.KindOf(err) != problem.Unavailable || kept() != "1" || k.outage.counted() != 0 {
+			t.Errorf("answered %v, kept %q, and a summary would count %d", err, kept(), k.outage.counted())
+		}
+		if next, _, err := openTallies(s.data); err != nil || next.counted() != 1 {
+			t.Errorf("the next process would count %d, %v", next.counted(), err)
+		}
+	}
+
+	conn, err := pgx.Connect(t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if _, err := conn.Exec(t.Context(), "BEGIN; SELECT FROM kme.node_run FOR UPDATE"); err != nil { // no commit gets through
+		t.Fatal(err)
+	}
+	c := status()
+	done := c.ev
+	done.Outcome = audit.Done
+	ctx, leave := context.WithCancel(t.Context())
+	answered := make(chan error, 1)
+	go func() { answered <- k.Store.RecordLate(ctx, c.late, done) }()
+	eventually(t, "the commit to be under way", func() bool {
+		return s.ask("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()") > 0
+	})
+	leave()
+	if err := <-answered; !errors.Is(err, store.ErrDoubt) {
+		t.Fatalf("a commit that is not answered: %v", err)
+	}
+	doubted(c)
+	if _, err := conn.Exec(t.Context(), "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the commit to be known", func() bool { return kept() == "0" })
+
+	c = status()
+	doubted(c)
+	c.late(false)
+
+	c = status()
+	doubted(c)
+	k.Store.Close() // its outcome is in the log, and that its caller does not know of it cannot be
+	c.late(true)
+	if k = s.node(); k.outage.counted() != 1 {
+		t.Errorf("%d are counted, want the one whose answer the log does not tell of", k.outage.counted())
+	}
+	k.summarise(t.Context())
+	want := []told{
+		{"status", "done", "", 0},
+		{"answer-lost", "failed", "committed after the caller was told 503", 0},
+		{"status", "failed", "not committed in time", 0},
+		{"outage-summary", "refused", "refused while the database was away", 1},
+	}
+	if diff := cmp.Diff(want, s.audit()); diff != "" || kept() != "0" {
+		t.Errorf("%s wait, audit (-want +got):\n%s", kept(), diff)
+	}
+}
+
+// TestServiceUnwell: who asks how the service is while it is not well is answered 503 by
+// the old routes, and the log says so.
+func TestServiceUnwell(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	k.Policies = func() *policies.Set { return new(policies.Set) }
+	alice := asSAE(t, "alice", k.Now())
+	for _, down := range []string{"", "the token is gone"} {
+		k.hsmDown.Store(down)
+		if got, err := k.Service(t.Context(), alice, "r1"); err != nil || (got.HSM == legacy.Connected) != (down == "") {
+			t.Errorf("with an HSM that is %q: %+v, %v", down, got, err)
+		}
+	}
+	k.Store.Close()
+	if got, err := k.Service(t.Context(), alice, "r3"); err != nil || got.Database == legacy.Connected || k.outage.counted() != 1 {
+		t.Errorf("without a database: %+v, %v, %d counted", got, err, k.outage.counted())
+	}
+	want := []told{
+		{"status", "done", "", 0},
+		{"status", "failed", "HSM: error: the HSM does not answer; database: connected", 0},
+	}
+	if diff := cmp.Diff(want, s.audit()); diff != "" {
+		t.Errorf("audit (-want +got):\n%s", diff)
+	}
 }

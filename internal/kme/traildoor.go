@@ -15,6 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/auditlog"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // TrailDoor is the Backend of the operator door's routes of the audit log. Who reads
@@ -38,7 +39,8 @@ func (d TrailDoor) read(ctx context.Context, c identity.Caller, rid, what string
 	err := d.k.Store.RecordLate(recording, call.late, begun)
 	cancel()
 	if err != nil {
-		return d.k.classify(err)
+		call.pending = errors.Is(err, store.ErrDoubt)
+		return call.refuse(ctx, err)
 	}
 	return d.readOn(ctx, c, rid, what, do)
 }

@@ -47,6 +47,7 @@ func (f *traffic) close(t testing.TB) {
 	for _, w := range f.wrong {
 		t.Error(w)
 	}
+	f.compareAnswers(t)
 }
 
 // ofState lists the accounts of a kind.

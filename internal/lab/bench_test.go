@@ -64,6 +64,128 @@ func benchmarkEncKeys(b *testing.B, latency time.Duration, loads []benchLoad) {
 	}
 }
 
+// BenchmarkAuditCost is what the audit costs those who ask for keys: they ask as in
+// BenchmarkEncKeys, in turns with the audit and without it, which only a kmed that was
+// built for tests can do (package failpoint).
+//
+// of-unaudited is the rate with the audit against that without it; cpu-of-unaudited the
+// same of the work of processors, which holds also while the machine has other things to
+// do. The work of a turn ends when the log's tree has all of its events.
+func BenchmarkAuditCost(b *testing.B) {
+	r := &rig{Lab: startUnchecked(b, func(c *Config) { // whose keys leave without a trace
+		c.Bin = binaries(b, true)
+		benchPool(c)
+	})}
+	r.rests(b, 0)
+	for _, turn := range []struct {
+		load     benchLoad
+		requests int
+	}{{benchLoad{64, 1}, 8192}, {benchLoad{64, 64}, 256}} {
+		b.Run(turn.load.String(), func(b *testing.B) { benchmarkAuditCost(b, r, turn.load, turn.requests) })
+	}
+}
+
+func benchmarkAuditCost(b *testing.B, r *rig, load benchLoad, requests int) {
+	clients := r.connect(b, "alice", r.KM1.URL(), load.clients)
+	var took [2]time.Duration // without the audit, with it
+	var worked [2]spent
+	turns := 0
+	turn := func(audited int) {
+		r.rests(b, requests*load.number)
+		r.audits(b, audited == 1)
+		events, before, began := r.events(b), r.cpu(b), time.Now()
+		drive(b, requests, clients, func(c *etsi014.Client, _ int) error {
+			return discard(c.EncKeys(context.Background(), SAEID("bob"), load.request()))
+		})
+		took[audited] += time.Since(began)
+		if b.Failed() {
+			b.FailNow()
+		}
+		r.folded(b)
+		worked[audited] = worked[audited].plus(r.cpu(b).less(before))
+		for i, n := range r.events(b) {
+			if n -= events[i]; audited == 0 && n > 0 || audited == 1 && n < requests {
+				b.Fatalf("%d events of %d requests, in a turn in which %d is audited", n, requests, audited)
+			}
+		}
+	}
+	for b.Loop() {
+		for _, audited := range []int{1, 0, 0, 1} {
+			turn(audited)
+		}
+		turns += 2
+	}
+	all := float64(turns * requests)
+	b.ReportMetric(took[0].Seconds()/took[1].Seconds(), "of-unaudited")
+	b.ReportMetric(float64(worked[0].all())/float64(worked[1].all()), "cpu-of-unaudited")
+	b.ReportMetric(all/took[1].Seconds(), "req/s")
+	more := worked[1].less(worked[0])
+	for i, site := range []string{"km1", "km2"} {
+		b.ReportMetric(float64(more.kmed[i].Microseconds())/all, site+"-audit-us")
+		b.ReportMetric(float64(more.postgres[i].Microseconds())/all, site+"-postgres-audit-us")
+	}
+}
+
+// events is how many each site has recorded.
+func (r *rig) events(b *testing.B) (n [2]int) {
+	for i, s := range []*Site{r.KM1, r.KM2} {
+		n[i] = s.count(b, "SELECT sum(seq)::bigint FROM kme.node_run")
+	}
+	return n
+}
+
+// count asks the site's database for a number.
+func (s *Site) count(b *testing.B, sql string) (n int) {
+	b.Helper()
+	conn, done, err := s.super(b.Context())
+	if err == nil {
+		err = conn.QueryRow(b.Context(), sql).Scan(&n)
+		done()
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	return n
+}
+
+// audits has both sites record events from now on, or none, and returns when they do so.
+func (r *rig) audits(b *testing.B, on bool) {
+	b.Helper()
+	for _, s := range []*Site{r.KM1, r.KM2} {
+		var lines []string
+		if !on {
+			lines = []string{"audit off"}
+		}
+		if err := s.Faults(lines...); err != nil {
+			b.Fatal(err)
+		}
+	}
+	eventually(b, "the sites to heed it", func(context.Context) error {
+		before := r.events(b)
+		r.waiting(b, 1, 1)
+		for i, n := range r.events(b) {
+			if (n > before[i]) != on {
+				return fmt.Errorf("KM%d has recorded %d events of a request", i+1, n-before[i])
+			}
+		}
+		return nil
+	})
+	r.folded(b)
+}
+
+// folded returns when the trees of both sites' logs have all events.
+func (r *rig) folded(b *testing.B) {
+	b.Helper()
+	for _, s := range []*Site{r.KM1, r.KM2} {
+		eventually(b, "the tree of "+s.Name, func(context.Context) error {
+			if n := s.count(b, "SELECT ((SELECT sum(seq) FROM kme.node_run) - (SELECT sum(seq) FROM kme.audit_node))::bigint"); n > 0 {
+				return fmt.Errorf("%d events wait", n)
+			}
+			return nil
+		})
+	}
+}
+
 // BenchmarkDecKeys has clients take at KM2 the keys that alice got at KM1 before.
 func BenchmarkDecKeys(b *testing.B) {
 	r := newRig(b, 0)
@@ -170,7 +292,7 @@ type rig struct {
 func newRig(b *testing.B, latency time.Duration) *rig {
 	b.Helper()
 	r := &rig{Lab: start(b, func(c *Config) {
-		c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond
+		benchPool(c)
 		c.Proxy = latency > 0
 	})}
 	r.rests(b, 0)
@@ -215,6 +337,10 @@ func (r *rig) waiting(b *testing.B, requests, number int) [][]key.ID {
 // for before it makes another.
 const benchBlock = 1 << 17
 
+func benchPool(c *Config) {
+	c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond
+}
+
 // rests returns when the pool is full and, if a block has as many, so many keys can be
 // asked for before the link makes another one, which would cost both ends more than they do.
 func (r *rig) rests(b *testing.B, keys int) {
@@ -249,6 +375,8 @@ type spent struct {
 func (s spent) all() time.Duration {
 	return s.kmed[0] + s.kmed[1] + s.postgres[0] + s.postgres[1] + s.clients
 }
+
+func (s spent) plus(t spent) spent { return s.less(spent{}.less(t)) }
 
 func (s spent) less(t spent) spent {
 	return spent{
@@ -349,31 +477,38 @@ func (m measured) report(b *testing.B, load benchLoad, null measured) {
 // measure makes b.N requests, each client one after the other, and times them.
 func (r *rig) measure(b *testing.B, clients []*etsi014.Client, request func(*etsi014.Client, int) error) measured {
 	b.Helper()
-	m := measured{took: make([]time.Duration, b.N)}
-	var next atomic.Int64
-	var all sync.WaitGroup
+	var m measured
 	before := r.cpu(b)
 	b.ResetTimer()
 	b.StartTimer()
 	began := time.Now()
-	for _, c := range clients {
-		all.Go(func() {
-			for i := int(next.Add(1)) - 1; i < b.N; i = int(next.Add(1)) - 1 {
-				asked := time.Now()
-				if err := request(c, i); err != nil {
-					b.Error(err)
-					return
-				}
-				m.took[i] = time.Since(asked)
-			}
-		})
-	}
-	all.Wait()
+	m.took = drive(b, b.N, clients, request)
 	m.rate = float64(b.N) / time.Since(began).Seconds()
 	b.StopTimer()
 	m.cpu = r.cpu(b).less(before)
 	slices.Sort(m.took)
 	return m
+}
+
+// drive makes so many requests, each client one after the other, and times them.
+func drive(b *testing.B, requests int, clients []*etsi014.Client, request func(*etsi014.Client, int) error) []time.Duration {
+	took := make([]time.Duration, requests)
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for _, c := range clients {
+		all.Go(func() {
+			for i := int(next.Add(1)) - 1; i < requests; i = int(next.Add(1)) - 1 {
+				asked := time.Now()
+				if err := request(c, i); err != nil {
+					b.Error(err)
+					return
+				}
+				took[i] = time.Since(asked)
+			}
+		})
+	}
+	all.Wait()
+	return took
 }
 
 // What a null process is told, in its environment.

@@ -110,6 +110,14 @@ var buildFailpoint = sync.OnceValues(func() (string, error) {
 // held against the lab, and it is stopped.
 func start(t testing.TB, change func(*Config)) *Lab {
 	t.Helper()
+	l := startUnchecked(t, change)
+	t.Cleanup(func() { check(t, l, l.Check) })
+	return l
+}
+
+// startUnchecked is start for a lab that will not be held against the invariants.
+func startUnchecked(t testing.TB, change func(*Config)) *Lab {
+	t.Helper()
 	cfg := Config{
 		Dir: shortDir(t), Bin: binaries(t, false), Nodes: 1,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
@@ -133,7 +141,6 @@ func start(t testing.TB, change func(*Config)) *Lab {
 		t.Fatalf("starting the lab: %v", err)
 	}
 	t.Cleanup(func() {
-		check(t, l, l.Check)
 		if err := l.Down(); err != nil {
 			t.Errorf("stopping the lab: %v", err)
 		}

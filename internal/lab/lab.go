@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -77,6 +78,10 @@ type Config struct {
 
 	// Env, by site or node, is added to the environment of a kmed: how tests arm failpoints.
 	Env map[string][]string
+
+	// Watch, if not nil, comes between the lab's people and their connections: how tests
+	// note what they are answered.
+	Watch func(http.RoundTripper) http.RoundTripper
 
 	// Step, if not nil, is told what the lab is doing.
 	Step func(what string)

@@ -201,10 +201,14 @@ func (l *Lab) httpClient(dir string) (*http.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &http.Client{
+	hc := &http.Client{
 		Timeout:   10 * time.Second,
 		Transport: &http.Transport{TLSClientConfig: pki.ClientTLS(c, roots, nil), MaxIdleConnsPerHost: 64},
-	}, nil
+	}
+	if l.Watch != nil {
+		hc.Transport = l.Watch(hc.Transport)
+	}
+	return hc, nil
 }
 
 // Operator returns an operator of the lab, speaking to a node or to the first of a site.

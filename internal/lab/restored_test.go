@@ -253,6 +253,7 @@ func (f *traffic) forgets(s *Site) {
 		f.since = make(map[*Site]map[key.ID]bool)
 	}
 	f.since[s] = make(map[key.ID]bool)
+	f.notes.forget(s)
 	for id, a := range f.keys {
 		f.since[s][id] = true
 		a.burned = a.burned || a.route.from == s && !a.taken

@@ -23,6 +23,7 @@ import (
 type traffic struct {
 	mix
 	lab    *Lab
+	notes  *notes
 	routes []*route
 	stop   chan struct{}
 	ended  sync.WaitGroup
@@ -43,6 +44,7 @@ type route struct {
 	legacy            bool     // keys are asked for, and read again and again, by QuteMail's routes
 	master, slave     *Person
 	masters, slaves   []*Person // the same at each node of their sites
+	strangers         []*Person // who may share keys with neither, at each node of the slave's site
 	at, from          *Site     // of the master, of the slave
 	asked             chan []key.ID
 	served, taken     atomic.Int64   // requests answered with keys
@@ -113,6 +115,7 @@ type mix struct {
 	bits    []int         // of a key: one of these
 	pace    time.Duration // the rest of a client between two requests
 	patient bool          // nobody asks for more than is taken
+	aside   int           // every so many of a master's requests is one of asides; 0: none is
 }
 
 // light leaves room for the daemons to start again beside it.
@@ -122,7 +125,9 @@ var light = mix{clients: 3, number: 3, bits: []int{256}, pace: 50 * time.Millise
 // both directions.
 func begin(t testing.TB, l *Lab) *traffic {
 	t.Helper()
-	f := newTraffic(l, light)
+	n := newNotes()
+	l.Watch = n.over
+	f := newTraffic(l, light, n)
 	for _, names := range [][2]string{
 		{"alice", "bob"},
 		{"bob", "alice"},
@@ -135,8 +140,8 @@ func begin(t testing.TB, l *Lab) *traffic {
 	return f
 }
 
-func newTraffic(l *Lab, m mix) *traffic {
-	return &traffic{lab: l, mix: m, stop: make(chan struct{}), keys: make(map[key.ID]*account), ids: make(map[[sha256.Size]byte]key.ID)}
+func newTraffic(l *Lab, m mix, n *notes) *traffic {
+	return &traffic{lab: l, mix: m, notes: n, stop: make(chan struct{}), keys: make(map[key.ID]*account), ids: make(map[[sha256.Size]byte]key.ID)}
 }
 
 // newRoute leads from a master to a slave, each at all nodes of its home.
@@ -149,6 +154,7 @@ func newRoute(t testing.TB, l *Lab, master, slave string) *route {
 	}
 	for _, n := range r.from.Nodes {
 		r.slaves = append(r.slaves, saeAt(t, l, slave, n.Name))
+		r.strangers = append(r.strangers, saeAt(t, l, "carol", n.Name))
 	}
 	return r
 }
@@ -198,11 +204,17 @@ func (f *traffic) violation(format string, args ...any) {
 // ask is a client of the master.
 func (f *traffic) ask(r *route) {
 	c := newClient(r.masters)
+	var last key.ID
 	for !f.stopped(c) {
+		if f.aside > 0 && rand.IntN(f.aside) == 0 && last != (key.ID{}) {
+			f.askAside(r, c.person(), last)
+			continue
+		}
 		ids := f.askOnce(r, c)
 		if ids == nil {
 			continue
 		}
+		last = ids[0]
 		for _, to := range r.all() {
 			f.hand(to, ids)
 		}

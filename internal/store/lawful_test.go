@@ -108,7 +108,7 @@ func TestLawfulMoves(t *testing.T) {
 			case "compromise":
 				gone(key.Void)
 				var c Compromise
-				if c, err = db.BeginCompromise(ctx, Compromise{First: s.epoch(), Last: s.epoch(), Why: "a test"}, audit.Event{Action: audit.Compromise, Outcome: audit.Done}); err != nil {
+				if c, err = db.BeginCompromise(ctx, Compromise{First: s.epoch(), Last: s.epoch(), Why: "a test"}, nil, audit.Event{Action: audit.Compromise, Outcome: audit.Done}); err != nil {
 					break
 				}
 				_, _, errPool := db.BurnCompromised(ctx, c, pool)
