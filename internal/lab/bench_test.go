@@ -72,10 +72,11 @@ func benchmarkEncKeys(b *testing.B, latency time.Duration, loads []benchLoad) {
 // same of the work of processors, which holds also while the machine has other things to
 // do. The work of a turn ends when the log's tree has all of its events.
 func BenchmarkAuditCost(b *testing.B) {
-	r := &rig{Lab: startUnchecked(b, func(c *Config) { // whose keys leave without a trace
+	r := &rig{block: 1 << 15}
+	r.Lab = startUnchecked(b, func(c *Config) { // whose keys leave without a trace
 		c.Bin = binaries(b, true)
-		benchPool(c)
-	})}
+		r.fill(c)
+	})
 	r.rests(b, 0)
 	for _, turn := range []struct {
 		load     benchLoad
@@ -285,16 +286,18 @@ func discard(got etsi014.Container, err error) error {
 // clients.
 type rig struct {
 	*Lab
+	block   int    // atoms of a block of its link
 	null    string // its URL
 	nullPID int
 }
 
 func newRig(b *testing.B, latency time.Duration) *rig {
 	b.Helper()
-	r := &rig{Lab: start(b, func(c *Config) {
-		benchPool(c)
+	r := &rig{block: benchBlock}
+	r.Lab = start(b, func(c *Config) {
+		r.fill(c)
 		c.Proxy = latency > 0
-	})}
+	})
 	r.rests(b, 0)
 	if latency > 0 {
 		r.KM2.Node.Proxy.Set(Trouble{Delay: latency / 2})
@@ -337,8 +340,8 @@ func (r *rig) waiting(b *testing.B, requests, number int) [][]key.ID {
 // for before it makes another.
 const benchBlock = 1 << 17
 
-func benchPool(c *Config) {
-	c.Filler, c.PoolLimit, c.Interval = benchBlock, 3*benchBlock+1, 50*time.Millisecond
+func (r *rig) fill(c *Config) {
+	c.Filler, c.PoolLimit, c.Interval = r.block, 3*r.block+1, 50*time.Millisecond
 }
 
 // rests returns when the pool is full and, if a block has as many, so many keys can be
@@ -353,11 +356,11 @@ func (r *rig) rests(b *testing.B, keys int) {
 			if err == nil && now.State != "full" {
 				err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)
 			}
-			spare = now.Stored + now.StoredPeer - 2*benchBlock - 1
+			spare = now.Stored + now.StoredPeer - 2*r.block - 1
 			return err
 		})
 		const request = 128
-		if spare >= min(keys, benchBlock-request) {
+		if spare >= min(keys, r.block-request) {
 			return
 		}
 		r.waiting(b, spare/request+1, request) // so that it makes one now
