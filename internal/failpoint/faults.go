@@ -12,5 +12,3 @@ const FaultsFile = "KME_FAULTS"
 
 // HSM is the organ that Fault knows: whatever is asked of the token.
 const HSM = "hsm"
-
-const auditing = "audit" // see Unaudited

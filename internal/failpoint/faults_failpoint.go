@@ -23,6 +23,8 @@ type faults struct {
 	unaudited bool
 }
 
+const auditing = "audit" // see Unaudited
+
 // faultsAge is how old a reading may be.
 const faultsAge = 50 * time.Millisecond
 
