@@ -186,8 +186,10 @@ func TestFloodInTime(t *testing.T) {
 		}
 		for range 3 {
 			want(km1, "2001:db8::1", false, "of another CA")
+			want(km1, "203.0.113.1", false, "of another CA")
 		}
 		want(alice, "2001:db8::2", false, "of the /64 that failed")
+		want(alice, "203.0.113.1", false, "of the address that failed")
 		want(alice, "2001:db8:0:1::1", true, "of another /64")
 		want(alice, "192.0.2.1", true, "of another network")
 		<-time.After(time.Second)
@@ -203,11 +205,12 @@ func TestFloodInTime(t *testing.T) {
 			})
 		}
 		waiting.Wait()
+		synctest.Wait() // until it is counted
 		release()
 		want(alice, "198.51.100.1", true, "of where four had no turn")
 
 		refusals.Flush(t.Context())
-		if diff := cmp.Diff(map[string]int{"unknown-ca ": 3, "flood 2001:db8::/64": 1, "busy ": 4}, reasons); diff != "" {
+		if diff := cmp.Diff(map[string]int{"unknown-ca ": 6, "flood 2001:db8::/64": 1, "flood 203.0.113.1/32": 1, "busy ": 4}, reasons); diff != "" {
 			t.Errorf("on record (-want +got):\n%s", diff)
 		}
 	})
