@@ -37,23 +37,23 @@ func BenchmarkFairness(b *testing.B) {
 		{"peer-floods", peerFloods},
 	} {
 		b.Run(who.name, func(b *testing.B) {
-			besides(b, l, func() *bully { return who.start(b, l) }, "turned-away/s")
+			besides(b, l, func() func() int64 { return who.start(b, l).end }, "turned-away/s")
 		})
 	}
 }
 
 // besides has others ask alone and then beside a bully, and reports what that costs them,
 // and in unit how often he was at it.
-func besides(b *testing.B, l *Lab, start func() *bully, unit string) {
+func besides(b *testing.B, l *Lab, start func() (end func() int64), unit string) {
 	b.Helper()
 	r := &rig{Lab: l}
 	alone := others(b, l)
-	bad := start()
+	end := start()
 	before := r.cpu(b)
 	b.ResetTimer()
 	beside := others(b, l)
 	b.StopTimer()
-	acts := bad.end()
+	acts := end()
 	b.ReportMetric(r.cpu(b).less(before).kmed[1].Seconds()/b.Elapsed().Seconds(), "km2-cores")
 	b.ReportMetric(alone.at(0.99), "p99-alone-ms")
 	b.ReportMetric(beside.at(0.99), "p99-ms")
