@@ -290,6 +290,32 @@ func (s *site) ask(sql string) (n int64) {
 	return n
 }
 
+// TestPrepare: the KEKs that blocks and keys of the default lifetime will need next are
+// there before, and those of the epochs in between are not, however many they are.
+func TestPrepare(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t), func(c *Config) { c.DefaultTTL = 12 * time.Hour })
+	stand(t, k)
+	want := make(map[key.Epoch]store.EpochState)
+	for _, need := range []time.Duration{0, k.DefaultTTL} {
+		from := s.now().Add(need)
+		for e := key.EpochAt(from, time.Hour); e <= key.EpochAt(from.Add(aheadOfNeed), time.Hour)+1; e++ {
+			want[e] = store.EpochOpen
+		}
+	}
+	if diff := cmp.Diff(want, states(t, k)); diff != "" || len(want) < 4 {
+		t.Errorf("epochs (-want +got):\n%s", diff)
+	}
+	made := s.ask("SELECT count(*) FROM kme.kek")
+	if _, err := get(t, k, 1, 0); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.kek"); n != made {
+		t.Errorf("%d KEKs, and %d were made before: a request waited for one", n, made)
+	}
+}
+
 // TestStrays: keys of the token that the register does not know are an alarm: a copy of
 // a KEK under another label above all, which would open what the KEK had sealed when
 // that is destroyed. What a process has left that died while it made a KEK is cleared

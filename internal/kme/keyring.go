@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -80,18 +81,26 @@ func (r *keyring) verify(ctx context.Context) error {
 	return nil
 }
 
-// prepare opens the epochs that the keys of the default lifetime will need next, so
-// that no request waits for one.
+// aheadOfNeed is how long before an epoch is needed, at least, it is opened and its KEK
+// made.
+const aheadOfNeed = 10 * time.Second
+
+// prepare opens the epochs that blocks and the keys of default lifetimes will need next,
+// so that no request waits for one. If a lifetime is many epochs, those in between are
+// there from when they were needed for it.
 func (r *keyring) prepare(ctx context.Context) error {
-	now := key.EpochAt(r.k.Now(), r.k.EpochLength)
-	ttl := r.k.DefaultTTL
+	needs := []time.Duration{0, r.k.DefaultTTL} // from now
 	for _, l := range r.k.links {
-		ttl = max(ttl, l.TTL)
+		needs = append(needs, cmp.Or(l.TTL, r.k.DefaultTTL))
 	}
-	last := key.EpochAt(r.k.Now().Add(ttl), r.k.EpochLength) + 1
-	for e := now; e <= last; e++ {
-		if _, err := r.forEpoch(ctx, e); err != nil && !errors.Is(err, store.ErrExpired) {
-			return err
+	slices.Sort(needs)
+	now := r.k.Now()
+	for _, need := range slices.Compact(needs) {
+		last := key.EpochAt(now.Add(need+aheadOfNeed), r.k.EpochLength) + 1
+		for e := key.EpochAt(now.Add(need), r.k.EpochLength); e <= last; e++ {
+			if _, err := r.forEpoch(ctx, e); err != nil && !errors.Is(err, store.ErrExpired) {
+				return err
+			}
 		}
 	}
 	return nil
