@@ -24,7 +24,8 @@ import (
 //
 // These are throughputs of the processing, not rates of a link: gates are simulated as
 // fast as they can be, and sim/wall says how much faster than the link's clock that was.
-// Mbit/cpu-s is what a second of one processor makes, all parts of the link counted.
+// Mbit/cpu-s is what a second of one processor makes, all parts of the link counted;
+// light-cpu-ns is what simulated light, which hardware has for nothing, takes of cpu-ns.
 // Three blocks are under way at a time, and garbage is collected as seldom as in kmed.
 func BenchmarkLink(b *testing.B) {
 	defer debug.SetGCPercent(debug.SetGCPercent(800))
@@ -60,8 +61,35 @@ func BenchmarkLink(b *testing.B) {
 			b.ReportMetric(float64(sifted)/1e6/worked.Seconds(), "sifted-Mbit/cpu-s")
 			b.ReportMetric(float64(worked.Nanoseconds())/float64(detected), "cpu-ns/detection")
 			b.ReportMetric(float64(b.N)*params.Seconds(profile.Gates)/b.Elapsed().Seconds(), "sim/wall")
+			b.ReportMetric(light(b, l, profile), "light-cpu-ns/detection")
 		})
 	}
+}
+
+// light is what a detection costs without distillation: to be drawn, and to be told to both
+// ends over their sockets.
+func light(b *testing.B, l *link, profile distill.Params) float64 {
+	const blocks = 5
+	alice, bob, detected := l.alice.cfg.Box, l.bob.cfg.Box, 0
+	l.alice.cfg.Channel.(socketEnd).Close() // what is under way ends with it
+	l.alice.Close()
+	l.bob.Close()
+	begun := cpuTime()
+	for block := range int64(blocks) {
+		block += 1 << 40 // above all that were fired
+		if err := alice.Fire(b.Context(), 1, block, profile.Gates); err != nil {
+			b.Fatal(err)
+		}
+		list, err := bob.Detections(b.Context(), 1, block)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := alice.Sent(b.Context(), 1, block, list.Gates); err != nil {
+			b.Fatal(err)
+		}
+		detected += list.Gates.Len()
+	}
+	return float64((cpuTime() - begun).Nanoseconds()) / float64(detected)
 }
 
 // warmUp is how many blocks are made before any is measured: until the garbage collector

@@ -3,6 +3,7 @@ package qlink
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -85,13 +86,21 @@ func (l *lanes) lane(n int) *lane { return &lane{lanes: l, n: n} }
 
 type lane struct {
 	*lanes
-	n       int
-	sent    time.Time // when the last message was; zero once there was an answer
-	answers int       // to messages
+	n     int
+	sent  time.Time       // when the last message was; zero once there was an answer
+	waits []time.Duration // for the answers
 }
 
-// away is how long messages of this block were on their way, there and back.
-func (l *lane) away() time.Duration { return time.Duration(l.answers) * l.trip() }
+// away is how long messages of this block were on their way, there and back: of most
+// questions the answer takes no time worth mentioning, so that the median of the waits is
+// that of a journey.
+func (l *lane) away() time.Duration {
+	if len(l.waits) == 0 {
+		return 0
+	}
+	slices.Sort(l.waits)
+	return time.Duration(len(l.waits)) * l.waits[len(l.waits)/2]
+}
 
 func (l *lane) Send(kind byte, body []byte) error {
 	if kind > 0xf {
@@ -106,9 +115,9 @@ func (l *lane) Send(kind byte, body []byte) error {
 func (l *lane) Recv() (kind byte, body []byte, err error) {
 	m, err := l.recv()
 	if err == nil && !l.sent.IsZero() {
-		l.answered(time.Since(l.sent))
-		l.answers++
-		l.sent = time.Time{}
+		wait := time.Since(l.sent)
+		l.answered(wait)
+		l.waits, l.sent = append(l.waits, wait), time.Time{}
 	}
 	return m.kind, m.body, err
 }

@@ -21,11 +21,15 @@ type window struct {
 	share float64 // of a block's life, with its messages on their way
 }
 
-// most is the smallest number of which base are at work, but for a fifth of a block: that
-// much may be lost to waiting.
+// most is how many blocks may be under way: base, if what travelling takes is less than the
+// fifth of the throughput that may be lost, and otherwise so many that twice base are at work
+// on the average. For they come in bursts: of one on the average there would be none for a
+// third of the time.
 func (w *window) most() int {
-	n := math.Ceil(float64(w.base)/(1-w.share) - .2)
-	return max(w.base, int(min(n, MaxInFlight)))
+	if w.share <= 1./6 {
+		return w.base
+	}
+	return int(min(math.Ceil(2*float64(w.base)/(1-w.share)), MaxInFlight))
 }
 
 // ended takes note of a block's life and of how long its messages were on their way.

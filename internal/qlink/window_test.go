@@ -18,12 +18,12 @@ func TestWindow(t *testing.T) {
 	}{
 		{1, 0, 1},
 		{1, 15 * time.Millisecond, 1}, // which costs less than a fifth
-		{1, 30 * time.Millisecond, 2},
-		{1, 100 * time.Millisecond, 2},
-		{1, time.Second, 11},
+		{1, 30 * time.Millisecond, 3},
+		{1, 100 * time.Millisecond, 4},
+		{1, 550 * time.Millisecond, 13},
 		{1, 10 * time.Second, MaxInFlight},
 		{3, 0, 3},
-		{3, 100 * time.Millisecond, 6},
+		{3, 100 * time.Millisecond, 12},
 	} {
 		t.Run(fmt.Sprintf("base=%d/travel=%v", tc.base, tc.travel), func(t *testing.T) {
 			w := window{base: tc.base}
