@@ -13,7 +13,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha test-console test-arm64 storm rotation bench lint deb sbom fuzz tools promtool prerequisites clean
+.PHONY: all run build test test-ha test-console test-arm64 test-deb storm rotation bench lint deb sbom release fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -70,18 +70,26 @@ rotation: prerequisites build
 	KME_ROTATION=$(ROTATION_TIME) $(GO) test -tags $(TAGS) -run '^TestRotationUnderLoad$$' -timeout 2h -v ./internal/lab
 
 ## deb: dist/kme_VERSION_ARCH.deb, with units, users, alert rules, runbooks and clients
-VERSION ?= 0~$(shell git log -1 --format=%cd.%h --date=format:%Y%m%d)
-deb: build
-	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) deploy/deb/build.sh $(BIN) $(VERSION) dist
+VERSION ?= 0~$(shell TZ=UTC git log -1 --format=%cd.%h --date=format-local:%Y%m%d%H%M%S)
+deb: sbom
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) deploy/deb/build.sh dist/bin $(VERSION) dist
+
+## test-deb: that package on a fresh Debian, whose systemd is booted (as root; Debian package debootstrap); some minutes
+test-deb: deb tools
+	@command -v debootstrap >/dev/null || { echo "kme: please install debootstrap"; exit 1; }
+	@deploy/deb/test.sh dist/kme_$(VERSION)_$$(dpkg --print-architecture).deb $(BIN)/step
 
 ## sbom: what each program is made of, in CycloneDX, in dist/
 CYCLONEDX := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
-sbom: build
-	@mkdir -p dist
+sbom: release
 	@for program in kmed kmectl kme-ca qlink; do \
-		$(GO) run $(CYCLONEDX) bin -json -version "$(VERSION)" -output dist/$$program.cdx.json $(BIN)/$$program || exit 1; \
+		$(GO) run $(CYCLONEDX) bin -json -std -version "$(VERSION)" -output dist/$$program.cdx.json dist/bin/$$program || exit 1; \
 		echo "dist/$$program.cdx.json"; \
 	done
+
+# The programs of a package: at random addresses, with their commit, without this machine's paths.
+release:
+	@$(GO) build -tags $(TAGS) -trimpath -buildvcs=auto -buildmode=pie -ldflags=-bindnow -o dist/bin/ ./cmd/kmed ./cmd/kmectl ./cmd/kme-ca ./cmd/qlink
 
 ## fuzz: every fuzz target for FUZZTIME
 fuzz:

@@ -118,7 +118,7 @@ func run(t *testing.T, name string, args ...string) string {
 // is at most 2.0 of 10.
 func TestUnits(t *testing.T) {
 	t.Parallel()
-	for _, unit := range []string{"systemd/kmed.service", "systemd/kmed-sequencer.service", "systemd/kme-ca@.service"} {
+	for _, unit := range []string{"systemd/kmed.service", "systemd/kmed-sequencer.service", "systemd/kme-ca@.service", "systemd/qlink.service"} {
 		run(t, "systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit)
 	}
 	unit := read(t, "systemd/kmed.service")
@@ -133,14 +133,14 @@ func TestUnits(t *testing.T) {
 			t.Errorf("kmed-sequencer.service has no %s", line)
 		}
 	}
-	ca, users, postinst := read(t, "systemd/kme-ca@.service"), read(t, "systemd/sysusers.conf"), read(t, "deb/postinst")
+	ca, users := read(t, "systemd/kme-ca@.service"), read(t, "systemd/sysusers.conf")
 	for _, line := range []string{"User=kme-ca-%i", "Group=kme-ca-%i", "StateDirectory=kme-ca/%i"} {
 		if !strings.Contains(ca, "\n"+line+"\n") {
 			t.Errorf("kme-ca@.service has no %s", line)
 		}
 	}
 	for _, role := range []string{"sae", "kme", "operator"} { // each CA is a user of its own
-		if !strings.Contains(users, "\nu kme-ca-"+role+" ") || !strings.Contains(postinst, " kme-ca-"+role) {
+		if !strings.Contains(users, "\nu kme-ca-"+role+" ") {
 			t.Errorf("there is no user of the CA of role %s", role)
 		}
 	}
@@ -185,8 +185,8 @@ func TestPackage(t *testing.T) {
 	run(t, "dpkg-deb", "-R", debs[0], root)
 	for _, file := range []string{
 		"usr/share/kme/kmed.yaml", "usr/share/kme/openapi.json", "usr/share/kme/policies/default.cedar", "usr/share/kme/policies/schema.cedarschema",
-		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md", "usr/share/kme/AUDIT.md", "usr/share/kme/postgres/pg_ident.conf", "usr/share/kme/hsm/README.md", "usr/share/kme/pki/README.md",
-		"usr/share/doc/kme/copyright", "usr/lib/sysusers.d/kme.conf", "usr/lib/tmpfiles.d/kme.conf",
+		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md", "usr/share/kme/AUDIT.md", "usr/share/kme/INSTALL.md", "usr/share/kme/postgres/pg_ident.conf", "usr/share/kme/hsm/README.md", "usr/share/kme/pki/README.md",
+		"usr/share/doc/kme/copyright", "usr/share/doc/kme/licenses/github.com/jackc/pgx/v5/LICENSE", "usr/share/man/man8/kmed.8.gz", "usr/lib/sysusers.d/kme.conf", "usr/lib/tmpfiles.d/kme.conf",
 	} {
 		if info, err := os.Stat(filepath.Join(root, file)); err != nil || info.Size() == 0 || info.Mode().Perm() != 0o644 && file != "usr/share/kme/clients/kme.py" {
 			t.Errorf("%s: %v, %v", file, info, err)
@@ -199,9 +199,9 @@ func TestPackage(t *testing.T) {
 	if out := run(t, filepath.Join(root, "usr/bin/kmed"), "config", "print-default"); out != KmedYAML {
 		t.Errorf("kmed of the package prints another configuration than deploy/kmed.yaml: make build?")
 	}
-	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kmed-sequencer.service", "kme-ca@sae.service").CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kmed-sequencer.service", "kme-ca@sae.service", "qlink.service").CombinedOutput()
 	for _, line := range strings.Split(string(out), "\n") {
-		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kmed-sequencer") || strings.Contains(line, "kme-ca@")) && !strings.Contains(line, "/bin/kill") { // which is not ours
+		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kmed-sequencer") || strings.Contains(line, "kme-ca@") || strings.Contains(line, "qlink")) && !strings.Contains(line, "/bin/kill") { // which is not ours
 			t.Errorf("systemd-analyze verify: %s (%v)", line, err)
 		}
 	}
