@@ -26,7 +26,8 @@ if [ "${1-}" = --contained ]; then # in mount, PID, network and cgroup namespace
 	cd "$root"
 	pivot_root . mnt
 	# Nothing that this machine has only one of: its clock, its modules, its log.
-	exec chroot . /bin/sh -c 'umount -l /mnt && exec setpriv --bounding-set=-sys_time,-sys_module,-sys_rawio,-syslog --inh-caps=-sys_time \
+	# Mounts are shared, as systemd has them outside of a container: credentials are mounts.
+	exec chroot . /bin/sh -c 'umount -l /mnt && mount --make-rshared / && exec setpriv --bounding-set=-sys_time,-sys_module,-sys_rawio,-syslog --inh-caps=-sys_time \
 		env -i container=kme PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --system' </dev/null >/dev/null 2>&1
 fi
 
@@ -63,6 +64,7 @@ printf 'exit 101\n' >"$root/usr/sbin/policy-rc.d" # nothing is started
 chmod 755 "$root/usr/sbin/policy-rc.d"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 echo 'APT::Install-Recommends "false";' >"$root/etc/apt/apt.conf.d/90test" # they take minutes
+echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/test"
 in_root bash -eu /root/installed.sh package
 # What INSTALL.md installs, fetched while there is a network.
 in_root apt-get -qq install --yes --download-only "/root/${deb##*/}" postgresql softhsm2 curl >/dev/null
