@@ -201,7 +201,7 @@ func TestPackage(t *testing.T) {
 	}
 	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kmed-sequencer.service", "kme-ca@sae.service", "qlink.service").CombinedOutput()
 	for _, line := range strings.Split(string(out), "\n") {
-		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kmed-sequencer") || strings.Contains(line, "kme-ca@") || strings.Contains(line, "qlink")) && !strings.Contains(line, "/bin/kill") { // which is not ours
+		if (strings.Contains(line, "kmed.service") || strings.Contains(line, "kmed-sequencer") || strings.Contains(line, "kme-ca@") || strings.Contains(line, "qlink")) && !strings.Contains(line, "/bin/sh") { // which is not ours
 			t.Errorf("systemd-analyze verify: %s (%v)", line, err)
 		}
 	}
