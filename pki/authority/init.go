@@ -12,6 +12,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -89,6 +90,9 @@ func (c InitConfig) create(all []settings) error {
 		return err
 	}
 	if err := os.Chmod(stage, 0o755); err != nil {
+		return err
+	}
+	if err := os.Remove(c.Dir); err != nil && !errors.Is(err, fs.ErrNotExist) { // os.Rename takes no folder's place, be it empty
 		return err
 	}
 	return os.Rename(stage, c.Dir)

@@ -383,7 +383,7 @@ func TestInitRefuses(t *testing.T) {
 		})
 	}
 
-	dir := filepath.Join(t.TempDir(), "ca")
+	dir := t.TempDir() // there, and empty
 	if err := authority.Init(good(dir)); err != nil {
 		t.Fatal(err)
 	}
