@@ -86,6 +86,7 @@ type DB struct {
 	untaken   untaken
 	late      sync.WaitGroup // calls of Late under way
 	ends      sync.Map       // link ID -> handover.End: ours, of the links that EnsureLink has registered
+	counts    sync.Map       // link ID -> *turns[int]: of Stored
 
 	mu        sync.Mutex
 	unclaimed map[string][]int64 // by link: chunks leased by this run whose Lease had failed to return them
