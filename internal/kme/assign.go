@@ -239,6 +239,10 @@ func (l *link) wish(r handover.Request, pooled map[key.ID]store.PooledAtom, p *p
 				p.refuse(r.ID, why, id)
 				return w, false
 			}
+			if why := l.fits(r, atom.Provenance); why != "" {
+				p.refuse(r.ID, why)
+				return w, false
+			}
 			w.blobs = append(w.blobs, l.k.wrappedAtom(atom.Atom, lentOf(atom).from))
 		}
 	}
@@ -273,11 +277,11 @@ func (l *link) grant(ctx context.Context, wishes []wish, p *prepared) ([]wish, [
 	}
 }
 
-// refuse notes why a request is refused, and which atom is of no use here.
-func (p *prepared) refuse(request, why string, bad key.ID) {
+// refuse notes why a request is refused, and which atoms are of no use here to anybody.
+func (p *prepared) refuse(request, why string, bad ...key.ID) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.refused[request], p.unusable[request] = why, []key.ID{bad}
+	p.refused[request], p.unusable[request] = why, bad
 }
 
 // lentOf is a pool atom as a request holds it.
@@ -313,9 +317,32 @@ func (l *link) admit(r handover.Request) string {
 		if !set.Homed(slave, l.k.Self) {
 			return fmt.Sprintf("slave %s is not homed at %s", slave, l.k.Self)
 		}
-		d := set.Decide(policies.Question{Action: string(audit.EncKeys), Caller: r.Master, Other: slave, Number: len(r.Keys), Bits: r.Bits, Provenance: l.Provenance, Link: l.ID, Time: l.k.Now()})
-		if !d.Allow {
-			return fmt.Sprintf("policy here does not let %s share keys with %s", r.Master, slave)
+		if why := l.allow(set, r, slave, l.Provenance); why != "" {
+			return why
+		}
+	}
+	return ""
+}
+
+// allow says why policy here does not let a request's master share keys of a provenance
+// with a slave, or "".
+func (l *link) allow(set *policies.Set, r handover.Request, slave identity.SAE, p key.Provenance) string {
+	d := set.Decide(policies.Question{Action: string(audit.EncKeys), Caller: r.Master, Other: slave, Number: len(r.Keys), Bits: r.Bits, Provenance: p, Link: l.ID, Time: l.k.Now()})
+	if !d.Allow {
+		return fmt.Sprintf("policy here does not let %s share keys with %s", r.Master, slave)
+	}
+	return ""
+}
+
+// fits says why a request may not have an atom that came before the link was another's,
+// or "": see call.fit.
+func (l *link) fits(r handover.Request, p key.Provenance) string {
+	if p == l.Provenance {
+		return ""
+	}
+	for _, slave := range r.Slaves {
+		if why := l.allow(l.k.Policies(), r, slave, p); why != "" {
+			return why
 		}
 	}
 	return ""
@@ -334,6 +361,8 @@ func (l *link) claims(want handover.Key, i int, p store.PooledAtom) string {
 		return "a block that was dropped"
 	case p.Epoch < l.k.oldest(l.ID):
 		return "atoms that are too old"
+	case l.k.Production && p.Provenance == key.Simulated:
+		return "atoms of simulated light, at a production node"
 	}
 	return ""
 }

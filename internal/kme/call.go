@@ -10,6 +10,7 @@ import (
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/policies"
@@ -69,20 +70,51 @@ func (c *call) judge(others []identity.SAE, number, bits int) (way, error) {
 		if none != nil { // then each is judged as if it were alone
 			w, _ = c.k.route(other)
 		}
-		q := policies.Question{
-			Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits,
-			Provenance: w.provenance(), SameKME: slices.Contains(w.here, other),
-		}
-		if w.link != nil && !q.SameKME {
-			q.Link = w.link.ID
-		}
-		d := set.Decide(c.asked(q))
-		c.ev.Policy = union(c.ev.Policy, d.Policies)
-		if !d.Allow {
-			return way{}, problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
+		if err := c.decide(set, w, other, number, bits, w.provenance()); err != nil {
+			return way{}, err
 		}
 	}
 	return w, none
+}
+
+// decide asks the policies about keys of a provenance for one other SAE, on a way.
+func (c *call) decide(set *policies.Set, w way, other identity.SAE, number, bits int, p key.Provenance) error {
+	q := policies.Question{
+		Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits,
+		Provenance: p, SameKME: slices.Contains(w.here, other),
+	}
+	if w.link != nil && !q.SameKME {
+		q.Link = w.link.ID
+	}
+	d := set.Decide(c.asked(q))
+	c.ev.Policy = union(c.ev.Policy, d.Policies)
+	if !d.Allow {
+		return problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
+	}
+	return nil
+}
+
+// fit is nil if an order may have atoms that are lent for it. The pool may hold what came
+// before the link was another's: then policy, which was asked about the link's keys, is
+// asked about these.
+func (c *call) fit(lends []lent, o order, w way) error {
+	judged := w.provenance()
+	for _, a := range lends {
+		p := a.from.Provenance
+		if err := o.met(p); err != nil {
+			return err
+		}
+		if p == judged {
+			continue
+		}
+		for _, other := range o.slaves {
+			if err := c.decide(c.k.Policies(), w, other, o.number, o.bits, p); err != nil {
+				return err
+			}
+		}
+		judged = p
+	}
+	return nil
 }
 
 // asked is q as this call asks it: now, over its connection.

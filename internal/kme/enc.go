@@ -123,11 +123,9 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 		return got, unavailable(5*time.Second, "not enough keys are stored", fmt.Errorf("link %s has fewer than %d keys of %d bits", l.ID, o.number, o.bits))
 	}
 	failpoint.Hit(failpoint.EncLeased)
-	for _, a := range lends { // the pool may hold what came before the link was another's
-		if err := o.met(a.from.Provenance); err != nil {
-			l.pool.give(lends)
-			return got, err
-		}
+	if err := c.fit(lends, o, w); err != nil {
+		l.pool.give(lends)
+		return got, err
 	}
 	got, bad, err := l.open(ctx, lends, o)
 	if err != nil {

@@ -56,6 +56,12 @@ const rules = `
 // core is km1 as far as its rules go: without database, HSM and peers.
 func core(t testing.TB) (*KME, *link) {
 	t.Helper()
+	return coreOf(t, rules)
+}
+
+// coreOf is core with other rules.
+func coreOf(t testing.TB, rules string) (*KME, *link) {
+	t.Helper()
 	dir := t.TempDir()
 	if err := os.CopyFS(dir, policies.Shipped); err != nil {
 		t.Fatal(err)

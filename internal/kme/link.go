@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -75,7 +76,7 @@ func newLink(k *KME, c LinkConfig) *link {
 	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue), committed: make(chan struct{}, 1)}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
-		lease: func(ctx context.Context, chunks int) ([]store.Lease, error) { return k.Store.Lease(ctx, c.ID, chunks) },
+		lease: l.lease,
 		free:  func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
 		fresh: func(e key.Epoch) bool { return e >= l.usable() },
 		nodes: k.alive,
@@ -83,6 +84,33 @@ func newLink(k *KME, c LinkConfig) *link {
 		wanting: make(chan struct{}, 1),
 	}
 	return l
+}
+
+// lease leases chunks whose keys may be handed out. A link may have been a simulated one
+// before the node was set to production: what is left of that is burned instead.
+func (l *link) lease(ctx context.Context, chunks int) ([]store.Lease, error) {
+	for {
+		leases, err := l.k.Store.Lease(ctx, l.ID, chunks)
+		if err != nil {
+			return nil, err
+		}
+		simulated := func(x store.Lease) bool { return l.k.Production && x.Provenance == key.Simulated }
+		var burn []lent
+		for _, x := range leases {
+			if simulated(x) {
+				for _, a := range x.Atoms {
+					burn = append(burn, lent{a, &x})
+				}
+			}
+		}
+		if len(burn) == 0 {
+			return leases, nil
+		}
+		l.burn(ctx, "", burn, "simulated light, and the node is set to production")
+		if leases = slices.DeleteFunc(leases, simulated); len(leases) > 0 {
+			return leases, nil
+		}
+	}
 }
 
 // distil runs the link's sessions. At Alice's end one node of the site does so;
