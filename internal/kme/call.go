@@ -42,6 +42,14 @@ func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identit
 	}}
 }
 
+// spender is whose bucket the call takes from.
+func (c *call) spender() any {
+	if c.sae == (identity.SAE{}) {
+		return c.ev.Actor.ID // a gateway that speaks for none of its SAEs
+	}
+	return c.sae
+}
+
 // atHome is nil if the caller is an SAE that is served here.
 func (c *call) atHome() error {
 	why, off := c.k.Policies().Disabled(c.sae)
@@ -149,7 +157,7 @@ func (c *call) refuse(ctx context.Context, err error) error {
 		p = c.k.classify(err)
 	}
 	if errors.Is(p, errExcess) {
-		c.k.tire(ctx, c.sae)
+		c.k.tire(ctx, c.spender())
 	}
 	c.ev.Outcome, c.ev.Reason = audit.Refused, p.Error()
 	if p.Kind == problem.Unavailable || p.Kind == problem.Internal {

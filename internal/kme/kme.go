@@ -366,12 +366,7 @@ func (k *KME) beat(ctx context.Context) {
 		k.tryDatabase(ctx, err)
 	} else {
 		k.clear(ctx, "database")
-		k.watchPast(ctx)
-		k.watchCompromises(ctx)
-		k.summarise(ctx)
-		if err := k.Store.LookAtUntaken(ctx); err != nil {
-			k.Log.Warn("looking at what waits to be taken", "err", err) // what was read before still counts
-		}
+		k.lookAtDatabase(ctx)
 	}
 	k.watchZeroized(ctx)
 	took, err := k.heartbeat(ctx)
@@ -400,6 +395,20 @@ func (k *KME) beat(ctx context.Context) {
 		k.suspect(ctx, "hsm-slow", fmt.Sprintf("the HSM token is slow: a heartbeat took %v", took.Round(time.Millisecond)))
 	} else {
 		k.clear(ctx, "hsm-slow")
+	}
+}
+
+// looksTime bounds all of a beat's looks at a database that may not answer.
+const looksTime = 2 * time.Second
+
+func (k *KME) lookAtDatabase(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, looksTime)
+	defer cancel()
+	k.watchPast(ctx)
+	k.watchCompromises(ctx)
+	k.summarise(ctx)
+	if err := k.Store.LookAtUntaken(ctx); err != nil {
+		k.Log.Warn("looking at what waits to be taken", "err", err) // what was read before still counts
 	}
 }
 
@@ -517,6 +526,8 @@ func (k *KME) hello(ctx context.Context, to identity.KME, s store.Standing) hand
 	if h.Yours = k.figures(ctx, to); h.Yours.Origin > 0 {
 		h.Acked = k.past.answeredBy(to, k.Node, h.Yours.Origin)
 	}
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
 	for id, l := range k.links {
 		session, err := k.Store.Session(ctx, id)
 		if err != nil {

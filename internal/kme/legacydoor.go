@@ -133,6 +133,9 @@ func (k *KME) Service(ctx context.Context, c identity.Caller, rid string) (s leg
 	if call.sae == (identity.SAE{}) && c.Role() != identity.RoleGateway {
 		return legacy.Service{}, call.refuse(ctx, problem.Because(problem.Unauthorized, errors.New("the certificate names no SAE")))
 	}
+	if err := k.spend(call.spender(), 1); err != nil {
+		return legacy.Service{}, call.refuse(ctx, err)
+	}
 	s = legacy.Service{Database: legacy.Connected, HSM: legacy.Connected}
 	if k.hsmWell() != nil {
 		s.HSM = "error: the HSM does not answer"

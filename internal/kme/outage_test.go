@@ -60,6 +60,28 @@ func TestOutageIsCounted(t *testing.T) {
 	}
 }
 
+// TestBeatEnds: a node that looks after itself comes to the end of its looks though the
+// database answers none of them, and has asked the HSM.
+func TestBeatEnds(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	stand(t, k)
+	conn, err := pgx.Connect(t.Context(), s.cluster.DSN(pgdev.Superuser, s.name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE kme.untaken, kme.compromise IN ACCESS EXCLUSIVE MODE"); err != nil {
+		t.Fatal(err)
+	}
+	k.hsmDown.Store("nobody has asked")
+	k.beat(t.Context()) // or the test ends by its timeout
+	if why := k.hsmDown.Load(); why != "" {
+		t.Errorf("after a beat: the HSM is down, %v", why)
+	}
+}
+
 // TestOutageFile: one number in one file, however many refusals there are.
 func TestOutageFile(t *testing.T) {
 	t.Parallel()

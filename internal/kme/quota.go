@@ -39,8 +39,8 @@ const (
 )
 
 // buckets hold what each caller may still have of something. Only SAEs that are homed
-// here and peers come to have one.
-type buckets struct{ sync.Map } // identity.SAE or identity.KME -> *rate.Limiter
+// here, gateways and peers come to have one.
+type buckets struct{ sync.Map } // identity.SAE, a gateway's ID or identity.KME -> *rate.Limiter
 
 // of is the bucket of a caller, which holds burst if it is new.
 func (b *buckets) of(caller any, perSecond float64, burst int) *rate.Limiter {
@@ -51,11 +51,12 @@ func (b *buckets) of(caller any, perSecond float64, burst int) *rate.Limiter {
 	return l.(*rate.Limiter)
 }
 
-// spend takes the atoms of a request out of its SAE's bucket, whatever becomes of
-// the request. What the bucket does not hold is refused, and takes nothing.
-func (k *KME) spend(sae identity.SAE, atoms int) *problem.Error {
+// spend takes the atoms of a request out of its caller's bucket (an SAE's, or a gateway's
+// where it names none), whatever becomes of the request. What the bucket does not hold is
+// refused, and takes nothing.
+func (k *KME) spend(caller any, atoms int) *problem.Error {
 	now := k.Now()
-	r := k.atoms.of(sae, k.Quota.Rate, k.Quota.Burst).ReserveN(now, atoms)
+	r := k.atoms.of(caller, k.Quota.Rate, k.Quota.Burst).ReserveN(now, atoms)
 	if !r.OK() {
 		return problem.New(problem.Invalid, "no request may be for more than %d keys of 256 bits", k.Quota.Burst)
 	}
@@ -65,7 +66,7 @@ func (k *KME) spend(sae identity.SAE, atoms int) *problem.Error {
 	}
 	r.CancelAt(now)
 	return unavailable(wait.Truncate(time.Second)+time.Second, "too many keys were asked for in a short time",
-		fmt.Errorf("%w: %s has spent its %g atoms a second: %d more are there in %v", errExcess, sae, k.Quota.Rate, atoms, wait.Round(time.Millisecond)))
+		fmt.Errorf("%w: %v has spent its %g atoms a second: %d more are there in %v", errExcess, caller, k.Quota.Rate, atoms, wait.Round(time.Millisecond)))
 }
 
 // tire keeps a caller (an SAE or a peer) waiting that is to be told that it wants more

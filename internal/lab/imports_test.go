@@ -21,6 +21,7 @@ var rings = map[string]int{
 	"internal/approval":  0,
 	"internal/nodes":     0,
 	"internal/failpoint": 0,
+	"internal/deadpeer":  0,
 	"internal/pgdev":     0,
 
 	"internal/bb84":     1,

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/qutemail/kme/internal/deadpeer"
 	"github.com/qutemail/kme/internal/identity"
 )
 
@@ -103,10 +104,7 @@ type watchful struct{ net.Listener }
 
 func (l watchful) Accept() (net.Conn, error) {
 	raw, err := l.Listener.Accept()
-	if t, ok := raw.(*net.TCPConn); ok {
-		_ = t.SetKeepAliveConfig(keepAlive)
-		limitUnacknowledged(t)
-	}
+	deadpeer.Notice(raw)
 	return raw, err
 }
 

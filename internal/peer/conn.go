@@ -7,16 +7,11 @@ import (
 	"net"
 	"sync/atomic"
 	"time"
+
+	"github.com/qutemail/kme/internal/deadpeer"
 )
 
-// How a connection notices an end that has gone without a word: probes when it is
-// idle, and a limit on how long bytes may wait for their acknowledgement.
-const (
-	handshakeTime = 10 * time.Second
-	userTimeout   = 10 * time.Second
-)
-
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3}
+const handshakeTime = 10 * time.Second
 
 // dialTLS connects to address and finishes the handshake. Only the protocols
 // named in protos are offered; the name that the certificate must carry is
@@ -24,12 +19,11 @@ var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interva
 func dialTLS(ctx context.Context, address string, cfg *tls.Config, protos ...string) (*conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
-	dialer := net.Dialer{KeepAliveConfig: keepAlive}
-	raw, err := dialer.DialContext(ctx, "tcp", address)
+	raw, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("dialling the peer: %w", err)
 	}
-	limitUnacknowledged(raw)
+	deadpeer.Notice(raw)
 	cfg = cfg.Clone()
 	cfg.NextProtos = protos
 	if cfg.ServerName == "" {
@@ -47,14 +41,6 @@ func dialTLS(ctx context.Context, address string, cfg *tls.Config, protos ...str
 		return nil, fmt.Errorf("TLS handshake with the peer: %w", err)
 	}
 	return c, nil
-}
-
-// limitUnacknowledged asks the kernel to give up a connection whose bytes nobody
-// acknowledges. Where that cannot be had, deadlines alone notice.
-func limitUnacknowledged(c net.Conn) {
-	if t, ok := c.(*net.TCPConn); ok {
-		_ = setUserTimeout(t, userTimeout)
-	}
 }
 
 // conn is a TLS connection that knows whether anything of the request that it

@@ -10,6 +10,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/qutemail/kme/internal/deadpeer"
 )
 
 // hostTime bounds the connecting to one host of the DSN where it names no
@@ -31,6 +33,14 @@ func parse(cfg Config) (*pgxpool.Config, error) {
 	conn.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite // whatever the DSN says: a standby is of no use
 	if conn.ConnectTimeout == 0 {
 		conn.ConnectTimeout = hostTime
+	}
+	dial := conn.DialFunc
+	conn.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := dial(ctx, network, addr)
+		if err == nil {
+			deadpeer.Notice(c)
+		}
+		return c, err
 	}
 	config.PingTimeout = hostTime // of a connection that was idle, before a read is sent on it
 	config.BeforeConnect = func(_ context.Context, conn *pgx.ConnConfig) error {
