@@ -293,6 +293,7 @@ func TestServiceUnwell(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k := s.node()
+	k.Quota = Quota{Rate: 1e6, Burst: 1e6}
 	k.Policies = func() *policies.Set { return new(policies.Set) }
 	alice := asSAE(t, "alice", k.Now())
 	for _, down := range []string{"", "the token is gone"} {
