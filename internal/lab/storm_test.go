@@ -34,11 +34,27 @@ func TestStorm(t *testing.T) {
 		c.Proxy = true
 	})
 	keysStored(t, s.l, 1000)
-	f := newTraffic(s.l, s.mix, n)
-	also := newRoute(t, s.l, "alice", "erin")
+	f := stormTraffic(t, s.l, s.mix, n)
+	f.begin(t)
+	f.flows(t)
+	s.blow(t)
+	well(t, f)
+	f.close(t)
+	f.onlyAnswers(t)
+}
+
+// stormMix are 66 clients.
+var stormMix = mix{clients: 6, number: 16, bits: []int{256, 256, 256, 64, 128, 512, 1024, 4096}, pace: 2 * time.Millisecond, patient: true, aside: 12}
+
+// stormTraffic is between all kinds of SAEs: in both directions, to several slaves, at
+// their master's KME, by QuteMail's routes.
+func stormTraffic(t *testing.T, l *Lab, m mix, n *notes) *traffic {
+	t.Helper()
+	f := newTraffic(l, m, n)
+	also := newRoute(t, l, "alice", "erin")
 	for _, r := range []*route{
-		newRoute(t, s.l, "alice", "bob"), newRoute(t, s.l, "bob", "alice"), newRoute(t, s.l, "erin", "bob"),
-		newRoute(t, s.l, "alice@qutemail.example", "bob@qutemail.example"), newRoute(t, s.l, "bob@qutemail.example", "alice@qutemail.example"),
+		newRoute(t, l, "alice", "bob"), newRoute(t, l, "bob", "alice"), newRoute(t, l, "erin", "bob"),
+		newRoute(t, l, "alice@qutemail.example", "bob@qutemail.example"), newRoute(t, l, "bob@qutemail.example", "alice@qutemail.example"),
 	} {
 		switch {
 		case r.master.ID == also.master.ID:
@@ -48,12 +64,7 @@ func TestStorm(t *testing.T) {
 		}
 		f.add(r)
 	}
-	f.begin(t)
-	f.flows(t)
-	s.blow(t)
-	well(t, f)
-	f.close(t)
-	f.onlyAnswers(t)
+	return f
 }
 
 // storm is a run of troubles.
@@ -66,7 +77,7 @@ type storm struct {
 
 func newStorm(t *testing.T) *storm {
 	t.Helper()
-	s := &storm{time: 20 * time.Second, mix: mix{clients: 6, number: 16, bits: []int{256, 256, 256, 64, 128, 512, 1024, 4096}, pace: 2 * time.Millisecond, patient: true, aside: 12}}
+	s := &storm{time: 20 * time.Second, mix: stormMix}
 	seed := rand.Uint64()
 	var err error
 	if text := os.Getenv(stormTime); text != "" {
