@@ -42,7 +42,7 @@ install -D -m 644 README.md "$doc/README.md"
 install -m 644 CHANGELOG.md "$doc/CHANGELOG.md"
 cat >"$doc/copyright" <<END
 QuteMail KME, https://github.com/qutemail/kme
-Copyright: the authors of QuteMail KME
+Copyright: 2026, the authors of QuteMail KME
 License: Apache-2.0, which is in /usr/share/common-licenses/Apache-2.0. The licenses of the
  Go modules that the programs are made of are in licenses/.
 END

@@ -96,7 +96,7 @@ status=0
 timeout -s KILL "${TEST_TIME:-30m}" sh -c 'echo $$ >"$1/cgroup.procs"; shift; exec unshare --mount --pid --fork --kill-child --net --ipc --uts --cgroup "$@"' \
 	sh "$cgroup" "$here/test.sh" --contained "$root" || status=$?
 if [ "$status" != 0 ] || ! grep -q '^the package works$' "$root/root/installed.log"; then
-	tail -n 40 "$root/root/installed.log"
+	tail -n 40 "$root/root/installed.log" | grep -v '^- '
 	exit 1
 fi
 echo "the package works"
