@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -182,6 +183,10 @@ func serveTrail[A any](c Config, act func(ctx context.Context, x *exchange) (A, 
 			return
 		}
 		a, err := act(r.Context(), x)
+		if unknown, ok := errors.AsType[refusal](err); ok {
+			x.refuse(unknown.error)
+			return
+		}
 		if err != nil {
 			x.fail(err)
 			return
@@ -202,7 +207,7 @@ func (c Config) trail(ctx context.Context, x *exchange) (Trail, error) {
 func (c Config) search(ctx context.Context, x *exchange) (foundObject, error) {
 	q, err := parseQuery(x.r.URL.Query())
 	if err != nil {
-		return foundObject{}, err
+		return foundObject{}, refusal{err}
 	}
 	found, err := c.Trail.Search(ctx, x.caller, x.rid, q)
 	return foundObject{found}, err
@@ -211,7 +216,7 @@ func (c Config) search(ctx context.Context, x *exchange) (foundObject, error) {
 func (c Config) proof(ctx context.Context, x *exchange) (audit.Proof, error) {
 	leaf, err := number(x.r.URL.Query(), "leaf")
 	if err != nil {
-		return audit.Proof{}, err
+		return audit.Proof{}, refusal{err}
 	}
 	return c.Trail.Proof(ctx, x.caller, x.rid, leaf)
 }
@@ -243,7 +248,7 @@ func (c Config) bundle(w http.ResponseWriter, r *http.Request) {
 	for i, name := range []string{"origin", "first", "end"} {
 		var err error
 		if at[i], err = number(r.URL.Query(), name); err != nil {
-			x.fail(err)
+			x.refuse(err)
 			return
 		}
 	}

@@ -22,7 +22,8 @@ import (
 const switchEvery = 400 * time.Millisecond
 
 // lookAtSwitches puts in force what the database says of who is switched off. While
-// it does not answer, what was read last counts.
+// it does not answer, what was read last counts. A cheap look may see the past, after a
+// failover: whoever would be let in by it is asked about again, for sure.
 func (k *KME) lookAtSwitches(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -32,12 +33,32 @@ func (k *KME) lookAtSwitches(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	off := reasons(list)
+	lets := k.off == nil // at the first look: everybody
+	for principal, why := range k.off {
+		if _, still := off[principal]; !still {
+			lets, off[principal] = true, why
+		}
+	}
+	if lets {
+		if list, err = k.Store.SurelySwitchedOff(ctx); err == nil {
+			off = reasons(list)
+		} else if k.off == nil {
+			return err
+		}
+	}
+	k.off = off
+	k.Live.SwitchOff(off)
+	return err
+}
+
+// reasons are why callers are switched off, by principal.
+func reasons(list []store.Switch) map[string]string {
 	off := make(map[string]string, len(list))
 	for _, s := range list {
 		off[s.Principal] = s.Reason
 	}
-	k.Live.SwitchOff(off)
-	return nil
+	return off
 }
 
 // Reload puts the files of policies in force as they are now. If anything is wrong with

@@ -100,6 +100,33 @@ func TestSwitch(t *testing.T) {
 	}
 }
 
+// TestStaleSwitches: a database that says of itself no more than that somebody is not
+// switched off, as an old primary does, lets nobody in who was.
+func TestStaleSwitches(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.guarded()
+	look := func(proven, off bool) {
+		t.Helper()
+		if err := k.lookAtSwitches(t.Context()); (err == nil) != proven {
+			t.Errorf("looking: %v", err)
+		}
+		if _, is := k.Policies().Disabled(saeID(t, "alice")); is != off {
+			t.Errorf("alice is disabled: %t, want %t", is, off)
+		}
+	}
+	look(true, false)
+	if err := k.Store.SwitchOff(t.Context(), store.Switch{Principal: "sae/alice", Reason: "x", By: "root", Since: s.now()}, nil, k.own(audit.Disable)); err != nil {
+		t.Fatal(err)
+	}
+	look(true, true)
+	s.change("DELETE FROM switched_off")
+	s.exec(s.name, "REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC") // by which it would show that it is no old one
+	look(false, true)
+	s.exec(s.name, "GRANT EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) TO PUBLIC")
+	look(true, false)
+}
+
 // TestFileWins: what a file shuts out no switch lets in.
 func TestFileWins(t *testing.T) {
 	t.Parallel()

@@ -166,7 +166,7 @@ func (k *KME) entitled(c *call, master identity.SAE, ids []key.ID, rows map[key.
 		}
 		asked = q
 		decision := set.Decide(c.asked(q))
-		c.ev.Policy = decision.Policies
+		c.ev.Policy = union(c.ev.Policy, decision.Policies)
 		if !decision.Allow {
 			return nil, problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s take keys of %s", decision.Reason, c.sae, d.Master))
 		}

@@ -89,6 +89,27 @@ func TestEntitled(t *testing.T) {
 	}
 }
 
+// TestPoliciesOfKeys: the record of a request for keys of several masters names the
+// policies that decided about each.
+func TestPoliciesOfKeys(t *testing.T) {
+	t.Parallel()
+	k, _ := coreOf(t, `@id("of-bob") permit (principal is SAE, action, resource == SAE::"bob");
+@id("of-both") permit (principal is SAE, action, resource == SAE::"both");`)
+	c, rows := k.callOf(t, "alice", audit.DecKeys), make(map[key.ID]store.Taken)
+	ids := []key.ID{{1}, {2}}
+	for i, master := range []string{"bob", "both"} {
+		rows[ids[i]] = store.Taken{Due: store.Due{
+			Key: ids[i], SAE: c.sae, Master: saeID(t, master), Bits: 256, Provenance: key.Simulated, Peer: kmeID(t, "km2"), ExpiresAt: k.Now().Add(time.Hour),
+		}}
+	}
+	if _, err := k.entitled(c, identity.SAE{}, ids, rows, map[key.ID]bool{{1}: true, {2}: true}); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"of-bob", "of-both"}; !slices.Equal(c.ev.Policy, want) {
+		t.Errorf("recorded policies %q, want %q", c.ev.Policy, want)
+	}
+}
+
 // TestLegacyKind: the legacy door tells apart what 014 answers alike.
 func TestLegacyKind(t *testing.T) {
 	t.Parallel()

@@ -100,8 +100,9 @@ type KME struct {
 	excess  buckets      // times to be turned away at once: see tire
 	shares  shares
 
-	switches  sync.Mutex // held while the database is asked who is switched off, and until that is in force
-	reloading sync.Mutex // held while policies are loaded
+	switches  sync.Mutex        // held while the database is asked who is switched off, and until that is in force
+	off       map[string]string // who is switched off and why, by principal; nil until the database was asked; guarded by switches
+	reloading sync.Mutex        // held while policies are loaded
 
 	turnstiles sync.Map // peer/node -> *turnstile
 

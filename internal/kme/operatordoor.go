@@ -182,14 +182,10 @@ func (d OperatorDoor) TrustLink(ctx context.Context, c identity.Caller, rid, lin
 	if l == nil {
 		return call.refuse(ctx, problem.Because(problem.Invalid, fmt.Errorf("no link %q ends here", link)))
 	}
-	err := d.k.Store.TrustAgain(ctx, link)
-	if err == nil {
-		done := call.ev
-		done.Outcome = audit.Done
-		err = d.k.Store.RecordLate(ctx, call.late, done)
+	done := call.ev
+	done.Outcome = audit.Done
+	if err := d.k.Store.TrustAgain(ctx, link, call.late, done); err != nil {
 		call.pending = errors.Is(err, store.ErrDoubt)
-	}
-	if err != nil {
 		return call.refuse(ctx, err)
 	}
 	d.k.clear(ctx, "tag-"+link)

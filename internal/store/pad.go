@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
 )
 
 // ErrSpent says that a pad is not above the highest that is spent.
@@ -131,20 +133,21 @@ func (db *DB) SpendPad(ctx context.Context, link string, session int64, name Pad
 
 // TagFailed counts a tag of the peer that was wrong. TrustAgain forgets the count.
 func (db *DB) TagFailed(ctx context.Context, link string) error {
-	return db.countFailures(ctx, link, "failures + 1")
+	return db.countFailures(ctx, link, "failures + 1", nil)
 }
 
-// TrustAgain forgets how many tags were wrong.
-func (db *DB) TrustAgain(ctx context.Context, link string) error {
-	return db.countFailures(ctx, link, "0")
+// TrustAgain forgets how many tags were wrong. late is as in ServeJob.
+func (db *DB) TrustAgain(ctx context.Context, link string, late func(committed bool), events ...audit.Event) error {
+	return db.countFailures(ctx, link, "0", late, events...)
 }
 
-func (db *DB) countFailures(ctx context.Context, link, to string) error {
+func (db *DB) countFailures(ctx context.Context, link, to string, late func(committed bool), events ...audit.Event) error {
 	err := db.do(ctx, solo(func(_ context.Context, a *attempt) error {
+		a.record(events...)
 		a.writes.Queue("INSERT INTO link_auth (link) VALUES ($1) ON CONFLICT DO NOTHING", link)
 		a.writes.Queue("UPDATE link_auth SET failures = "+to+" WHERE link = $1", link)
 		return nil
-	}), nil)
+	}), late)
 	if err != nil {
 		return fmt.Errorf("counting wrong tags of link %s: %w", link, err)
 	}

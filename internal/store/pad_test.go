@@ -147,7 +147,7 @@ func TestTagFailures(t *testing.T) {
 	if err := db.TagFailed(ctx, linkName); err != nil {
 		t.Fatal(err)
 	}
-	if err := db.TrustAgain(ctx, linkName); err != nil {
+	if err := db.TrustAgain(ctx, linkName, nil, audit.Event{Action: audit.TrustLink, Outcome: audit.Done}); err != nil {
 		t.Fatal(err)
 	}
 	failures(0)

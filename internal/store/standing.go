@@ -28,15 +28,23 @@ func (s Standing) Run(node string) int64 {
 	return 0
 }
 
-// Standing reads it, in one snapshot, and returns when what it has read cannot be
-// taken back by a failover any more: the transaction writes something, if nothing
-// of meaning, and its commit waits for that and for all before it.
-func (db *DB) Standing(ctx context.Context) (s Standing, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		s, err = readStanding(ctx, tx)
-		if err == nil {
-			_, err = tx.Exec(ctx, "SELECT pg_logical_emit_message(true, 'kme', '')")
+// proven runs a read and returns when what it has read cannot be taken back by a
+// failover any more: the transaction writes something, if nothing of meaning, and its
+// commit waits for that and for all before it. An old primary cannot end it.
+func (db *DB) proven(ctx context.Context, read func(pgx.Tx) error) error {
+	return pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		if err := read(tx); err != nil {
+			return err
 		}
+		_, err := tx.Exec(ctx, "SELECT pg_logical_emit_message(true, 'kme', '')")
+		return err
+	})
+}
+
+// Standing reads it, in one snapshot, and for sure: see proven.
+func (db *DB) Standing(ctx context.Context) (s Standing, err error) {
+	err = db.proven(ctx, func(tx pgx.Tx) error {
+		s, err = readStanding(ctx, tx)
 		return err
 	})
 	if err != nil {

@@ -42,12 +42,28 @@ func (db *DB) turn(ctx context.Context, late func(committed bool), events []audi
 	return nil
 }
 
-// SwitchedOff lists the callers that are switched off.
+// SwitchedOff lists the callers that are switched off. After a failover it may be the
+// list of before: it may add, and let nobody in again.
 func (db *DB) SwitchedOff(ctx context.Context) ([]Switch, error) {
-	rows, _ := db.pool.Query(ctx, "SELECT principal, reason, by_whom, since FROM switched_off ORDER BY principal")
+	rows, _ := db.pool.Query(ctx, readSwitches)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Switch])
 	if err != nil {
 		return nil, away("reading who is switched off", err)
 	}
 	return list, nil
 }
+
+// SurelySwitchedOff is SwitchedOff as it stands: see proven.
+func (db *DB) SurelySwitchedOff(ctx context.Context) (list []Switch, err error) {
+	err = db.proven(ctx, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, readSwitches)
+		list, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Switch])
+		return err
+	})
+	if err != nil {
+		return nil, away("reading who is switched off", err)
+	}
+	return list, nil
+}
+
+const readSwitches = "SELECT principal, reason, by_whom, since FROM switched_off ORDER BY principal"
