@@ -12,13 +12,15 @@ import (
 
 	"github.com/qutemail/kme/internal/deadpeer"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/problem"
 )
 
 // ClassicalProtocol is the ALPN name of a Stream, which the TLS of a classical door offers
 // alone.
 const ClassicalProtocol = "kme-classical/1"
 
-// maxStreams bounds the connections of a classical door that have shaken hands.
+// maxStreams is how many streams of one peer are open at a time, of all its links and
+// nodes: what is beyond is turned away, so that a peer takes no place from another.
 const maxStreams = 64
 
 // DialClassical opens a Stream to the classical door at the first of addresses
@@ -66,7 +68,7 @@ func ServeClassical(ctx context.Context, ln net.Listener, c ClassicalConfig) err
 		cancel()
 		streams.Wait()
 	}()
-	places := make(chan struct{}, maxStreams)
+	open := places{of: make(map[identity.KME]int)}
 	for pause := time.Duration(0); ; {
 		raw, err := ln.Accept()
 		if err != nil {
@@ -85,18 +87,31 @@ func ServeClassical(ctx context.Context, ln net.Listener, c ClassicalConfig) err
 			continue
 		}
 		pause = 0
-		select {
-		case places <- struct{}{}:
-		default:
-			c.Log.WarnContext(ctx, "too many classical streams", "remote", raw.RemoteAddr())
-			_ = raw.Close()
-			continue
-		}
-		streams.Go(func() {
-			defer func() { <-places }()
-			c.serve(ctx, raw.(*tls.Conn))
-		})
+		streams.Go(func() { c.serve(ctx, raw.(*tls.Conn), &open) })
 	}
+}
+
+// places counts the open streams of each peer.
+type places struct {
+	mu sync.Mutex
+	of map[identity.KME]int
+}
+
+// enter takes a place for a stream of a peer, or says that it has too many.
+func (p *places) enter(from identity.KME) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.of[from] == maxStreams {
+		return false
+	}
+	p.of[from]++
+	return true
+}
+
+func (p *places) leave(from identity.KME) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.of[from]--
 }
 
 // watchful is a listener whose connections notice an end that has gone without a word.
@@ -109,7 +124,7 @@ func (l watchful) Accept() (net.Conn, error) {
 }
 
 // serve takes one connection to its end.
-func (c ClassicalConfig) serve(ctx context.Context, conn *tls.Conn) {
+func (c ClassicalConfig) serve(ctx context.Context, conn *tls.Conn, open *places) {
 	defer func() { _ = conn.Close() }()
 	log := c.Log.With("remote", conn.RemoteAddr().String())
 	state := conn.ConnectionState()
@@ -129,6 +144,11 @@ func (c ClassicalConfig) serve(ctx context.Context, conn *tls.Conn) {
 		c.Refused(ctx, caller, Refusal{Route: "classical", Err: err})
 		return
 	}
+	if !open.enter(from) {
+		c.Refused(ctx, caller, Refusal{Route: "classical", Err: problem.Because(problem.Unavailable, ErrTooMany)})
+		return
+	}
+	defer open.leave(from)
 	s := newStream(conn)
 	defer func() { _ = s.Close() }()
 	ctx, done := context.WithCancel(ctx)

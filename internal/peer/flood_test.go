@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"net/http"
 	"sync"
@@ -67,5 +68,82 @@ func TestFlood(t *testing.T) {
 	all.Wait()
 	if err := c.Void(within(t, time.Minute), handover.Void{Node: "a1", Run: 1, Batch: 1, Keys: anAnnounce(1).Requests[0].Keys[0].Atoms}); err != nil {
 		t.Errorf("when there are places again: %v", err)
+	}
+}
+
+// TestStreamFlood: a peer's streams beyond its places are turned away, and recorded;
+// another peer has places of its own; and one that ends makes room.
+func TestStreamFlood(t *testing.T) {
+	ca := newAuthority(t)
+	ln := listen(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	came, left, turnedAway := make(chan identity.KME), make(chan struct{}), make(chan Refusal)
+	done := make(chan error, 1)
+	go func() {
+		done <- ServeClassical(ctx, ln, ClassicalConfig{
+			Shake: shaking(ca.server(ca.issue(t, "kme", "km2"))), Identify: judge(t), Log: quiet(), Changed: func() <-chan struct{} { return nil },
+			Handle: func(ctx context.Context, from identity.KME, s *Stream) {
+				came <- from
+				_, _, _ = s.Recv() // until it is closed
+				select {
+				case left <- struct{}{}:
+				case <-ctx.Done():
+				}
+			},
+			Refused: func(_ context.Context, _ identity.Caller, r Refusal) { turnedAway <- r },
+		})
+	}()
+	one, other := ca.client(ca.issue(t, "kme", "km1")), ca.client(ca.issue(t, "kme", "km3"))
+	dial := func(as *tls.Config) *Stream {
+		s, err := DialClassical(within(t, time.Minute), []string{ln.Addr().String()}, as)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = s.Close() })
+		return s
+	}
+	arrives := func(want string) {
+		t.Helper()
+		select {
+		case from := <-came:
+			if from != mustKME(t, want) {
+				t.Errorf("a stream of %s came, want one of %s", from, want)
+			}
+		case r := <-turnedAway:
+			t.Fatalf("a stream of %s was turned away: %v", want, r.Err)
+		}
+	}
+	var first *Stream
+	for i := range maxStreams {
+		s := dial(one)
+		if i == 0 {
+			first = s
+		}
+		arrives("km1")
+	}
+	dial(one)
+	select {
+	case <-came:
+		t.Fatal("a peer has more streams than places")
+	case r := <-turnedAway:
+		if !errors.Is(r.Err, ErrTooMany) {
+			t.Errorf("turned away for %v", r.Err)
+		}
+	}
+	dial(other)
+	arrives("km3")
+	_ = first.Close()
+	<-left
+	for again := true; again; { // its place is free a little after its handler has returned
+		dial(one)
+		select {
+		case <-came:
+			again = false
+		case <-turnedAway:
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }

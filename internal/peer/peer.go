@@ -72,8 +72,9 @@ type Refusal struct {
 // TLS failed, or the time was over before): the peer cannot act on it.
 var ErrNotSent = errors.New("not sent")
 
-// ErrTooMany is why a door turns away what a peer says beyond maxAtOnce.
-var ErrTooMany = errors.New("too many messages at a time")
+// ErrTooMany is why a door turns away what a peer says beyond maxAtOnce, and its streams
+// beyond maxStreams.
+var ErrTooMany = errors.New("too many messages or streams at a time")
 
 // Refused is the peer's answer that it did not act on this copy of the message
 // and will not: a 4xx, or a TLS alert that turned our certificate away before the
