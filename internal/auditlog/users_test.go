@@ -28,7 +28,7 @@ var standIns = map[string]string{"kmed": "daemon", "kme-seq": "sys", "another": 
 func TestUsers(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Skip("only root can be several users, as this must: CI is")
 	}
 	c := ownCluster(t)
 	// The line that lets them in has no other before it, and none after it: who is not
@@ -103,7 +103,7 @@ func ownCluster(t *testing.T) *pgdev.Cluster {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(c.Kill(), c.Remove()); err != nil {
+		if err := errors.Join(c.Kill(), c.Remove(), os.RemoveAll(dir)); err != nil {
 			t.Error(err)
 		}
 	})

@@ -47,12 +47,7 @@ func TestFormerLight(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(dir)
 	km2 := kmeID(t, "km2")
-	l := newLink(k, LinkConfig{ID: "fibre", Peer: km2, End: handover.Alice, Provenance: key.Simulated})
-	k.links[l.ID] = l
-	stand(t, k)
-	if err := k.Store.OpenSession(t.Context(), l.ID, 1, k.own(audit.LinkOpen)); err != nil {
-		t.Fatal(err)
-	}
+	l := litLink(t, k)
 	block := func(id int64, owners string, p key.Provenance) {
 		t.Helper()
 		atoms := len(owners) * key.ChunkAtoms

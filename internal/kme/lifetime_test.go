@@ -175,6 +175,18 @@ func TestLifetime(t *testing.T) {
 	}
 }
 
+// litLink is a simulated link to km2, "fibre", in its first session, at a node that stands.
+func litLink(t *testing.T, k *KME) *link {
+	t.Helper()
+	l := newLink(k, LinkConfig{ID: "fibre", Peer: kmeID(t, "km2"), End: handover.Alice, Provenance: key.Simulated})
+	k.links[l.ID] = l
+	stand(t, k)
+	if err := k.Store.OpenSession(t.Context(), l.ID, 1, k.own(audit.LinkOpen)); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
 // TestPoolLifetime: an atom that nobody has asked for while it was useful is assigned to
 // nobody any more, here or at the word of the peer, whether or not somebody has ended it
 // yet; what the peer has had assigned before lives as long as the peer has said.
@@ -184,12 +196,7 @@ func TestPoolLifetime(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(dir)
 	km2 := kmeID(t, "km2")
-	l := newLink(k, LinkConfig{ID: "fibre", Peer: km2, End: handover.Alice, Provenance: key.Simulated})
-	k.links[l.ID] = l
-	stand(t, k)
-	if err := k.Store.OpenSession(t.Context(), l.ID, 1, k.own(audit.LinkOpen)); err != nil {
-		t.Fatal(err)
-	}
+	l := litLink(t, k)
 	const owners = "aab" // two chunks are ours, the third the peer's
 	const atoms = len(owners) * key.ChunkAtoms
 	made := key.EpochAt(s.now(), k.EpochLength)
