@@ -4,6 +4,7 @@ package hsm
 
 /*
 #include "cryptoki.h"
+#include "registers.h"
 
 // operation is the sealing or opening of one blob.
 struct operation {
@@ -37,11 +38,15 @@ static num gcm(init_fn *init, data_fn *data, num session, num key,
 }
 
 static num seal(struct functions *f, num session, num key, struct operation *op, num n, byte *in, byte *out, int *left) {
-	return gcm(f->at[ENCRYPT_INIT], f->at[ENCRYPT], session, key, op, n, in, out, left);
+	num done = gcm(f->at[ENCRYPT_INIT], f->at[ENCRYPT], session, key, op, n, in, out, left);
+	forget();
+	return done;
 }
 
 static num unseal(struct functions *f, num session, num key, struct operation *op, num n, byte *in, byte *out, int *left) {
-	return gcm(f->at[DECRYPT_INIT], f->at[DECRYPT], session, key, op, n, in, out, left);
+	num done = gcm(f->at[DECRYPT_INIT], f->at[DECRYPT], session, key, op, n, in, out, left);
+	forget();
+	return done;
 }
 */
 import "C"

@@ -8,6 +8,7 @@ package hsm
 #include <dlfcn.h>
 #include <stdlib.h>
 #include "cryptoki.h"
+#include "registers.h"
 static struct functions *load(const char *path, void **handle) {
 	num (*list)(struct functions **);
 	struct functions *f = NULL;
@@ -19,11 +20,15 @@ static struct functions *load(const char *path, void **handle) {
 }
 
 static num randomise(struct functions *f, num session, byte *out, num len) {
-	return ((random_fn *)f->at[GENERATE_RANDOM])(session, out, len);
+	num rv = ((random_fn *)f->at[GENERATE_RANDOM])(session, out, len);
+	forget();
+	return rv;
 }
 
 static num login(struct functions *f, num session, num user, byte *pin, num pin_len) {
-	return ((login_fn *)f->at[LOGIN])(session, user, pin, pin_len);
+	num rv = ((login_fn *)f->at[LOGIN])(session, user, pin, pin_len);
+	forget();
+	return rv;
 }
 
 enum { CLASS = 0x00, TOKEN = 0x01, PRIVATE = 0x02, LABEL = 0x03, APPLICATION = 0x10, VALUE = 0x11 };
@@ -37,7 +42,9 @@ static num keep(struct functions *f, num session, byte *application, num applica
 		{CLASS, &data, sizeof data}, {TOKEN, &yes, 1}, {PRIVATE, &yes, 1},
 		{APPLICATION, application, application_len}, {LABEL, label, label_len}, {VALUE, value, value_len},
 	};
-	return ((create_fn *)f->at[CREATE_OBJECT])(session, all, sizeof all / sizeof *all, &object);
+	num rv = ((create_fn *)f->at[CREATE_OBJECT])(session, all, sizeof all / sizeof *all, &object);
+	forget();
+	return rv;
 }
 
 // value reads that of an object, and how long it is.
@@ -45,6 +52,7 @@ static num value(struct functions *f, num session, num object, byte *out, num *l
 	struct attribute a = {VALUE, out, *len};
 	num rv = ((attributes_fn *)f->at[GET_ATTRIBUTE_VALUE])(session, object, &a, 1);
 	*len = a.len;
+	forget();
 	return rv;
 }
 */
