@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +34,7 @@ func TestHSMMisbehaves(t *testing.T) {
 	l := start(t, func(c *Config) {
 		c.Filler, c.Interval, c.PoolLimit = 512, 200*time.Millisecond, 8192
 		c.Module = map[string]string{"km1": module.Path}
+		c.Settings = map[string]string{"km1": "max_wraps: 300\n"} // so that a KEK has to be made now and then
 		c.Env = map[string][]string{"km1": module.Env}
 	})
 	keysStored(t, l, 1000)
@@ -47,6 +49,7 @@ func TestHSMMisbehaves(t *testing.T) {
 		alarm string // at KM1; "" if the trouble is too small for one
 		ends  bool   // by itself
 	}{
+		{"token full", func() { module.Fail(hsmtest.GenerateKey, pkcs11.CKR_FUNCTION_FAILED, hsmtest.Always) }, "keks", false},
 		{"slow", func() { module.Slow(hsmtest.Decrypt, 60*time.Millisecond) }, "hsm-slow", false},
 		{"device error", func() {
 			for _, at := range []hsmtest.Function{hsmtest.EncryptInit, hsmtest.DecryptInit, hsmtest.GetTokenInfo, hsmtest.OpenSession, hsmtest.Initialize} {
@@ -64,6 +67,9 @@ func TestHSMMisbehaves(t *testing.T) {
 		c.begin()
 		if c.alarm != "" {
 			untilAlarm(t, l.KM1, c.alarm, true)
+		}
+		if c.alarm == "keks" {
+			f.flows(t) // under the KEKs that there are
 		}
 		if c.alarm == "hsm" {
 			f.pause(t, func() {
@@ -115,6 +121,39 @@ func TestHSMMisbehaves(t *testing.T) {
 	cmd.Env = append(append(os.Environ(), "SOFTHSM2_CONF="+l.KM1.site.path("hsm", "softhsm2.conf")), module.Env...)
 	if out, err := cmd.CombinedOutput(); err != nil || strings.Contains(string(out), "FAILED") {
 		t.Fatalf("kmed hsm selftest --retry-pin: %v\n%s", err, out)
+	}
+	if err := l.KM1.Restart(t.Context(), module.Env...); err != nil {
+		t.Fatal(err)
+	}
+	f.flows(t)
+
+	// The file of a key is cut, which SoftHSM does not see while it is in use: the next start
+	// does, and there is none before the key is what it was.
+	if err := l.KM1.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	whole := t.TempDir()
+	if err := os.CopyFS(whole, os.DirFS(l.KM1.TokenDir())); err != nil {
+		t.Fatal(err)
+	}
+	objects, err := filepath.Glob(filepath.Join(l.KM1.TokenDir(), "*", "*.object"))
+	if err != nil || len(objects) < 2 {
+		t.Fatalf("objects of the token: %v, %v", objects, err)
+	}
+	for _, object := range objects {
+		if st, err := os.Stat(object); err != nil {
+			t.Fatal(err)
+		} else if filepath.Base(object) == "token.object" {
+			continue
+		} else if err := os.Truncate(object, st.Size()/2); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.KM1.Restart(t.Context(), module.Env...); err == nil {
+		t.Error("KM1 started with keys that were cut")
+	}
+	if err := errors.Join(os.RemoveAll(l.KM1.TokenDir()), os.CopyFS(l.KM1.TokenDir(), os.DirFS(whole))); err != nil {
+		t.Fatal(err)
 	}
 	if err := l.KM1.Restart(t.Context(), module.Env...); err != nil {
 		t.Fatal(err)
