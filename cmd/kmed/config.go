@@ -223,7 +223,7 @@ type LinkConfig struct {
 	KeyBits int `yaml:"key_bits"`
 	// InFlight is how many blocks may be at work at a time, at Alice's end. Those whose
 	// messages are on their way to the other end or back do not count: for a peer that is far
-	// away more are begun by themselves, up to 15 in all. Each takes memory at both ends, and
+	// away more are begun by themselves, up to 31 in all. Each takes memory at both ends, and
 	// what is under way is lost when an end dies. Default 1, at most 15.
 	InFlight int `yaml:"in_flight"`
 	// Filler, if not 0, makes blocks of so many random atoms instead of sending

@@ -13,11 +13,10 @@ import (
 
 // MaxInFlight is how many blocks of a session may be under way at a time, and so how many
 // lanes its channel has.
-const MaxInFlight = 15
+const MaxInFlight = 31
 
-// lanes carry the messages of several blocks over one channel. The upper half of a
-// message's kind is the number of its lane; distillation's own kinds fill less than the
-// lower. On each lane the ends speak by turns.
+// lanes carry the messages of several blocks over one channel. Before the body of a
+// message stands the number of its lane. On each lane the ends speak by turns.
 type lanes struct {
 	ch   distill.Channel
 	send sync.Mutex
@@ -52,12 +51,11 @@ func (l *lanes) receive() error {
 		if err != nil {
 			return err
 		}
-		n := int(kind >> 4)
-		if n >= len(l.in) {
-			return fmt.Errorf("%w: kind %#x", errMalformed, kind)
+		if len(body) == 0 || int(body[0]) >= len(l.in) {
+			return fmt.Errorf("%w: kind %#x on no lane", errMalformed, kind)
 		}
 		select {
-		case l.in[n] <- laneMessage{kind & 0xf, body}:
+		case l.in[body[0]] <- laneMessage{kind, body[1:]}:
 		default:
 			return errors.New("the other end speaks out of turn")
 		}
@@ -89,6 +87,14 @@ type lane struct {
 	n     int
 	sent  time.Time       // when the last message was; zero once there was an answer
 	waits []time.Duration // for the answers
+	held  time.Duration   // for other blocks
+}
+
+// hold waits until another block has come so far that this one may go on.
+func (l *lane) hold(until <-chan struct{}) {
+	begun := time.Now()
+	<-until
+	l.held += time.Since(begun)
 }
 
 // away is how long messages of this block were on their way, there and back: of most
@@ -103,13 +109,11 @@ func (l *lane) away() time.Duration {
 }
 
 func (l *lane) Send(kind byte, body []byte) error {
-	if kind > 0xf {
-		return fmt.Errorf("%w: kind %#x", errMalformed, kind)
-	}
 	l.sent = time.Now()
+	onLane := append(append(make([]byte, 0, 1+len(body)), byte(l.n)), body...)
 	l.send.Lock()
 	defer l.send.Unlock()
-	return l.ch.Send(kind|byte(l.n)<<4, body)
+	return l.ch.Send(kind, onLane)
 }
 
 func (l *lane) Recv() (kind byte, body []byte, err error) {

@@ -103,7 +103,7 @@ type result struct {
 	err        error
 	lane       int
 	of         int64         // the block, at Alice's end
-	took, away time.Duration // from its beginning to its end, and of that with messages on their way
+	took, away time.Duration // at work or with messages on their way, and of that the latter
 }
 
 // NewSource seeds this end's Box and waits until the other end has done likewise,
@@ -270,7 +270,7 @@ func (s *Source) Close() {
 }
 
 // run has a block made, and sealed, on a lane.
-func (s *Source) run(ctx context.Context, of int64, distil func(distill.Channel) (distill.Outcome, error)) {
+func (s *Source) run(ctx context.Context, of int64, distil func(*lane) (distill.Outcome, error)) {
 	r := result{lane: s.free[0], of: of}
 	s.free = s.free[1:]
 	s.under++
@@ -282,7 +282,7 @@ func (s *Source) run(ctx context.Context, of int64, distil func(distill.Channel)
 			clear(r.Bits)
 			clear(r.Pads)
 		}
-		r.took, r.away = time.Since(begun), ch.away()
+		r.took, r.away = time.Since(begun)-ch.held, ch.away()
 		s.results <- r
 	})
 }
@@ -304,7 +304,7 @@ func (s *Source) lead(ctx context.Context) error {
 	s.next++ // used up, whatever happens
 	s.fired, s.ended = fired, ended
 	s.pending[f.block] = pad.Name
-	s.run(ctx, f.block, func(ch distill.Channel) (distill.Outcome, error) {
+	s.run(ctx, f.block, func(ch *lane) (distill.Outcome, error) {
 		defer close(ended)
 		defer func() { <-f.mayEnd }() // also one that was given up early
 		defer f.fired()
@@ -322,9 +322,9 @@ type flight struct {
 }
 
 // distil fires a block and distils it as Alice.
-func (s *Source) distil(ctx context.Context, ch distill.Channel, f *flight) (distill.Outcome, error) {
+func (s *Source) distil(ctx context.Context, ch *lane, f *flight) (distill.Outcome, error) {
 	defer clear(f.pad.Bits[:])
-	<-f.mayFire
+	ch.hold(f.mayFire)
 	if err := s.cfg.Box.Fire(ctx, s.cfg.Session, f.block, s.cfg.Params.Gates); err != nil {
 		return distill.Outcome{Session: s.cfg.Session, Block: f.block}, err
 	}
@@ -338,7 +338,7 @@ func (s *Source) distil(ctx context.Context, ch distill.Channel, f *flight) (dis
 		SpendPad: s.cfg.SpendPad,
 		Random:   s.cfg.Random, Progress: s.progress(f.mayEnd),
 		Terms: func(atoms, bobStored int) distill.Terms {
-			<-f.mayEnd
+			ch.hold(f.mayEnd)
 			return s.cfg.Terms(atoms, bobStored)
 		},
 	})
@@ -368,7 +368,7 @@ func (s *Source) progress(first <-chan struct{}) func(stage string, done float64
 
 // follow waits at Bob's end for a block that Alice names.
 func (s *Source) follow(ctx context.Context) error {
-	s.run(ctx, 0, func(ch distill.Channel) (distill.Outcome, error) {
+	s.run(ctx, 0, func(ch *lane) (distill.Outcome, error) {
 		return distill.Bob(ctx, ch, distill.BobConfig{
 			Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session,
 			Detections: s.seen, Pad: s.cfg.Pad, SpendPad: s.cfg.SpendPad,

@@ -513,16 +513,17 @@ func TestBlocksEndInOrder(t *testing.T) {
 	l.bob.Close()
 }
 
-// A lane that does not exist, or more than was asked for, ends all of them.
+// A lane that does not exist, a message on none, or more than was asked for, ends all of them.
 func TestLanesOutOfTurn(t *testing.T) {
-	for name, said := range map[string][]byte{
-		"no such lane": {0x02, 0xf1},
-		"a flood":      {0x21, 0x22, 0x23},
+	for name, said := range map[string][][]byte{ // bodies, the lane before them
+		"no such lane": {{0, 1}, {MaxInFlight, 2}},
+		"no lane":      {{0, 1}, {}},
+		"a flood":      {{2, 1}, {2, 2}, {2, 3}},
 	} {
 		a, b, hangUp := newWires()
 		l := newLanes(a)
-		for _, kind := range said {
-			if err := b.Send(kind, []byte{kind}); err != nil {
+		for _, body := range said {
+			if err := b.Send(7, body); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -530,9 +531,8 @@ func TestLanesOutOfTurn(t *testing.T) {
 		if _, _, err := l.lane(5).Recv(); err == nil {
 			t.Errorf("%s: nothing ended", name)
 		}
-		n := int(said[0] >> 4)
-		if kind, body, err := l.lane(n).Recv(); err != nil || kind != said[0]&0xf || body[0] != said[0] {
-			t.Errorf("%s: what came before is lost: %#x %v", name, kind, err)
+		if kind, body, err := l.lane(int(said[0][0])).Recv(); err != nil || kind != 7 || !bytes.Equal(body, []byte{1}) {
+			t.Errorf("%s: what came before is lost: %#x %x %v", name, kind, body, err)
 		}
 		hangUp()
 	}

@@ -18,7 +18,7 @@ const farAway = 2 * time.Millisecond
 // the distance makes necessary.
 type window struct {
 	base  int
-	share float64 // of a block's life, with its messages on their way
+	share float64 // of a block's life, with its messages on their way; of the last ones, on the average
 }
 
 // most is how many blocks may be under way: base, if what travelling takes is less than the
@@ -32,10 +32,17 @@ func (w *window) most() int {
 	return int(min(math.Ceil(2*float64(w.base)/(1-w.share)), MaxInFlight))
 }
 
-// ended takes note of a block's life and of how long its messages were on their way.
+// ended takes note of a block's life, without what it waited for others, and of how long its
+// messages were on their way. If one odd block counted for all, the window would swing:
+// few under way, all of them fast, then many at once that are in each other's way.
 func (w *window) ended(took, away time.Duration) {
-	const most = .99
-	if took > 0 {
-		w.share = min(most, float64(away)/float64(took))
+	const most, of = .99, 8
+	if took <= 0 {
+		return
 	}
+	share := max(0, min(most, float64(away)/float64(took)))
+	if w.share == 0 {
+		w.share = share
+	}
+	w.share += (share - w.share) / of
 }

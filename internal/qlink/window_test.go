@@ -21,6 +21,7 @@ func TestWindow(t *testing.T) {
 		{1, 30 * time.Millisecond, 3},
 		{1, 100 * time.Millisecond, 4},
 		{1, 550 * time.Millisecond, 13},
+		{1, 1250 * time.Millisecond, 27},
 		{1, 10 * time.Second, MaxInFlight},
 		{3, 0, 3},
 		{3, 100 * time.Millisecond, 12},
@@ -35,6 +36,12 @@ func TestWindow(t *testing.T) {
 				t.Errorf("%d under way, want %d", w.most(), tc.want)
 			}
 		})
+	}
+	w := window{base: 1}
+	w.ended(time.Second, 950*time.Millisecond)
+	w.ended(time.Second, 0) // an odd one
+	if w.most() < 8 {
+		t.Errorf("one block of many that stood still makes it %d under way", w.most())
 	}
 	rapid.Check(t, func(t *rapid.T) {
 		w := window{base: rapid.IntRange(1, MaxInFlight).Draw(t, "base")}
