@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"sync/atomic"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/distill"
@@ -37,14 +36,14 @@ const minAuthSecret = 32
 type reserve struct {
 	l       *link
 	session int64
-	lost    atomic.Int64 // pads in a row that Bob did not have
 }
 
 // next is the pad for Alice's next block. Those of the blocks under way are not above the
-// one given.
+// one given. A pad that does not open is passed over: it goes when a higher one is spent,
+// and not before, since blocks under way may have lower ones.
 func (r *reserve) next(ctx context.Context, above distill.PadName) (distill.Pad, error) {
-	for {
-		p, err := r.l.k.Store.NextPad(ctx, r.l.ID, store.PadName(above))
+	for from := store.PadName(above); ; {
+		p, err := r.l.k.Store.NextPad(ctx, r.l.ID, from)
 		if errors.Is(err, store.ErrNoPad) {
 			return r.fresh(ctx, above)
 		}
@@ -55,9 +54,8 @@ func (r *reserve) next(ctx context.Context, above distill.PadName) (distill.Pad,
 		if err == nil || !spoilt(err) {
 			return pad, err
 		}
-		if err := r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, p.PadName); err != nil {
-			return distill.Pad{}, err
-		}
+		r.l.k.Log.Warn("a pad does not open", "link", r.l.ID, "err", err)
+		from = p.PadName
 	}
 }
 
@@ -88,28 +86,14 @@ func (r *reserve) find(ctx context.Context, name distill.PadName) (distill.Pad, 
 
 // spend commits that a pad is spent.
 func (r *reserve) spend(ctx context.Context, name distill.PadName) error {
-	r.lost.Store(0)
 	return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
 }
 
-// maxLost is how many pads in a row Bob may lack, one block each, before the whole
-// reserve is given up.
-const maxLost = 3
-
-// lose gives up a pad that Bob does not have. When that happens again and again (what his
-// were sealed under is destroyed) all of them go, and the next session begins anew.
+// lose gives up a pad that Bob does not have, and none above it: blocks under way have
+// those, and he may. If he lacks many, each costs a block; when a session opens the ends
+// tell each other below which they have none.
 func (r *reserve) lose(ctx context.Context, name distill.PadName) error {
-	if r.lost.Add(1) < maxLost {
-		return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
-	}
-	at, err := r.l.k.Store.Reserve(ctx, r.l.ID)
-	if err != nil {
-		return err
-	}
-	if padName(at.Highest).Compare(name) > 0 {
-		name = padName(at.Highest)
-	}
-	r.l.k.Log.Warn("the reserve of pads is given up", "link", r.l.ID, "pads", at.Pads)
+	r.l.k.Log.Warn("the other end does not have a pad", "link", r.l.ID, "pad", name.String())
 	return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
 }
 

@@ -51,7 +51,7 @@ type SourceConfig struct {
 	NextPad  func(ctx context.Context, above distill.PadName) (distill.Pad, error) // at Alice's end only
 	Pad      func(ctx context.Context, name distill.PadName) (distill.Pad, error)  // at Bob's end only
 	SpendPad func(ctx context.Context, name distill.PadName) error
-	LosePad  func(ctx context.Context, name distill.PadName) error // at Alice's end only: Bob does not have it
+	LosePad  func(ctx context.Context, name distill.PadName) error // at Alice's end only: Bob does not have it; called in the order of the pads, as SpendPad
 
 	Terms  func(atoms, bobStored int) distill.Terms   // at Alice's end only
 	Stored func() int                                 // at Bob's end only
@@ -344,7 +344,10 @@ func (s *Source) distil(ctx context.Context, ch *lane, f *flight) (distill.Outco
 	})
 	var abort *distill.Abort
 	if errors.As(err, &abort) && abort.Reason == distill.ReasonPad {
-		// Bob has spent it, or never had it: it is of no use here either.
+		// Bob has spent it, or never had it: it is of no use here either. Giving it up gives up
+		// all below it, which the blocks before this one may still spend.
+		f.fired()
+		ch.hold(f.mayEnd)
 		if lost := s.cfg.LosePad(ctx, out.Spent); lost != nil {
 			return out, fmt.Errorf("giving pad %s up: %w", out.Spent, lost)
 		}

@@ -513,6 +513,62 @@ func TestBlocksEndInOrder(t *testing.T) {
 	l.bob.Close()
 }
 
+// A pad that Bob lacks is given up when the blocks before are over, which spend lower ones.
+// Here the first block waits, at Bob's end, until the second has been given up and the third
+// has come as far.
+func TestPadsAreLostInOrder(t *testing.T) {
+	c := newChannel(t, nil)
+	a, b, hangUp := newWires()
+	defer hangUp()
+	_, profile := Standard()
+	l := c.linkOver(t, 1, a, b, profile, 3)
+	find, stored, lose := l.bob.cfg.Pad, l.bob.cfg.Stored, l.alice.cfg.LosePad
+	l.bob.cfg.Pad = func(ctx context.Context, name distill.PadName) (distill.Pad, error) {
+		if name.Index == 2 {
+			return distill.Pad{}, distill.ErrNoPad
+		}
+		return find(ctx, name)
+	}
+	lost := make(chan struct{})
+	l.alice.cfg.LosePad = func(ctx context.Context, name distill.PadName) error {
+		defer close(lost)
+		return lose(ctx, name)
+	}
+	third := make(chan struct{})
+	var verified atomic.Int64
+	l.bob.cfg.Stored = func() int { // which is asked for when the keys were found to be equal
+		switch verified.Add(1) {
+		case 1:
+			<-third
+			select {
+			case <-lost:
+				t.Error("a pad was given up before the block was over that has a lower one")
+			default:
+			}
+		case 2:
+			close(third)
+		}
+		return stored()
+	}
+	for number := int64(1); number <= 3; number++ {
+		got, _, err, _ := l.next(t)
+		if got.Block != number {
+			t.Fatalf("block %d, want %d: %v", got.Block, number, err)
+		}
+		if number == 2 {
+			if reason := aborted(t, err).Reason; reason != distill.ReasonPad {
+				t.Errorf("block 2: %v", err)
+			}
+		} else if err != nil {
+			t.Errorf("block %d: %v", number, err)
+		}
+	}
+	<-lost
+	hangUp()
+	l.alice.Close()
+	l.bob.Close()
+}
+
 // A lane that does not exist, a message on none, or more than was asked for, ends all of them.
 func TestLanesOutOfTurn(t *testing.T) {
 	for name, said := range map[string][][]byte{ // bodies, the lane before them
