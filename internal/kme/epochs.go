@@ -20,9 +20,10 @@ import (
 //
 //	open       keys come into it
 //	sealed     its time is over, and the database takes no more rows for it
-//	draining   nothing in it lives: it was handed out, expired, burned or voided. Each
-//	           node destroys its session copies of the epoch's KEKs and records it;
-//	           those of a dead node count as gone when its run is taken over
+//	draining   nothing in it lives: it was handed out, expired, burned or voided, and the
+//	           pads that were sealed in it are sealed under a later KEK. Each node destroys
+//	           its session copies of the epoch's KEKs and records it; those of a dead node
+//	           count as gone when its run is taken over
 //	destroyed  the KEKs are destroyed in the token, which nobody can use any more
 //	dropped    the partitions are gone
 //
@@ -187,6 +188,9 @@ func (n *ending) seal(ctx context.Context, e store.Epoch) (bool, error) {
 }
 
 func (n *ending) drain(ctx context.Context, e store.Epoch) (bool, error) {
+	if err := n.k.resealPads(ctx, e.Epoch); err != nil {
+		return false, err
+	}
 	done, err := n.k.Store.DrainEpoch(ctx, e.Epoch, n.event(audit.EpochDraining, e))
 	if done {
 		failpoint.Hit(failpoint.EpochDraining)

@@ -6,10 +6,12 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -19,8 +21,10 @@ import (
 // spent, with all below it, before a tag made with it leaves, and so no pad is ever used
 // twice, whatever dies: at worst an end gives up pads that were never used.
 //
-// A link that has none (it is new, its database was restored, or it was down until what
-// its pads were sealed under was destroyed) begins again with the secret that both sites
+// A pad outlives the KEK that it was sealed under: before that is destroyed it is sealed
+// anew, since a link may rest for longer than an epoch.
+//
+// A link that has none (it is new, or its database was restored) begins again with the secret that both sites
 // were given beforehand. Its pads are expanded from it by HKDF-SHA-256 for each session and
 // place, which is as good as SHA-256 and no better: a session's first block or two are
 // authenticated computationally then, and kme_link_pads shows it. The reserve of the blocks
@@ -50,7 +54,7 @@ func (r *reserve) next(ctx context.Context, above distill.PadName) (distill.Pad,
 		if err != nil {
 			return distill.Pad{}, err
 		}
-		pad, err := r.open(ctx, p)
+		pad, err := r.l.k.openPad(ctx, store.LinkPad{Link: r.l.ID, Pad: p})
 		if err == nil || !spoilt(err) {
 			return pad, err
 		}
@@ -74,7 +78,7 @@ func (r *reserve) find(ctx context.Context, name distill.PadName) (distill.Pad, 
 	p, err := r.l.k.Store.Pad(ctx, r.l.ID, store.PadName(name))
 	if err == nil {
 		var pad distill.Pad
-		if pad, err = r.open(ctx, p); err == nil {
+		if pad, err = r.l.k.openPad(ctx, store.LinkPad{Link: r.l.ID, Pad: p}); err == nil {
 			return pad, nil
 		}
 	}
@@ -136,11 +140,10 @@ func (r *reserve) expand(ctx context.Context, name distill.PadName) (distill.Pad
 	return distill.Pad{Name: name, Bits: [distill.PadBytes]byte(bits)}, nil
 }
 
-// open unwraps a pad.
-func (r *reserve) open(ctx context.Context, p store.Pad) (distill.Pad, error) {
-	k := r.l.k
+// openPad unwraps a pad.
+func (k *KME) openPad(ctx context.Context, p store.LinkPad) (distill.Pad, error) {
 	name := distill.PadName(p.PadName)
-	aad := PadAAD(nil, k.Self, p.KEK, r.l.ID, name)
+	aad := PadAAD(nil, k.Self, p.KEK, p.Link, name)
 	plains, _, err := k.unseal(ctx, wrapped{hsm.Sealed{IV: p.IV, CT: p.CT, AAD: aad}, p.KEK})
 	if err != nil {
 		return distill.Pad{}, fmt.Errorf("unwrapping pad %s: %w", name, err)
@@ -170,6 +173,45 @@ func (l *link) wrapPads(ctx context.Context, b qlink.Block, kek openKEK) ([]stor
 		list[i] = store.Pad{PadName: store.PadName(b.Pads[i].Name), KEK: kek.id, IV: s.IV, CT: s.CT}
 	}
 	return list, nil
+}
+
+// resealPads seals the pads that are under KEKs of an epoch, which ends, under that of the
+// present one. If the HSM is away it is done later: until then the epoch does not end.
+func (k *KME) resealPads(ctx context.Context, e key.Epoch) error {
+	pads, err := k.Store.PadsUnder(ctx, e)
+	if err != nil || len(pads) == 0 || k.hsmWell() != nil {
+		return err
+	}
+	kek, err := k.keks.forEpoch(ctx, key.EpochAt(k.Now(), k.EpochLength))
+	if err != nil {
+		return err
+	}
+	var live, bad []store.LinkPad
+	var plains, aads [][]byte
+	defer func() { clearAll(plains) }()
+	for _, p := range pads {
+		pad, err := k.openPad(ctx, p)
+		if spoilt(err) {
+			k.Log.Warn("a pad does not open", "link", p.Link, "err", err)
+			bad = append(bad, p)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		p.KEK = kek.id
+		live, plains = append(live, p), append(plains, slices.Clone(pad.Bits[:]))
+		aads = append(aads, PadAAD(nil, k.Self, kek.id, p.Link, pad.Name))
+		clear(pad.Bits[:])
+	}
+	sealed, err := wrap(ctx, kek.kek.WrapAllInBackground, plains, aads)
+	if err != nil {
+		return fmt.Errorf("sealing %d pads anew: %w", len(plains), err)
+	}
+	for i, s := range sealed {
+		live[i].IV, live[i].CT = s.IV, s.CT
+	}
+	return k.Store.ResealPads(ctx, live, bad)
 }
 
 // padFormat is that of PadAAD.

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -40,6 +41,57 @@ func (e *padEnd) spend(t *rapid.T, pad distill.Pad) {
 		t.Fatalf("%s spends pad %s after %s", e.End, pad.Name, e.last)
 	}
 	e.used[pad.Bits], e.last = pad.Name.String(), pad.Name
+}
+
+// Pads outlive the epoch in which they were sealed, for as long as the link rests; one that
+// does not open keeps no epoch from its end.
+func TestPadsOutliveTheirEpoch(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	run(t, k)
+	ctx := t.Context()
+	l := &link{LinkConfig: LinkConfig{ID: "resting", Peer: kmeID(t, "km2"), End: handover.Alice, Provenance: key.Simulated}, k: k}
+	if err := k.Store.EnsureLink(ctx, l.ID, l.Peer, l.End); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Store.OpenSession(ctx, l.ID, 1, k.own(audit.LinkOpen)); err != nil {
+		t.Fatal(err)
+	}
+	pads := make([]distill.Pad, 3)
+	for i := range pads {
+		pads[i].Name = distill.PadName{Session: 1, Block: 1, Index: i}
+		_, _ = rand.Read(pads[i].Bits[:])
+	}
+	made := key.EpochAt(s.now(), time.Hour)
+	b := qlink.Block{Provenance: key.Simulated, Outcome: distill.Outcome{
+		Session: 1, Block: 1, Pads: slices.Clone(pads), Bits: make([]byte, key.AtomBytes), Length: key.AtomBits, Terms: distill.Terms{Epoch: int64(made), Owners: "a"},
+	}}
+	if err := l.intake(ctx, b); err != nil {
+		t.Fatal(err)
+	}
+	ref := handover.BlockRef{Link: l.ID, Session: 1, Block: 1}
+	if err := k.Store.HeardHeldAnswer(ctx, ref, handover.Equal, k.blockEvents(ref, 1)); err != nil {
+		t.Fatal(err)
+	}
+	s.exec(s.name, "UPDATE kme.pad SET ct = set_bit(ct, 9, 1 - get_bit(ct, 9)) WHERE index = 0")
+	for range 3 {
+		s.step(time.Hour)
+		k.expire(ctx)
+	}
+	eventually(t, "the epoch to be dropped", func() bool { _, ok := states(t, k)[made]; return !ok })
+	r := &reserve{l: l, session: 1}
+	var above distill.PadName
+	for _, want := range pads[1:] {
+		pad, err := r.next(ctx, above)
+		if err != nil || pad != want {
+			t.Errorf("pad %s: got %s, %v", want.Name, pad.Name, err)
+		}
+		above = want.Name
+	}
+	if at, err := k.Store.Reserve(ctx, l.ID); err != nil || at.Pads != 2 {
+		t.Errorf("%d pads, %v", at.Pads, err)
+	}
 }
 
 // TestNoPadIsSpentTwice plays the two ends of a link, each with its own rows, through

@@ -80,7 +80,7 @@ func lockBlock(ctx context.Context, a *attempt, ref handover.BlockRef) (b heldBl
 	return b, err
 }
 
-// moveBlock moves a block, and deletes its keys if it goes to Lost.
+// moveBlock moves a block, and deletes its keys and pads if it goes to Lost.
 func moveBlock(ctx context.Context, a *attempt, ref handover.BlockRef, was heldBlock, after handover.BlockState, events BlockEvents) error {
 	lost := 0
 	if after != was.state {
@@ -100,6 +100,7 @@ func moveBlock(ctx context.Context, a *attempt, ref handover.BlockRef, was heldB
 			return err
 		}
 		lost = len(gone)
+		a.writes.Queue("DELETE FROM pad WHERE link = $1 AND session = $2 AND block = $3", ref.Link, ref.Session, ref.Block)
 	}
 	a.record(events(was.state, after, lost)...)
 	return nil

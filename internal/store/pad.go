@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
 )
 
 // ErrSpent says that a pad is not above the highest that is spent.
@@ -33,14 +36,16 @@ type Pad struct {
 
 const padColumns = "p.session, p.block, p.index, p.kek, p.iv, p.ct"
 
-// above is what is not spent. p is the pad, a the row of link_auth, if there is one.
-const above = "(p.session, p.block, p.index) > (COALESCE(a.session, 0), COALESCE(a.block, 0), COALESCE(a.index, 0))"
+// unspent is what is above all that is spent, and may be opened. p is the pad, a the row of
+// link_auth, if there is one.
+const unspent = "(p.session, p.block, p.index) > (COALESCE(a.session, 0), COALESCE(a.block, 0), COALESCE(a.index, 0))" +
+	" AND NOT EXISTS (SELECT FROM kek WHERE kek.id = p.kek AND kek.state = 'destroyed')"
 
 // NextPad is the lowest pad of those above one that are not spent, of a block that both
 // ends hold.
 func (db *DB) NextPad(ctx context.Context, link string, over PadName) (Pad, error) {
 	return db.pad(ctx, `SELECT `+padColumns+` FROM pad p JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block
-		LEFT JOIN link_auth a ON a.link = p.link WHERE p.link = $1 AND b.state = 'ready' AND `+above+`
+		LEFT JOIN link_auth a ON a.link = p.link WHERE p.link = $1 AND b.state = 'ready' AND `+unspent+`
 		AND (p.session, p.block, p.index) > ($2, $3, $4) ORDER BY p.session, p.block, p.index LIMIT 1`, link, over.Session, over.Block, over.Index)
 }
 
@@ -48,7 +53,7 @@ func (db *DB) NextPad(ctx context.Context, link string, over PadName) (Pad, erro
 func (db *DB) Pad(ctx context.Context, link string, name PadName) (Pad, error) {
 	return db.pad(ctx, `SELECT `+padColumns+` FROM pad p JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block
 		LEFT JOIN link_auth a ON a.link = p.link
-		WHERE p.link = $1 AND p.session = $2 AND p.block = $3 AND p.index = $4 AND b.state <> 'lost' AND `+above, link, name.Session, name.Block, name.Index)
+		WHERE p.link = $1 AND p.session = $2 AND p.block = $3 AND p.index = $4 AND b.state <> 'lost' AND `+unspent, link, name.Session, name.Block, name.Index)
 }
 
 func (db *DB) pad(ctx context.Context, sql string, args ...any) (p Pad, err error) {
@@ -70,7 +75,6 @@ func (db *DB) pad(ctx context.Context, sql string, args ...any) (p Pad, err erro
 type Reserve struct {
 	Pads     int     // that are not spent, of blocks that are not lost
 	Lowest   PadName // of these; zero if there is none
-	Highest  PadName // likewise
 	Spent    PadName // the highest that is spent; zero if none is
 	Failures int     // tags of the peer that were wrong since the last block
 }
@@ -82,19 +86,11 @@ func (db *DB) Reserve(ctx context.Context, link string) (r Reserve, err error) {
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return r, away("reading what is spent of the reserve", err)
 	}
-	rows, _ := db.pool.Query(ctx, `SELECT p.session, p.block, p.index FROM pad p
+	err = db.pool.QueryRow(ctx, `SELECT count(*) OVER (), p.session, p.block, p.index FROM pad p
 		JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block LEFT JOIN link_auth a ON a.link = p.link
-		WHERE p.link = $1 AND b.state <> 'lost' AND `+above+` ORDER BY 1, 2, 3`, link)
-	var name PadName
-	_, err = pgx.ForEachRow(rows, []any{&name.Session, &name.Block, &name.Index}, func() error {
-		if r.Pads == 0 {
-			r.Lowest = name
-		}
-		r.Highest = name
-		r.Pads++
-		return nil
-	})
-	if err != nil {
+		WHERE p.link = $1 AND b.state <> 'lost' AND `+unspent+` ORDER BY 2, 3, 4 LIMIT 1`, link).
+		Scan(&r.Pads, &r.Lowest.Session, &r.Lowest.Block, &r.Lowest.Index)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return r, away("counting the reserve", err)
 	}
 	return r, nil
@@ -154,14 +150,62 @@ func (db *DB) countFailures(ctx context.Context, link, to string, late func(comm
 	return nil
 }
 
-// maxReserve is how many pads a link keeps.
+// LinkPad is a pad of a link.
+type LinkPad struct {
+	Link string
+	Pad
+}
+
+// PadsUnder lists the pads that are sealed under a KEK of an epoch.
+func (db *DB) PadsUnder(ctx context.Context, e key.Epoch) ([]LinkPad, error) {
+	rows, _ := db.pool.Query(ctx, "SELECT p.link, "+padColumns+" FROM pad p JOIN kek k ON k.id = p.kek WHERE k.epoch = $1", e)
+	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (p LinkPad, err error) {
+		var iv []byte
+		err = row.Scan(&p.Link, &p.Session, &p.Block, &p.Index, &p.KEK, &iv, &p.CT)
+		if err == nil && copy(p.IV[:], iv) != len(p.IV) {
+			err = fmt.Errorf("a pad with an IV of %d bytes", len(iv))
+		}
+		return p, err
+	})
+	if err != nil {
+		return nil, away("looking for the pads of an epoch", err)
+	}
+	return list, nil
+}
+
+// ResealPads replaces what pads are sealed as, where they are not spent by now, and forgets
+// those that do not open.
+func (db *DB) ResealPads(ctx context.Context, pads, spoilt []LinkPad) error {
+	const named = " WHERE link = $1 AND session = $2 AND block = $3 AND index = $4"
+	err := db.do(ctx, solo(func(_ context.Context, a *attempt) error {
+		for _, p := range pads {
+			a.writes.Queue("UPDATE pad SET kek = $5, iv = $6, ct = $7"+named, p.Link, p.Session, p.Block, p.Index, p.KEK, p.IV[:], p.CT)
+		}
+		for _, p := range spoilt {
+			a.writes.Queue("DELETE FROM pad"+named, p.Link, p.Session, p.Block, p.Index)
+		}
+		return nil
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("sealing %d pads anew: %w", len(pads), err)
+	}
+	return nil
+}
+
+// maxReserve is how many pads Alice's end of a link keeps.
 const maxReserve = 256
 
-// keep adds a block's pads to the reserve, as long as it is not full.
+// keep adds a block's pads to the reserve: at Alice's end as long as it is not full, at
+// Bob's all. It is Alice who names the pad of a block: if each end counted, what the one
+// keeps the other might not. What she has not kept he forgets when she spends a higher one.
 func (b Block) keep(a *attempt) {
+	limit := maxReserve
+	if b.Mine == handover.Bob {
+		limit = math.MaxInt32
+	}
 	for _, p := range b.Pads {
 		a.writes.Queue(`INSERT INTO pad (link, session, block, index, kek, iv, ct) SELECT $1, $2, $3, $4, $5, $6, $7
-			WHERE (SELECT count(*) FROM pad WHERE link = $1) < $8`, b.Link, b.Session, b.Block, p.Index, p.KEK, p.IV[:], p.CT, maxReserve)
+			WHERE (SELECT count(*) FROM pad WHERE link = $1) < $8`, b.Link, b.Session, b.Block, p.Index, p.KEK, p.IV[:], p.CT, limit)
 	}
 	a.writes.Queue("UPDATE link_auth SET failures = 0 WHERE link = $1 AND failures > 0", b.Link)
 }

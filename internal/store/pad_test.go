@@ -76,7 +76,7 @@ func TestReserve(t *testing.T) {
 		}
 	}
 	r, err := db.Reserve(ctx, linkName)
-	if diff := cmp.Diff(Reserve{Pads: 2, Lowest: want[2], Highest: want[3], Spent: want[1]}, r); err != nil || diff != "" {
+	if diff := cmp.Diff(Reserve{Pads: 2, Lowest: want[2], Spent: want[1]}, r); err != nil || diff != "" {
 		t.Errorf("the reserve: %v %s", err, diff)
 	}
 
@@ -103,7 +103,37 @@ func TestReserve(t *testing.T) {
 	s.check()
 }
 
+// Alice's end keeps so many pads, without those of blocks that were lost; Bob's keeps all
+// that she may have kept.
 func TestReserveHasALimit(t *testing.T) {
+	t.Parallel()
+	for end, want := range map[handover.End]int{handover.Alice: maxReserve, handover.Bob: maxReserve + maxReserve/2} {
+		s := newSite(t)
+		db := s.open("n1")
+		ctx := t.Context()
+		if err := db.OpenSession(ctx, linkName, 1, audit.Event{Action: audit.LinkOpen}); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 4 {
+			b := s.padded(1, maxReserve/2)
+			b.Mine = end
+			if err := db.HoldBlock(ctx, b, holdEvent(b)); err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 {
+				if err := db.HeardHeldAnswer(ctx, b.BlockRef, handover.Never, blockEvents(b.BlockRef)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if r, err := db.Reserve(ctx, linkName); err != nil || r.Pads != want {
+			t.Errorf("%s has %d pads, %v; want %d", end, r.Pads, err, want)
+		}
+	}
+}
+
+// What was sealed under a KEK that is destroyed is not in the reserve.
+func TestReserveOfDestroyedKEKs(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	db := s.open("n1")
@@ -111,14 +141,32 @@ func TestReserveHasALimit(t *testing.T) {
 	if err := db.OpenSession(ctx, linkName, 1, audit.Event{Action: audit.LinkOpen}); err != nil {
 		t.Fatal(err)
 	}
-	for range 3 {
-		b := s.padded(1, maxReserve/2)
-		if err := db.HoldBlock(ctx, b, holdEvent(b)); err != nil {
+	b := s.padded(1, 4)
+	for i := range 2 {
+		id, err := db.PlanKEK(ctx, s.epoch(), "kek "+string(rune('a'+i)))
+		if err != nil {
 			t.Fatal(err)
 		}
+		b.Pads[2*i].KEK, b.Pads[2*i+1].KEK = id, id
 	}
-	if r, err := db.Reserve(ctx, linkName); err != nil || r.Pads != maxReserve {
-		t.Errorf("%d pads, %v; want %d", r.Pads, err, maxReserve)
+	if err := db.HoldBlock(ctx, b, holdEvent(b)); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.HeardHeldAnswer(ctx, b.BlockRef, handover.Equal, blockEvents(b.BlockRef)); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.AbandonKEK(ctx, b.Pads[0].KEK); err != nil {
+		t.Fatal(err)
+	}
+	r, err := db.Reserve(ctx, linkName)
+	if diff := cmp.Diff(Reserve{Pads: 2, Lowest: b.Pads[2].PadName}, r); err != nil || diff != "" {
+		t.Errorf("the reserve: %v %s", err, diff)
+	}
+	if p, err := db.NextPad(ctx, linkName, PadName{}); err != nil || p.PadName != b.Pads[2].PadName {
+		t.Errorf("the next pad: %v, %v", p.PadName, err)
+	}
+	if _, err := db.Pad(ctx, linkName, b.Pads[1].PadName); !errors.Is(err, ErrNoPad) {
+		t.Errorf("by name: %v", err)
 	}
 }
 
