@@ -220,8 +220,15 @@ func (c verifyCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
+	signed := signedBy(names)
+	if r.Cosigned < cp.Size {
+		signed += fmt.Sprintf(" as it had %d", r.Cosigned)
+	}
 	_, err = fmt.Fprintf(s.stdout, "verified: leaves %d to %d of %s, whose checkpoint has %d%s; %d events beyond it, signed by their nodes\n",
-		f.bundle.First, f.bundle.First+r.Leaves-1, cp.Origin, cp.Size, signedBy(names), r.Tail)
+		f.bundle.First, f.bundle.First+r.Leaves-1, cp.Origin, cp.Size, signed, r.Tail)
+	for _, a := range r.Archived {
+		fmt.Fprintf(s.stdout, "leaves %d to %d are in %s, SHA-256 %x\n", a.First, a.Last, printable(a.File), a.Sum)
+	}
 	if f.bundle.First > 0 { // the event that names them may be in another bundle
 		known.Earlier = nil
 	}

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
@@ -146,7 +147,7 @@ func (s *stage) open() error {
 		return err
 	}
 	operators, err := admin.Handler(admin.Config{
-		KME: kme, Backend: operatorTable{s.table}, Identify: identify("operator"), Metrics: http.NotFoundHandler(), Log: log,
+		KME: kme, Backend: operatorTable{s.table}, Trail: &troubledTrail{}, Identify: identify("operator"), Metrics: http.NotFoundHandler(), Log: log,
 	})
 	if err != nil {
 		return err
@@ -459,3 +460,45 @@ func (b operatorTable) ReloadPolicies(context.Context, identity.Caller, string, 
 
 func (b operatorTable) Healthy(context.Context) error { return nil }
 func (b operatorTable) Ready(context.Context) error   { return nil }
+
+// troubledTrail is the audit log of a site that somebody watches: it is away for a while,
+// a connection breaks, and a recovery begins another log.
+type troubledTrail struct {
+	admin.TrailBackend // of which nothing is asked
+
+	mu    sync.Mutex
+	looks int
+}
+
+func (t *troubledTrail) Trail(context.Context, identity.Caller, string) (admin.Trail, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	logs := []admin.TrailLog{{Origin: 1, Name: "km1/audit/1", Size: 7}}
+	if t.looks > 0 {
+		logs = append(logs, admin.TrailLog{Origin: 2, Name: "km1/audit/2", Size: 2})
+	}
+	return admin.Trail{Logs: logs}, nil
+}
+
+func (t *troubledTrail) Search(_ context.Context, _ identity.Caller, _ string, q admin.Query) ([]admin.Found, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.looks++
+	size := map[int64]int64{1: 8, 2: 2}[q.Origin]
+	switch {
+	case t.looks == 2 || t.looks == 3:
+		return nil, problem.Because(problem.Unavailable, errors.New("the database is away"))
+	case t.looks == 4:
+		panic(http.ErrAbortHandler)
+	case t.looks > 4 && q.Origin == 1:
+		size = 10
+	}
+	var found []admin.Found
+	for leaf := q.First; leaf < size; leaf++ {
+		found = append(found, admin.Found{Leaf: leaf, Text: fmt.Sprintf(`{"at":"2026-03-01T12:00:00.000Z","node":"a","action":"alarm","outcome":"done","reason":"log %d"}`, q.Origin)})
+	}
+	if len(found) == 0 && q.Origin == 1 {
+		return nil, problem.New(problem.Gone, "the log has ended")
+	}
+	return found, nil
+}

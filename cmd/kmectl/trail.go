@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"time"
 
@@ -176,39 +178,48 @@ type watchCommand struct {
 	Interval time.Duration `default:"1s" help:"How often to ask (${default})."`
 }
 
-// Run prints events as they come into the log, until it is interrupted.
+// Run prints events as they come into the log, until it is interrupted. It goes on where
+// it was when the KME has been away, and in the log that a recovery has begun from its
+// start: no event is left out, and none told twice.
 func (c watchCommand) Run(ctx context.Context, s *session) error {
 	p, client, err := s.operator()
 	if err != nil {
 		return err
 	}
+	q := c.query.query()
+	q.Limit, q.Watch = 1000, true
 	t, err := client.Trail(ctx)
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	q := c.query.query()
 	if n := len(t.Logs); n > 0 {
-		q.First = t.Logs[n-1].Size
+		q.Origin, q.First = t.Logs[n-1].Origin, t.Logs[n-1].Size
 	}
-	q.Limit, q.Watch = 1000, true
 	tick := time.NewTicker(max(c.Interval, 100*time.Millisecond))
 	defer tick.Stop()
+	lost := false // the KME does not answer, as was said
 	for {
 		found, err := client.Search(ctx, q)
-		if ctx.Err() != nil {
+		if answer, ok := errors.AsType[*admin.APIError](err); ok && answer.Status == http.StatusGone {
+			err = nextLog(ctx, client, &q)
+		}
+		switch {
+		case ctx.Err() != nil:
 			return nil
-		}
-		if err != nil {
+		case err != nil && !passes(err):
 			return p.explain(err, p.unlisted())
+		case err != nil && !lost:
+			fmt.Fprintf(s.stderr, "kmectl: %v\nkmectl: going on with event %d as soon as it answers\n", p.explain(err, p.unlisted()), q.First)
 		}
+		lost = err != nil
 		for _, f := range found {
-			if f.Leaf < 0 { // it comes again, once it has its place
-				continue
-			}
 			if err := s.printFound(f); err != nil {
 				return err
 			}
 			q.First = f.Leaf + 1
+		}
+		if len(found) == q.Limit {
+			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -216,4 +227,26 @@ func (c watchCommand) Run(ctx context.Context, s *session) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// nextLog has a watch go on with the log after the one that it has seen the end of.
+func nextLog(ctx context.Context, client *admin.Client, q *admin.Query) error {
+	t, err := client.Trail(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range t.Logs {
+		if l.Origin > q.Origin {
+			q.Origin, q.First = l.Origin, 0
+			break
+		}
+	}
+	return nil
+}
+
+// passes says whether what is in the way may be over by itself: whatever is not the
+// KME's own word that it will not answer this.
+func passes(err error) bool {
+	answer, ok := errors.AsType[*admin.APIError](err)
+	return !ok || answer.Status >= http.StatusInternalServerError
 }

@@ -114,7 +114,7 @@ type WitnessConfig struct {
 type SinkConfig struct {
 	Name   string `yaml:"name"`   // unique: where the sink has got to is kept under it
 	Format string `yaml:"format"` // jsonl, syslog (RFC 5424) or ocsf
-	To     string `yaml:"to"`     // file:PATH, tls:HOST:PORT (syslog: RFC 5425) or tcp:HOST:PORT
+	To     string `yaml:"to"`     // file:PATH (a line each), tls:HOST:PORT (syslog: RFC 5425) or tcp:HOST:PORT
 	CA     string `yaml:"ca"`     // of tls: the root that the sink's certificate must chain to, a PEM file
 }
 

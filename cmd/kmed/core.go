@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/qutemail/kme/hsm"
@@ -82,7 +83,8 @@ func (n *node) trail() (kme.Trail, error) {
 		}
 	}
 	for _, s := range c.Sinks {
-		sink := siem.Config{Name: s.Name, Format: siem.Formats[s.Format], To: s.To, Framed: s.Format == "syslog", Every: time.Second, Log: n.log}
+		framed := s.Format == "syslog" && !strings.HasPrefix(s.To, "file:")
+		sink := siem.Config{Name: s.Name, Format: siem.Formats[s.Format], To: s.To, Framed: framed, Every: time.Second, Log: n.log}
 		if s.CA != "" {
 			roots, err := pki.LoadPool(s.CA)
 			if err != nil {

@@ -48,6 +48,7 @@ type Witnessed struct {
 // Query says which events are looked for. What is empty asks for any.
 type Query struct {
 	From, To time.Time // of the event, from and without
+	Origin   int64     // of the log; 0 is the present one. If nothing is found in one that has ended, it is Gone
 	First    int64     // leaf: those before are left out
 	SAE      string    // who asked, or was named
 	Key      string    // a key_ID
@@ -57,7 +58,7 @@ type Query struct {
 	Serial   string // of the certificate that asked, decimal
 	Operator string
 	Limit    int  // at most; 0 is 100
-	Watch    bool // it is asked again and again, and recorded once a minute
+	Watch    bool // it is asked again and again, and recorded once a minute; only what is in the log is found
 }
 
 // maxFound is the most that one search returns.
@@ -76,8 +77,10 @@ func (q Query) values() url.Values {
 			v.Set(name, at.UTC().Format(time.RFC3339Nano))
 		}
 	}
-	if q.First > 0 {
-		v.Set("first", strconv.FormatInt(q.First, 10))
+	for name, n := range map[string]int64{"origin": q.Origin, "first": q.First} {
+		if n > 0 {
+			v.Set(name, strconv.FormatInt(n, 10))
+		}
 	}
 	if q.Limit > 0 {
 		v.Set("limit", strconv.Itoa(q.Limit))
@@ -104,7 +107,7 @@ func parseQuery(v url.Values) (q Query, err error) {
 	}
 	for name := range v {
 		switch name {
-		case "from", "to", "first", "limit", "sae", "key", "request", "action", "outcome", "serial", "operator", "watch":
+		case "from", "to", "origin", "first", "limit", "sae", "key", "request", "action", "outcome", "serial", "operator", "watch":
 		default:
 			return q, problem.New(problem.Invalid, "nothing is looked for by %q", name)
 		}
@@ -116,9 +119,9 @@ func parseQuery(v url.Values) (q Query, err error) {
 			}
 		}
 	}
-	if text := v.Get("first"); text != "" {
-		if q.First, err = strconv.ParseInt(text, 10, 64); err != nil || q.First < 0 {
-			return q, invalid("first")
+	for name, n := range map[string]*int64{"origin": &q.Origin, "first": &q.First} {
+		if *n, err = number(v, name); err != nil {
+			return q, err
 		}
 	}
 	if text := v.Get("limit"); text != "" {
@@ -139,8 +142,8 @@ type Found struct {
 // operator who may read it, and records that he did.
 type TrailBackend interface {
 	Trail(ctx context.Context, c identity.Caller, rid string) (Trail, error)
-	// Search lists events of the present log in the order of its leaves, and then those
-	// that are not in it yet.
+	// Search lists events of the log of an origin in the order of its leaves, and then
+	// those that are in no log yet.
 	Search(ctx context.Context, c identity.Caller, rid string, q Query) ([]Found, error)
 	// Proof proves that the present log has a leaf.
 	Proof(ctx context.Context, c identity.Caller, rid string, leaf int64) (audit.Proof, error)

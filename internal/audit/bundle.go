@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/tlog"
 )
 
@@ -22,12 +23,16 @@ import (
 //
 //	key         the log's verifier key; what counts is the one that the stranger was given
 //	checkpoint  signed by the log, with the witnesses' signatures
+//	cosigned    an earlier checkpoint, if that one is so new that they have not signed it yet
+//	nodes       the notes that vouch for the nodes' keys, by node, as JSON
 //	tile/L/N    what proves the events to be in the checkpoint's tree (C2SP tlog-tiles)
 //	events/N    lines of events from leaf N on (Row.AppendText)
 //	tail/N      the same of events that are not in the tree, if they were asked for
 const (
 	bundleKey        = "key"
 	bundleCheckpoint = "checkpoint"
+	bundleCosigned   = "cosigned"
+	bundleNodes      = "nodes"
 	bundleTiles      = "tile/"
 	bundleEvents     = "events/"
 	bundleTail       = "tail/"
@@ -44,8 +49,9 @@ type BundleSpec struct {
 	Key        string // the log's verifier key
 	Signed     []byte // the checkpoint, with its signatures
 	Checkpoint Checkpoint
-	First, End int64 // leaves
-	Tail       bool  // and what is not in the tree
+	Cosigned   []byte // an earlier one that more witnesses have signed; nil if there is none
+	First, End int64  // leaves
+	Tail       bool   // and what is not in the tree
 	At         time.Time
 }
 
@@ -64,6 +70,12 @@ func WriteBundle(ctx context.Context, w io.Writer, s BundleSpec, src Source) err
 		return err
 	}
 	err := errors.Join(put(bundleKey, []byte(s.Key+"\n")), put(bundleCheckpoint, s.Signed))
+	if s.Cosigned != nil {
+		err = errors.Join(err, put(bundleCosigned, s.Cosigned))
+	}
+	if err == nil {
+		err = putNodes(ctx, put, src)
+	}
 	for _, tile := range bundleTilesOf(s) {
 		if err != nil {
 			break
@@ -83,6 +95,19 @@ func WriteBundle(ctx context.Context, w io.Writer, s BundleSpec, src Source) err
 		return fmt.Errorf("writing a bundle: %w", err)
 	}
 	return nil
+}
+
+// putNodes writes the notes that vouch for the nodes' keys.
+func putNodes(ctx context.Context, put func(string, []byte) error, src Source) error {
+	notes, err := src.NodeKeys(ctx)
+	if err != nil || len(notes) == 0 {
+		return err
+	}
+	text, err := json.Marshal(notes, json.Deterministic(true))
+	if err != nil {
+		return err
+	}
+	return put(bundleNodes, text)
 }
 
 // putRows writes rows in files of bundlePage lines, numbered from first.
@@ -131,12 +156,14 @@ func tilePath(t tlog.Tile) string {
 
 // Bundle is a bundle that was opened. It is a Source.
 type Bundle struct {
-	Key    string // as the bundle says
-	Signed []byte // the checkpoint
-	First  int64  // the first leaf
-	Leaves int64  // how many follow it, as far as the bundle claims
+	Key      string // as the bundle says
+	Signed   []byte // the checkpoint
+	Cosigned []byte // an earlier one; nil if there is none
+	First    int64  // the first leaf
+	Leaves   int64  // how many follow it, as far as the bundle claims
 
 	f      io.ReadSeeker
+	nodes  map[string]string
 	tiles  map[tlog.Tile][]byte
 	events []member
 	tails  []member
@@ -193,6 +220,16 @@ func (b *Bundle) member(h *tar.Header, content io.Reader) error {
 	case h.Name == bundleCheckpoint:
 		var err error
 		b.Signed, err = read(64 << 10)
+		return err
+	case h.Name == bundleCosigned:
+		var err error
+		b.Cosigned, err = read(64 << 10)
+		return err
+	case h.Name == bundleNodes:
+		text, err := read(1 << 20)
+		if err == nil {
+			err = json.Unmarshal(text, &b.nodes)
+		}
 		return err
 	case folder+"/" == bundleTiles:
 		tile, err := tlog.ParseTilePath(fmt.Sprintf("tile/%d/%s", TileHeight, name))
@@ -269,6 +306,9 @@ func (b *Bundle) Rows(_ context.Context, first, end int64, do func(Row) error) e
 	return nil
 }
 
+// NodeKeys implements Source.
+func (b *Bundle) NodeKeys(context.Context) (map[string]string, error) { return b.nodes, nil }
+
 // Tail implements Source.
 func (b *Bundle) Tail(_ context.Context, do func(Row) error) error {
 	for _, m := range b.tails {
@@ -303,8 +343,11 @@ func (b *Bundle) lines(m member, do func(Row) error) error {
 }
 
 // VerifyBundle verifies all of a bundle: that the log has signed its checkpoint, and
-// everything that Verify does. cosigned are those of the witnesses that have signed too.
-// A bundle that must be of the whole log may not end before its checkpoint does.
+// everything that Verify does. cosigned are those of the witnesses that have signed it
+// too, or an earlier checkpoint of which the report says the leaves. A bundle that must be
+// of the whole log may not end before its checkpoint does, and what is before its first
+// leaf must be in bundles that the log itself names: whoever has the database can say so
+// of any leaf, and cannot sign it.
 func VerifyBundle(ctx context.Context, key LogKey, witnesses []Witness, known Known, whole bool, b *Bundle) (r Report, c Checkpoint, cosigned []string, err error) {
 	if c, cosigned, err = OpenCheckpoint(b.Signed, key, witnesses...); err != nil {
 		return r, c, nil, err
@@ -317,7 +360,34 @@ func VerifyBundle(ctx context.Context, key LogKey, witnesses []Witness, known Kn
 		return r, c, cosigned, &BadLeaf{Leaf: c.Size, Why: "the checkpoint does not have it"}
 	}
 	r, err = verify(ctx, key, c, b.First, end, known, b)
+	if before := b.First - 1; err == nil && whole && !slices.ContainsFunc(r.Archived, func(a Archived) bool { return a.First <= before && before <= a.Last }) && before >= 0 {
+		err = &BadLeaf{Leaf: before, Why: "it is missing, and no event of the log says that it went into a bundle"}
+	}
+	r.Cosigned = c.Size
+	if err == nil && len(cosigned) < len(witnesses) && b.Cosigned != nil {
+		cosigned, r.Cosigned, err = b.cosigned(key, c, cosigned, witnesses)
+	}
 	return r, c, cosigned, err
+}
+
+// cosigned are the witnesses that have signed the bundle's earlier checkpoint, and its
+// leaves, if they are more than those of c. The tree of c must begin with its tree.
+func (b *Bundle) cosigned(key LogKey, c Checkpoint, names []string, witnesses []Witness) ([]string, int64, error) {
+	earlier, more, err := OpenCheckpoint(b.Cosigned, key, witnesses...)
+	if err != nil || len(more) <= len(names) {
+		return names, c.Size, err
+	}
+	if earlier.Size > c.Size {
+		return names, c.Size, &BadLeaf{Leaf: c.Size, Why: fmt.Sprintf("it is missing: witnesses have signed for %d leaves, and the log has %d", earlier.Size, c.Size)}
+	}
+	root, err := tlog.TreeHash(earlier.Size, tlog.TileHashReader(tlog.Tree{N: c.Size, Hash: c.Root}, tileReader{b}))
+	if err != nil {
+		return names, c.Size, fmt.Errorf("comparing the tree with the one of %d leaves that witnesses have signed: %w", earlier.Size, err)
+	}
+	if root != earlier.Root {
+		return names, c.Size, &BadLeaf{Leaf: earlier.Size - 1, Why: "this leaf or one before is another than witnesses have signed for: the log was forked"}
+	}
+	return more, earlier.Size, nil
 }
 
 // OpenBundleFile opens the bundle in a file, which the caller closes.

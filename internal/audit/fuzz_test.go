@@ -84,6 +84,8 @@ func (l *memoryLog) Rows(_ context.Context, first, end int64, do func(Row) error
 	return nil
 }
 
+func (l *memoryLog) NodeKeys(context.Context) (map[string]string, error) { return nil, nil }
+
 func (l *memoryLog) Tail(context.Context, func(Row) error) error { return nil }
 
 func (l *memoryLog) bundle(t testing.TB) []byte {

@@ -114,6 +114,9 @@ type Source interface {
 	Rows(ctx context.Context, first, end int64, do func(Row) error) error
 	// Tail calls do for the events that are not in the tree yet, those of each node in order.
 	Tail(ctx context.Context, do func(Row) error) error
+	// NodeKeys are the notes that vouch for the nodes' keys (SignNodeKey), by node: the
+	// events that name them may be in bundles.
+	NodeKeys(ctx context.Context) (map[string]string, error)
 }
 
 // Report is what was verified.
@@ -124,6 +127,11 @@ type Report struct {
 	// Follows are the last checkpoints of the site's logs before this one that the log
 	// names, each signed by its log: of a log that was begun by a recovery.
 	Follows []Checkpoint
+	// Archived are the bundles that the log names, where leaves before the first one of
+	// those that were verified went.
+	Archived []Archived
+	// Cosigned is how many leaves the witnesses have signed for that VerifyBundle names.
+	Cosigned int64
 }
 
 // Verify reads the leaves from first on, up to the checkpoint, and then what is not in
@@ -152,9 +160,14 @@ func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, kno
 		v.seen[seen.Size] = seen.Root
 	}
 	r := Report{Heads: make(map[string]Head)}
+	notes, err := src.NodeKeys(ctx)
+	if err != nil {
+		return r, err
+	}
+	v.chains.notes = notes
 	v.proved = tlog.TileHashReader(tlog.Tree{N: c.Size, Hash: c.Root}, tileReader{src})
 	v.size, v.next, v.first = c.Size, first, first
-	err := src.Rows(ctx, first, end, v.leaf)
+	err = src.Rows(ctx, first, end, v.leaf)
 	if err == nil && v.next != end {
 		err = &BadLeaf{Leaf: v.next, Why: fmt.Sprintf("it is missing, and so is all before leaf %d", end)}
 	}
@@ -173,7 +186,7 @@ func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, kno
 	for node, s := range v.chains.nodes {
 		r.Heads[node] = s.head
 	}
-	r.Follows = v.follows
+	r.Follows, r.Archived = v.follows, v.archived
 	return r, err
 }
 
@@ -188,6 +201,7 @@ type verification struct {
 	seen   map[int64]tlog.Hash // roots, by size
 
 	earlier, follows []Checkpoint // of the logs before: that are known, that this one names
+	archived         []Archived   // leaves of this log that it says are in bundles
 
 	size, first, next int64
 	tile              int64 // the one whose hashes are in hashes
@@ -210,7 +224,7 @@ func (v *verification) leaf(row Row) error {
 	if _, err := v.chains.add(row, false); err != nil {
 		return err
 	}
-	if err := v.follow(row); err != nil {
+	if err := v.told(row); err != nil {
 		return err
 	}
 	if v.first == 0 {
@@ -273,22 +287,47 @@ func (v *verification) tail(row Row) error {
 	if _, err := v.chains.add(row, true); err != nil {
 		return err
 	}
-	if err := v.follow(row); err != nil {
+	if err := v.told(row); err != nil {
 		return err
 	}
 	return v.knownHead(row)
+}
+
+// told takes in what the log says of itself: which logs it follows, and where leaves of
+// it are that are not among those to be verified.
+func (v *verification) told(row Row) error {
+	if v.key.Origin == 1 && v.first == 0 {
+		return nil // it follows none, and all of it is there
+	}
+	p, err := placeOf(row.Body)
+	if err != nil {
+		return err
+	}
+	switch p.action {
+	case Recover:
+		return v.follow(row)
+	case AuditDropped:
+		return v.archive(row)
+	}
+	return nil
+}
+
+// archive takes in which leaves of the log are in a bundle.
+func (v *verification) archive(row Row) error {
+	e, err := ParseEvent(row.Body)
+	if err != nil || e.Outcome != Done {
+		return err
+	}
+	if a, err := ParseArchived(e.Reason); err == nil && a.Log == v.key.Name() {
+		v.archived = append(v.archived, a)
+	}
+	return nil
 }
 
 // follow takes in which logs this one says to follow, if the row is of the recovery that
 // has begun it: each must have been signed by its log, and a witness have seen no more
 // of it.
 func (v *verification) follow(row Row) error {
-	if v.key.Origin == 1 {
-		return nil
-	}
-	if p, err := placeOf(row.Body); err != nil || p.action != Recover {
-		return err
-	}
 	e, err := ParseEvent(row.Body)
 	if err != nil || int64(e.Count) != v.key.Origin {
 		return err
@@ -345,6 +384,7 @@ func (v *verification) end() error {
 type Chains struct {
 	key   LogKey
 	nodes map[string]*chainState
+	notes map[string]string // that vouch for keys, of nodes whose chain begins in the middle
 }
 
 type chainState struct {
@@ -356,7 +396,7 @@ type chainState struct {
 }
 
 // NewChains begins with nothing known of any node.
-func NewChains(key LogKey) *Chains { return &Chains{key, make(map[string]*chainState)} }
+func NewChains(key LogKey) *Chains { return &Chains{key: key, nodes: make(map[string]*chainState)} }
 
 // Load goes on with a chain where it was left: its head, and the note that vouches for
 // the node's key, "" if none does yet.
@@ -412,6 +452,12 @@ func (c *Chains) add(row Row, verify bool) (signed bool, err error) {
 				return false, bad("the hash before it is missing")
 			}
 			s.head = Head{Seq: row.Seq - 1, Hash: [32]byte(row.Prev)}
+			if note := c.notes[row.Node]; note != "" {
+				if s.key, err = c.key.NodeKey(note, row.Node); err != nil {
+					return false, bad("%v", err)
+				}
+				s.note = note
+			}
 		}
 		s.signed = s.head.Seq
 		c.nodes[row.Node] = s

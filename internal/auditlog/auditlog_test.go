@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -506,5 +508,67 @@ func TestEventsAreReadBack(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestSearch looks for events by each thing that they can be looked for by; that the
+// columns beside an event's text say something else hides none.
+func TestSearch(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	a := s.node("a")
+	k1, k2 := key.NewLocalID(s.now()), key.NewLocalID(s.now())
+	for i, e := range []audit.Event{ // leaves 1 to 5, a minute after each other
+		{Action: audit.EncKeys, Outcome: audit.Done, Request: "r1", Actor: audit.Actor{Role: "sae", ID: "alice", Serial: "11"}, Peer: "bob", Master: "alice", Slaves: []string{"bob", "carol"}, Keys: []key.ID{k1, k2}},
+		{Action: audit.DecKeys, Outcome: audit.Refused, Request: "r2", Actor: audit.Actor{Role: "sae", ID: "carol", Serial: "12"}, Keys: []key.ID{k2}},
+		{Action: audit.DecKeys, Outcome: audit.Done, Request: "r3", Actor: audit.Actor{Role: "sae", ID: "bob", Serial: "13"}, Peer: "alice", Keys: []key.ID{k1}},
+		{Action: audit.Cleanup, Outcome: audit.Done, Request: "r4", Actor: audit.Actor{Role: "operator", ID: "alice", Serial: "14"}},
+		{Action: audit.Alarm, Outcome: audit.Failed, Reason: `an "alice" in the text`},
+	} {
+		a.record(s, e)
+		if i < 4 {
+			s.clock.Add(time.Minute.Milliseconds())
+		}
+	}
+	q := s.sequencer()
+	s.step(q)
+	a.record(s, audit.Event{Action: audit.Alarm, Outcome: audit.Done}) // not in the log yet
+	s.forge("UPDATE kme.audit SET at = at - interval '1 hour' WHERE seq = 4")
+	start := time.Date(2026, 3, 1, 12, 30, 0, 0, time.UTC)
+	for _, test := range []struct {
+		name string
+		f    Filter
+		want []int64
+	}{
+		{"all", Filter{}, []int64{0, 1, 2, 3, 4, 5, -1}},
+		{"all that the log has", Filter{Placed: true}, []int64{0, 1, 2, 3, 4, 5}},
+		{"from a leaf on", Filter{First: 4, Placed: true}, []int64{4, 5}},
+		{"a limit", Filter{Limit: 2}, []int64{0, 1}},
+		{"time", Filter{From: start.Add(2 * time.Minute), To: start.Add(4 * time.Minute)}, []int64{3, 4}},
+		{"another day", Filter{From: start.Add(24 * time.Hour)}, nil},
+		{"who asked or was named", Filter{SAE: "alice"}, []int64{1, 3}},
+		{"a slave of a multicast", Filter{SAE: "carol"}, []int64{1, 2}},
+		{"a key", Filter{Key: k2.String()}, []int64{1, 2}},
+		{"a key and an outcome", Filter{Key: k2.String(), Outcome: "refused"}, []int64{2}},
+		{"a request", Filter{Request: "r3"}, []int64{3}},
+		{"an action", Filter{Action: "dec_keys"}, []int64{2, 3}},
+		{"an outcome", Filter{Outcome: "failed"}, []int64{5}},
+		{"a serial number", Filter{Serial: "13"}, []int64{3}},
+		{"an operator", Filter{Operator: "alice"}, []int64{4}},
+	} {
+		if test.f.Limit == 0 {
+			test.f.Limit = 100
+		}
+		var got []int64
+		err := s.reader().Snapshot(t.Context(), 0, func(l *Snapshot) error {
+			found, err := l.Search(t.Context(), test.f)
+			for _, r := range found {
+				got = append(got, r.Leaf)
+			}
+			return err
+		})
+		if err != nil || !slices.Equal(got, test.want) {
+			t.Errorf("%s: leaves %v, want %v, error %v", test.name, got, test.want, err)
+		}
 	}
 }

@@ -87,6 +87,14 @@ func (r *Reader) Logs(ctx context.Context) ([]LogState, error) {
 	return logs, nil
 }
 
+// Present is the origin of the site's present log.
+func (l *Snapshot) Present(ctx context.Context) (origin int64, err error) {
+	if err := l.tx.QueryRow(ctx, "SELECT max(origin) FROM audit_log").Scan(&origin); err != nil {
+		return 0, fmt.Errorf("reading the audit log: %w", err)
+	}
+	return origin, nil
+}
+
 // ErrNoCheckpoint says that a log has none of that size.
 var ErrNoCheckpoint = errors.New("the log has no such checkpoint")
 
@@ -102,6 +110,27 @@ func (l *Snapshot) Checkpoint(ctx context.Context, size int64) ([]byte, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("reading checkpoint %d: %w", size, err)
+	}
+	return signed, nil
+}
+
+// lately is of how many of the last checkpoints Cosigned takes one: of a minute.
+const lately = 60
+
+// Cosigned reads, of the last checkpoints, the one that most witnesses have signed, and
+// the newest of those: the very last one they have mostly not seen yet. It has at least
+// so many leaves.
+func (l *Snapshot) Cosigned(ctx context.Context, least int64) ([]byte, error) {
+	var signed []byte
+	err := l.tx.QueryRow(ctx, `SELECT c.note || coalesce(string_agg(s.line, '' ORDER BY s.witness), '')
+		FROM (SELECT origin, size, note FROM audit_checkpoint WHERE origin = $1 AND size >= $2 AND size <= $3 ORDER BY size DESC LIMIT $4) AS c
+			LEFT JOIN audit_cosignature s USING (origin, size)
+		GROUP BY c.size, c.note ORDER BY count(s.line) DESC, c.size DESC LIMIT 1`, l.Origin, least, l.Size, lately).Scan(&signed)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, fmt.Errorf("reading a checkpoint of %d leaves: %w", least, ErrNoCheckpoint)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading a checkpoint of %d leaves: %w", least, err)
 	}
 	return signed, nil
 }
@@ -236,6 +265,21 @@ func (l *Snapshot) strays(ctx context.Context) error {
 	return bad
 }
 
+// NodeKeys implements audit.Source.
+func (l *Snapshot) NodeKeys(ctx context.Context) (map[string]string, error) {
+	rows, _ := l.tx.Query(ctx, "SELECT node, key FROM audit_node WHERE key <> ''")
+	notes := make(map[string]string)
+	var node, note string
+	_, err := pgx.ForEachRow(rows, []any{&node, &note}, func() error {
+		notes[node] = note
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading the nodes' keys: %w", err)
+	}
+	return notes, nil
+}
+
 // Heads are the ends of the nodes' chains, as the nodes' rows say.
 func (l *Snapshot) Heads(ctx context.Context) (map[string]audit.Head, error) {
 	rows, _ := l.tx.Query(ctx, "SELECT node, seq, head FROM node_run WHERE seq > 0")
@@ -260,10 +304,12 @@ type Filter struct {
 	First                                                int64     // leaf: those before are left out
 	SAE, Key, Request, Action, Outcome, Serial, Operator string
 	Limit                                                int
+	Placed                                               bool // only those that the log has
 }
 
 // Search lists events of the log in the order of its leaves, and then those that are
-// not in it yet. Where a time is given, days without it are not looked at.
+// not in it yet. Where a time is given, days without it are not looked at; the time is that
+// of the event's text, which is the one that the log vouches for.
 func (l *Snapshot) Search(ctx context.Context, f Filter) ([]audit.Row, error) {
 	from, to := f.From, f.To
 	if from.IsZero() {
@@ -272,10 +318,15 @@ func (l *Snapshot) Search(ctx context.Context, f Filter) ([]audit.Row, error) {
 	if to.IsZero() {
 		to = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
 	}
+	unplaced := int64(1) << 62 // where those are that are not in the log yet
+	if f.Placed {
+		unplaced = -1 // before all that is looked for
+	}
 	rows, _ := l.tx.Query(ctx, `SELECT coalesce(r.first + a.seq - r.seq, -1) AS leaf, a.node, a.seq, a.prev, a.body, a.sig
 		FROM audit a LEFT JOIN LATERAL (SELECT first, seq, n FROM audit_range r WHERE r.origin = $1 AND r.node = a.node AND r.seq <= a.seq
 			ORDER BY r.seq DESC LIMIT 1) AS r ON a.seq < r.seq + r.n
-		WHERE a.day >= $2::date AND a.day <= $3::date AND a.at >= $2 AND a.at < $3
+		WHERE a.day >= ($2::timestamptz AT TIME ZONE 'UTC')::date AND a.day <= ($3::timestamptz AT TIME ZONE 'UTC')::date
+			AND (a.body::json->>'at')::timestamptz >= $2 AND (a.body::json->>'at')::timestamptz < $3
 			AND ($4 = '' OR position(to_json($4::text)::text IN a.body) > 0
 				AND (a.body::json->'actor'->>'id' = $4 AND a.body::json->'actor'->>'role' = 'sae' OR a.body::json->>'peer' = $4
 					OR a.body::json->>'master' = $4 OR $4 IN (SELECT json_array_elements_text(a.body::json->'slaves'))))
@@ -287,7 +338,7 @@ func (l *Snapshot) Search(ctx context.Context, f Filter) ([]audit.Row, error) {
 			AND ($10 = '' OR a.body::json->'actor'->>'id' = $10 AND a.body::json->'actor'->>'role' = 'operator')
 			AND coalesce(r.first + a.seq - r.seq, $12) >= $11
 		ORDER BY r.first IS NULL, leaf, a.node, a.seq LIMIT $13`,
-		l.Origin, from, to, f.SAE, f.Key, f.Request, f.Action, f.Outcome, f.Serial, f.Operator, f.First, int64(1)<<62, f.Limit)
+		l.Origin, from, to, f.SAE, f.Key, f.Request, f.Action, f.Outcome, f.Serial, f.Operator, f.First, unplaced, f.Limit)
 	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (r audit.Row, err error) {
 		return r, row.Scan(&r.Leaf, &r.Node, &r.Seq, &r.Prev, &r.Body, &r.Sig)
 	})
@@ -297,9 +348,10 @@ func (l *Snapshot) Search(ctx context.Context, f Filter) ([]audit.Row, error) {
 	return found, nil
 }
 
-// Prove proves that the log has a leaf, by its last checkpoint.
+// Prove proves that the log has a leaf, by a checkpoint that witnesses have signed, if
+// there is one.
 func (l *Snapshot) Prove(ctx context.Context, leaf int64, key audit.LogKey) (p audit.Proof, err error) {
-	signed, err := l.Checkpoint(ctx, 0)
+	signed, err := l.Cosigned(ctx, leaf+1)
 	if err != nil {
 		return p, err
 	}

@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -20,8 +21,10 @@ import (
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
+	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/auditlog"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/internal/store"
@@ -272,7 +275,7 @@ func TestRetention(t *testing.T) {
 		s.step(24 * time.Hour)
 	}
 	s.step(6 * 24 * time.Hour) // the first two days are older than a week
-	if err := k.archiveDays(t.Context(), nil); err != nil {
+	if err := k.archiveDays(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	fold()
@@ -322,6 +325,74 @@ func TestRetention(t *testing.T) {
 	if err != nil {
 		t.Errorf("the rest of the log: %v", err)
 	}
+	r, _, err := s.wholeLog(k)
+	if err != nil || len(r.Archived) != 2 || r.Archived[1].Last != 10 || r.Archived[1].File != "km1-1-2026-03-02.bundle" {
+		t.Errorf("the log as an auditor gets it: %+v, %v", r, err)
+	}
+	// Whoever has the database hides the next day by saying that it was archived, too.
+	s.exec(s.name, `INSERT INTO kme.audit_archive SELECT 1, '2026-03-03', 11, 15, 'km1-1-2026-03-03.bundle', sha256 FROM kme.audit_archive LIMIT 1;
+		DELETE FROM kme.audit WHERE day = '2026-03-03'`)
+	var bad *audit.BadLeaf
+	if _, _, err := s.wholeLog(k); !errors.As(err, &bad) || bad.Leaf != 15 {
+		t.Errorf("a day was deleted that no event says is archived: %v", err)
+	}
+}
+
+// Whoever watches a log is told when it has ended and he has seen all of it, and not before.
+func TestWatchedLogEnds(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	if _, err := q.Step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	k.note(t.Context(), k.own(audit.Alarm)) // in no log
+	door := k.TrailDoor(k.Trail.Reader)
+	look := func(origin, first int64) (int, problem.Kind) {
+		t.Helper()
+		found, err := door.Search(t.Context(), identity.Caller{}, "rid", admin.Query{Origin: origin, First: first, Limit: 100, Watch: true})
+		return len(found), problem.KindOf(err)
+	}
+	var none problem.Kind
+	for _, step := range []struct {
+		recovered     bool
+		origin, first int64
+		found         int
+		kind          problem.Kind
+	}{
+		{false, 1, 0, 1, none},
+		{false, 1, 1, 0, none},
+		{true, 1, 0, 1, none},
+		{true, 1, 1, 0, problem.Gone},
+		{true, 2, 0, 0, none},
+	} {
+		if step.recovered {
+			s.exec(s.name, "INSERT INTO kme.audit_log (origin, name, vkey, begun_at) VALUES (2, 'log/2', 'key', now()) ON CONFLICT DO NOTHING")
+		}
+		if found, kind := look(step.origin, step.first); found != step.found || kind != step.kind {
+			t.Errorf("%+v: %d found, %v", step, found, kind)
+		}
+	}
+}
+
+// wholeLog has an auditor get the whole log of a node's site, and verify it.
+func (s *site) wholeLog(k *KME, witnesses ...audit.Witness) (r audit.Report, cosigned []string, err error) {
+	s.t.Helper()
+	key, err := audit.ParseLogKey(k.logKeyText(1))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var text bytes.Buffer
+	err = k.TrailDoor(k.Trail.Reader).Bundle(s.t.Context(), identity.Caller{}, "rid", 0, 0, 0, func() io.Writer { return &text })
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	b, err := audit.OpenBundle(bytes.NewReader(text.Bytes()))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	r, _, cosigned, err = audit.VerifyBundle(s.t.Context(), key, witnesses, audit.Known{}, true, b)
+	return r, cosigned, err
 }
 
 // A day stays in the database until every sink has been sent the last of its leaves,
@@ -362,18 +433,7 @@ func TestArchiveWaitsForSinks(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		sent, err := k.sent(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if step.days == 2 { // it was not, a minute ago: what was sent since may be sent again
-			sent["soc"] = store.Cursor{Origin: 1, Next: 10}
-			if err := k.archiveDays(t.Context(), sent); err == nil || !strings.Contains(err.Error(), "sink soc ") {
-				t.Errorf("sent this minute: %v", err)
-			}
-			sent["soc"] = step.soc
-		}
-		err = k.archiveDays(t.Context(), sent)
+		err := k.archiveDays(t.Context())
 		if (err == nil) != (step.behind == "") || err != nil && !strings.Contains(err.Error(), "sink "+step.behind+" ") {
 			t.Errorf("soc at %v, other at %v: %v, want that %q is behind", step.soc, step.other, err, step.behind)
 		}
@@ -479,6 +539,24 @@ func TestOtherWitness(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	// The witness has mostly not seen the very last checkpoint yet. Whoever asks for its
+	// signature gets it all the same, on the one before.
+	for range 2 {
+		k.note(t.Context(), k.own(audit.Alarm))
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r, names, err := s.wholeLog(k, pub); err != nil || len(names) != 1 || r.Cosigned != now.Size || r.Leaves <= now.Size {
+		t.Errorf("the whole log: %+v, signed by %q, error %v", r, names, err)
+	}
+	proof, err := k.TrailDoor(k.Trail.Reader).Proof(t.Context(), identity.Caller{}, "rid", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, c, names, err := proof.Verify(log, pub); err != nil || len(names) != 1 || c.Size != now.Size {
+		t.Errorf("the proof of a leaf: by %+v, signed by %q, error %v", c, names, err)
 	}
 	seen.Root[0] ^= 1
 	publish()

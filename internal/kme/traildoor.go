@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -106,7 +107,7 @@ func (d TrailDoor) Trail(ctx context.Context, c identity.Caller, rid string) (t 
 func (d TrailDoor) Search(ctx context.Context, c identity.Caller, rid string, q admin.Query) (found []admin.Found, err error) {
 	f := auditlog.Filter{
 		From: q.From, To: q.To, First: q.First, SAE: q.SAE, Key: q.Key, Request: q.Request, Action: q.Action, Outcome: q.Outcome,
-		Serial: q.Serial, Operator: q.Operator, Limit: q.Limit,
+		Serial: q.Serial, Operator: q.Operator, Limit: q.Limit, Placed: q.Watch,
 	}
 	if q.Watch {
 		q.First = 0 // it moves on with each question
@@ -116,10 +117,17 @@ func (d TrailDoor) Search(ctx context.Context, c identity.Caller, rid string, q 
 		read = d.readOn
 	}
 	err = read(ctx, c, rid, "search: "+described(q), func(ctx context.Context) error {
-		return d.reader.Snapshot(ctx, 0, func(l *auditlog.Snapshot) error {
+		return d.reader.Snapshot(ctx, q.Origin, func(l *auditlog.Snapshot) error {
 			rows, err := l.Search(ctx, f)
 			for _, r := range rows {
 				found = append(found, admin.Found{Leaf: r.Leaf, Text: string(r.Body)})
+			}
+			if err != nil || len(rows) > 0 || q.Origin == 0 {
+				return err
+			}
+			now, err := l.Present(ctx)
+			if err == nil && now != q.Origin {
+				err = problem.New(problem.Gone, "the log of origin %d has ended: that of origin %d has begun", q.Origin, now)
 			}
 			return err
 		})
@@ -206,26 +214,43 @@ func (d TrailDoor) Bundle(ctx context.Context, c identity.Caller, rid string, or
 			if err != nil {
 				return err
 			}
-			signed, err := l.Checkpoint(ctx, 0)
+			if first > l.Size || end > l.Size || end > 0 && first > end {
+				return problem.New(problem.Invalid, "leaves %d to %d: the log has %d", first, end, l.Size)
+			}
+			spec := audit.BundleSpec{Key: d.k.logKeyText(l.Origin), First: first, End: end, At: d.k.Now()}
+			if end > 0 {
+				spec.Signed, err = l.Cosigned(ctx, end)
+			} else {
+				err = d.wholeLog(ctx, l, &spec)
+			}
+			if err == nil {
+				spec.Checkpoint, _, err = audit.OpenCheckpoint(spec.Signed, key)
+			}
 			if err != nil {
 				return err
-			}
-			cp, _, err := audit.OpenCheckpoint(signed, key)
-			if err != nil {
-				return err
-			}
-			spec := audit.BundleSpec{Key: d.k.logKeyText(l.Origin), Signed: signed, Checkpoint: cp, First: first, End: end, At: d.k.Now()}
-			if end == 0 {
-				kept, err := l.Kept(ctx)
-				if err != nil {
-					return err
-				}
-				spec.First, spec.End, spec.Tail = max(first, kept), cp.Size, true // what is before is in archives
-			}
-			if spec.First > spec.End || spec.End > cp.Size {
-				return problem.New(problem.Invalid, "leaves %d to %d: the log has %d", spec.First, spec.End, cp.Size)
 			}
 			return audit.WriteBundle(ctx, ready(), spec, l)
 		})
 	})
+}
+
+// wholeLog fills in what a bundle of all that there is of the log has: the last
+// checkpoint, and one before it that witnesses have signed.
+func (d TrailDoor) wholeLog(ctx context.Context, l *auditlog.Snapshot, spec *audit.BundleSpec) error {
+	kept, err := l.Kept(ctx)
+	if err != nil {
+		return err
+	}
+	spec.First, spec.End, spec.Tail = max(spec.First, kept), l.Size, true // what is before is in archives
+	if spec.Signed, err = l.Checkpoint(ctx, 0); err != nil {
+		return err
+	}
+	cosigned, err := l.Cosigned(ctx, spec.First+1)
+	if errors.Is(err, auditlog.ErrNoCheckpoint) {
+		return nil
+	}
+	if !bytes.Equal(cosigned, spec.Signed) {
+		spec.Cosigned = cosigned
+	}
+	return err
 }

@@ -3,7 +3,6 @@ package kme
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -64,19 +63,7 @@ func (k *KME) forward(ctx context.Context) error {
 // one of its site that does.
 func (k *KME) retain(ctx context.Context) error {
 	return k.every(ctx, time.Hour, nil, func(ctx context.Context) {
-		sent, err := k.sent(ctx)
-		if err == nil && len(k.sinks) > 0 {
-			settled := time.NewTimer(siem.ResendTime)
-			defer settled.Stop()
-			select {
-			case <-ctx.Done():
-				return
-			case <-settled.C:
-			}
-		}
-		if err == nil {
-			err = k.archiveDays(ctx, sent)
-		}
+		err := k.archiveDays(ctx)
 		if err != nil && ctx.Err() == nil {
 			k.raise(ctx, "audit-archive", err.Error())
 		} else {
@@ -85,23 +72,9 @@ func (k *KME) retain(ctx context.Context) error {
 	})
 }
 
-// sent is where each sink has got to. What it has been sent for siem.ResendTime is not
-// sent again.
-func (k *KME) sent(ctx context.Context) (map[string]store.Cursor, error) {
-	sent := make(map[string]store.Cursor)
-	for _, f := range k.sinks {
-		c, err := k.Store.Cursor(ctx, f.Name())
-		if err != nil {
-			return nil, err
-		}
-		sent[f.Name()] = c
-	}
-	return sent, nil
-}
-
 // archiveDays archives all days that are due, oldest first, and that no sink may have to
-// be sent again: sent is where they were siem.ResendTime ago.
-func (k *KME) archiveDays(ctx context.Context, sent map[string]store.Cursor) error {
+// be sent any more.
+func (k *KME) archiveDays(ctx context.Context) error {
 	before := k.Now().UTC().Add(-k.Trail.Keep).Truncate(24 * time.Hour)
 	var due []auditlog.Day
 	var state auditlog.LogState
@@ -115,7 +88,7 @@ func (k *KME) archiveDays(ctx context.Context, sent map[string]store.Cursor) err
 	}
 	for _, d := range due {
 		if err == nil {
-			err = k.archiveDay(ctx, state.Origin, d, sent)
+			err = k.archiveDay(ctx, state.Origin, d)
 		}
 	}
 	return err
@@ -123,16 +96,14 @@ func (k *KME) archiveDays(ctx context.Context, sent map[string]store.Cursor) err
 
 // archiveDay writes a day's leaves into a bundle, verifies it there, and only then
 // drops the events. If the process dies on the way, the bundle is written again.
-func (k *KME) archiveDay(ctx context.Context, origin int64, d auditlog.Day, sent map[string]store.Cursor) error {
-	now, err := k.sent(ctx) // one whose connection has broken has gone back
-	if err != nil {
-		return err
-	}
+func (k *KME) archiveDay(ctx context.Context, origin int64, d auditlog.Day) error {
 	for _, f := range k.sinks {
-		for _, c := range []store.Cursor{sent[f.Name()], now[f.Name()]} {
-			if c.Origin < origin || c.Origin == origin && c.Next <= d.Last {
-				return fmt.Errorf("day %s of the audit log stays: sink %s has not been sent it", d.Day.Format(time.DateOnly), f.Name())
-			}
+		c, err := k.Store.Cursor(ctx, f.Name())
+		if err != nil {
+			return err
+		}
+		if c.Origin < origin || c.Origin == origin && c.Next <= d.Last {
+			return fmt.Errorf("day %s of the audit log stays: sink %s has not been sent it, or may not have read it", d.Day.Format(time.DateOnly), f.Name())
 		}
 	}
 	name := filepath.Join(k.Trail.Archive, fmt.Sprintf("%s-%d-%s.bundle", k.Self, origin, d.Day.Format(time.DateOnly)))
@@ -147,7 +118,7 @@ func (k *KME) archiveDay(ctx context.Context, origin int64, d auditlog.Day, sent
 	a := store.Archived{Origin: origin, Day: d.Day, First: d.First, Last: d.Last, File: filepath.Base(name), Sum: sum}
 	ev := k.own(audit.AuditDropped)
 	ev.Count = int(d.Last - d.First + 1)
-	ev.Reason = fmt.Sprintf("day %s, leaves %d to %d of %s, is in %s, SHA-256 %s", d.Day.Format(time.DateOnly), d.First, d.Last, key.Name(), a.File, hex.EncodeToString(sum[:]))
+	ev.Reason = audit.Archived{Day: d.Day, First: d.First, Last: d.Last, Log: key.Name(), File: a.File, Sum: sum}.String()
 	return k.Store.DropAuditDay(ctx, a, ev)
 }
 
@@ -160,7 +131,7 @@ func (k *KME) writeBundle(ctx context.Context, name string, origin int64, key au
 	defer f.Close()
 	h := sha256.New()
 	err = k.Trail.Reader.Snapshot(ctx, origin, func(l *auditlog.Snapshot) error {
-		signed, err := l.Checkpoint(ctx, 0)
+		signed, err := l.Cosigned(ctx, d.Last+1)
 		if err != nil {
 			return err
 		}

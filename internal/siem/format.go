@@ -3,19 +3,24 @@
 //
 // What it promises: every leaf of the log is sent at least once, in order, to each
 // sink, with the log's name and the number of the leaf as its identity; where a sink
-// has got to is kept in a file and moves on only after the sink has taken what was
-// sent. A sink that is away holds up nobody: it is tried again, and gets what it
-// missed. The log keeps what is still to be sent.
+// has got to is kept in the database and moves on only when a file has what was sent, or
+// a connection has lasted for a minute since it took it. A sink that is away holds up
+// nobody: it is tried again, and gets what it missed. The log keeps what is still to be
+// sent.
 //
 // What it must never do: touch the database's events, or what delivers keys.
 package siem
 
 import (
+	"cmp"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/qutemail/kme/internal/audit"
 )
@@ -86,7 +91,7 @@ func Syslog(b []byte, r Record) ([]byte, error) {
 		if p[1] != "" {
 			b = append(b, ' ')
 			b = append(append(b, p[0]...), '=', '"')
-			b = append(b, paramEscaper.Replace(p[1])...)
+			b = append(b, paramEscaper.Replace(oneLine(p[1]))...)
 			b = append(b, '"')
 		}
 	}
@@ -96,6 +101,17 @@ func Syslog(b []byte, r Record) ([]byte, error) {
 
 // paramEscaper is RFC 5424, 6.3.3.
 var paramEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, `]`, `\]`)
+
+// oneLine is s without control characters, which 6.4 of the RFC has nobody send, and which
+// would end a message in a file.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
+}
 
 // syslogName is a header field: printable US-ASCII without spaces, or "-".
 func syslogName(s string, longest int) string {
@@ -128,7 +144,13 @@ type ocsfEvent struct {
 	API          *ocsfAPI      `json:"api,omitzero"`
 	App          *ocsfProduct  `json:"app,omitzero"`
 	Source       *ocsfEndpoint `json:"src_endpoint,omitzero"`
-	RawData      string        `json:"raw_data"`
+	RawData      string        `json:"raw_data,omitzero"`
+	Unmapped     *ocsfUnmapped `json:"unmapped,omitzero"`
+}
+
+// ocsfUnmapped has the event's text where it is too long for a string.
+type ocsfUnmapped struct {
+	Event jsontext.Value `json:"event"`
 }
 
 type ocsfMetadata struct {
@@ -150,9 +172,9 @@ type ocsfActor struct {
 }
 
 type ocsfUser struct {
-	Name string `json:"name"`
-	Type string `json:"type"`
-	UID  string `json:"uid,omitzero"`
+	Name       string `json:"name"`
+	Type       string `json:"type,omitzero"`
+	Credential string `json:"credential_uid,omitzero"` // the certificate's serial number
 }
 
 type ocsfAPI struct {
@@ -165,8 +187,9 @@ type ocsfRequest struct {
 }
 
 type ocsfEndpoint struct {
-	IP   string `json:"ip"`
-	Port int    `json:"port,omitzero"`
+	Name string `json:"name,omitzero"`
+	IP   string `json:"ip,omitzero"`
+	Port uint16 `json:"port,omitzero"`
 }
 
 // Numbers of OCSF.
@@ -180,7 +203,11 @@ const (
 	ocsfInfo        = 1
 	ocsfLow         = 2
 	ocsfMedium      = 3
+	ocsfLongest     = 65535 // characters of a string
 )
+
+// ocsfUnknown is the name of a caller or a place that the event does not name.
+const ocsfUnknown = "unknown"
 
 // OCSF is one event of the Open Cybersecurity Schema Framework.
 func OCSF(b []byte, r Record) ([]byte, error) {
@@ -190,6 +217,10 @@ func OCSF(b []byte, r Record) ([]byte, error) {
 		ActivityID: ocsfOther, ActivityName: string(e.Action), CategoryUID: ocsfApplication, ClassUID: ocsfLifecycle,
 		SeverityID: ocsfInfo, StatusID: ocsfSuccess, StatusDetail: e.Reason, Time: e.At.UnixMilli(), RawData: string(r.Text),
 		Metadata: ocsfMetadata{Version: "1.1.0", UID: fmt.Sprintf("%s#%d", r.Log, r.Leaf), LogName: r.Log, Sequence: r.Leaf, Product: product},
+	}
+	if len(r.Text) > ocsfLongest {
+		o.RawData, o.Unmapped = "", &ocsfUnmapped{r.Text}
+		o.StatusDetail = strings.ToValidUTF8(e.Reason[:min(len(e.Reason), ocsfLongest)], "")
 	}
 	switch e.Outcome {
 	case audit.Refused:
@@ -202,26 +233,22 @@ func OCSF(b []byte, r Record) ([]byte, error) {
 	} else {
 		o.ClassUID = ocsfAPIActivity
 		o.API = &ocsfAPI{Operation: string(e.Action), Request: ocsfRequest{e.Request}}
-		o.Actor = &ocsfActor{ocsfUser{Name: e.Actor.ID, Type: e.Actor.Role, UID: e.Actor.Serial}}
+		o.Actor = &ocsfActor{ocsfUser{Name: cmp.Or(e.Actor.ID, ocsfUnknown), Type: e.Actor.Role, Credential: e.Actor.Serial}}
 		o.Source = endpoint(e.Actor.Remote)
 	}
 	o.TypeUID = o.ClassUID*100 + o.ActivityID
-	text, err := json.Marshal(o)
+	text, err := json.Marshal(o, jsontext.PreserveRawStrings(true)) // of the event's text, if that is unmapped
 	if err != nil {
 		return nil, fmt.Errorf("writing an OCSF event: %w", err)
 	}
 	return append(b, text...), nil
 }
 
-// endpoint reads an address and a port; what is none is not said.
+// endpoint is where a request came from.
 func endpoint(remote string) *ocsfEndpoint {
-	i := strings.LastIndexByte(remote, ':')
-	if i < 0 {
-		return &ocsfEndpoint{IP: "0.0.0.0"}
-	}
-	port, err := strconv.Atoi(remote[i+1:])
+	at, err := netip.ParseAddrPort(remote)
 	if err != nil {
-		return &ocsfEndpoint{IP: "0.0.0.0"}
+		return &ocsfEndpoint{Name: ocsfUnknown}
 	}
-	return &ocsfEndpoint{IP: strings.Trim(remote[:i], "[]"), Port: port}
+	return &ocsfEndpoint{IP: at.Addr().Unmap().WithZone("").String(), Port: at.Port()}
 }

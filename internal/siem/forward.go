@@ -41,30 +41,34 @@ type Config struct {
 	Name   string        // of the sink, and of its cursor
 	Format Format        //
 	To     string        // "file:PATH", which is appended to, or "tcp:HOST:PORT", or "tls:HOST:PORT"
-	Framed bool          // each message is preceded by its length (RFC 5425, 4.3); otherwise it ends with a line feed
+	Framed bool          // each message is preceded by its length (RFC 5425, 4.3), as on a connection; otherwise it ends with a line feed
 	TLS    *tls.Config   // of tls:
 	Every  time.Duration // how often it is looked for new leaves
 	Log    *slog.Logger
 }
 
-// Forwarder sends the log to one sink.
+// Forwarder sends the log to one sink. The cursor that it keeps in its Source is where it
+// begins after whatever may happen, to the sink, to a connection or to this process: what
+// is before it has been read.
 type Forwarder struct {
-	c      Config
-	conn   writer
-	recent []mark        // where the cursor was in the last ResendTime, and perhaps before
-	again  *mark         // where it is begun again: a connection has broken, and the cursor was not moved back yet
-	broken chan struct{} // of a connection: closed when its other end has gone; a goroutine of its own closes it
+	c         Config
+	conn      writer
+	at        *place        // the leaf to be sent next; nil: where the cursor is
+	unsettled []mark        // where it was after what a connection has taken lately and may not have been read, oldest first
+	broken    chan struct{} // of a connection: closed when its other end has gone; a goroutine of its own closes it
 
 	lag   atomic.Int64 // leaves that are in the log and not sent yet
 	sent  atomic.Int64
 	wrong atomic.Value // why the sink takes nothing, as text
 }
 
-// mark is where the cursor was at a moment.
+// place is a leaf of the log of an origin.
+type place struct{ origin, next int64 }
+
+// mark is the place that was got to at a moment.
 type mark struct {
-	at     time.Time
-	origin int64
-	next   int64
+	at time.Time
+	place
 }
 
 // writer is a sink that is open.
@@ -74,14 +78,15 @@ type writer interface {
 }
 
 const (
-	batchSize = 512 // leaves sent before the cursor moves
+	batchSize = 512 // leaves sent at a time
 	sinkTime  = 10 * time.Second
 	deadTime  = 30 * time.Second
 )
 
-// ResendTime is how far back it is begun again when a connection has broken: what was
-// sent on it may never have been read. Whoever reads knows the leaves by number. It is
-// longer than a connection can be dead without being known to be.
+// ResendTime is how long a connection must have lasted after it has taken a leaf until the
+// leaf counts as read: nobody says that it was. It is longer than a connection can be dead
+// without being known to be. What was sent later is sent again if the connection breaks or
+// this process ends; whoever reads knows the leaves by number.
 const ResendTime = time.Minute
 
 // New returns a forwarder that has opened nothing yet.
@@ -105,7 +110,8 @@ func (f *Forwarder) Trouble() string { return f.wrong.Load().(string) }
 
 // Run sends what there is, and what comes, until ctx ends.
 func (f *Forwarder) Run(ctx context.Context, src Source) error {
-	defer f.close()
+	f.hangUp() // another may have sent since it was run last
+	defer f.hangUp()
 	t := time.NewTicker(f.c.Every)
 	defer t.Stop()
 	for {
@@ -114,7 +120,7 @@ func (f *Forwarder) Run(ctx context.Context, src Source) error {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			f.hangUp(time.Now())
+			f.hangUp()
 			if f.wrong.Swap(err.Error()) == "" {
 				f.c.Log.Warn("audit sink", "sink", f.c.Name, "err", err)
 			}
@@ -132,8 +138,7 @@ func (f *Forwarder) Run(ctx context.Context, src Source) error {
 	}
 }
 
-// step sends the next leaves and moves the cursor once the sink has taken them. If the
-// process dies between the two, they are sent again.
+// step sends the next leaves, and moves the cursor over what has been read.
 func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error) {
 	if f.conn != nil && f.broken != nil {
 		select {
@@ -142,28 +147,38 @@ func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error)
 		default:
 		}
 	}
-	if f.again != nil {
-		if err := src.MoveCursor(ctx, f.c.Name, f.again.origin, f.again.next); err != nil {
-			return false, err
-		}
-		f.again = nil
-	}
-	origin, next, err := src.Cursor(ctx, f.c.Name)
-	if err != nil {
+	if err := f.settle(ctx, src, time.Now()); err != nil {
 		return false, err
 	}
+	if f.at == nil {
+		origin, next, err := src.Cursor(ctx, f.c.Name)
+		if err != nil {
+			return false, err
+		}
+		f.at = &place{origin, next}
+	}
+	if f.conn == nil { // a sink that is away costs no reading
+		log, err := src.Leaves(ctx, f.at.origin, f.at.next, 0, nil)
+		if err == nil && f.at.next < log.Size {
+			f.lag.Store(log.Size - f.at.next)
+			err = f.open(ctx)
+		}
+		if err != nil {
+			return false, err
+		}
+	}
 	var rows []audit.Row
-	log, err := src.Leaves(ctx, origin, next, batchSize, func(r audit.Row) error {
+	log, err := src.Leaves(ctx, f.at.origin, f.at.next, batchSize, func(r audit.Row) error {
 		rows = append(rows, r)
 		return nil
 	})
 	if err != nil || log.Origin == 0 {
 		return false, err
 	}
-	f.lag.Store(log.Size - next)
+	f.lag.Store(log.Size - f.at.next)
 	if len(rows) == 0 {
-		if log.Following > 0 && next >= log.Size { // the log of this origin has ended
-			return true, src.MoveCursor(ctx, f.c.Name, log.Following, 0)
+		if log.Following > 0 && f.at.next >= log.Size { // the log of this origin has ended
+			return true, f.reached(ctx, src, place{log.Following, 0})
 		}
 		return false, nil
 	}
@@ -171,17 +186,39 @@ func (f *Forwarder) step(ctx context.Context, src Source) (more bool, err error)
 	if err == nil {
 		err = f.send(ctx, text)
 	}
+	if err == nil {
+		err = f.reached(ctx, src, place{log.Origin, rows[len(rows)-1].Leaf + 1})
+	}
 	if err != nil {
 		return false, err
 	}
-	f.remember(mark{time.Now(), log.Origin, next})
-	next = rows[len(rows)-1].Leaf + 1
-	if err := src.MoveCursor(ctx, f.c.Name, log.Origin, next); err != nil {
-		return false, err
-	}
 	f.sent.Add(int64(len(rows)))
-	f.lag.Store(log.Size - next)
+	f.lag.Store(log.Size - f.at.next)
 	return true, nil
+}
+
+// reached goes on to a place. A file has what is before it; a connection has only taken it.
+func (f *Forwarder) reached(ctx context.Context, src Source, p place) error {
+	f.at = &p
+	if _, connected := f.conn.(net.Conn); connected {
+		f.unsettled = append(f.unsettled, mark{time.Now(), p})
+		return nil
+	}
+	return src.MoveCursor(ctx, f.c.Name, p.origin, p.next)
+}
+
+// settle moves the cursor over what the connection has taken so long ago that it has been read.
+func (f *Forwarder) settle(ctx context.Context, src Source, now time.Time) error {
+	old := 0
+	for old < len(f.unsettled) && now.Sub(f.unsettled[old].at) >= ResendTime {
+		old++
+	}
+	if old == 0 {
+		return nil
+	}
+	last := f.unsettled[old-1]
+	f.unsettled = f.unsettled[old:]
+	return src.MoveCursor(ctx, f.c.Name, last.origin, last.next)
 }
 
 // write puts rows into the sink's format.
@@ -205,31 +242,11 @@ func (f *Forwarder) write(log Log, rows []audit.Row) ([]byte, error) {
 	return out, nil
 }
 
-// remember keeps where the cursor was, for as long as it may be needed.
-func (f *Forwarder) remember(m mark) {
-	f.forget(m.at)
-	f.recent = append(f.recent, m)
-}
-
-// forget drops the marks of what was sent so long ago that it has been read.
-func (f *Forwarder) forget(now time.Time) {
-	old := 0
-	for old < len(f.recent) && now.Sub(f.recent[old].at) > ResendTime {
-		old++
-	}
-	f.recent = f.recent[old:]
-}
-
-// hangUp closes the sink. If it was a connection, what was sent on it lately is sent
-// again.
-func (f *Forwarder) hangUp(now time.Time) {
-	_, connected := f.conn.(net.Conn)
+// hangUp closes the sink. It is begun again where the cursor is: what a connection has
+// taken lately is sent again.
+func (f *Forwarder) hangUp() {
 	f.close()
-	f.forget(now)
-	if connected && len(f.recent) > 0 {
-		f.again = &f.recent[0]
-	}
-	f.recent = nil
+	f.at, f.unsettled = nil, nil
 }
 
 func (f *Forwarder) send(ctx context.Context, text []byte) error {

@@ -2,14 +2,12 @@ package siem
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,16 +16,15 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
-	"pgregory.net/rapid"
 
 	"github.com/qutemail/kme/internal/audit"
 )
@@ -38,104 +35,11 @@ func record(leaf int64, e audit.Event) Record {
 	return Record{Log: "qutemail.example/km1/audit/1", Leaf: leaf, Text: e.AppendText(nil), Event: e}
 }
 
-// anyEvent is an event with whatever a caller may have made it say.
-func anyEvent(t *rapid.T) audit.Event {
-	return audit.Event{
-		Site: "km1", Node: "km1-a", Run: 1, Seq: 7, At: time.UnixMilli(rapid.Int64Range(0, 1<<41).Draw(t, "at")),
-		Action:  rapid.SampledFrom([]audit.Action{audit.EncKeys, audit.Alarm, audit.Start}).Draw(t, "action"),
-		Outcome: rapid.SampledFrom([]audit.Outcome{audit.Done, audit.Refused, audit.Failed}).Draw(t, "outcome"),
-		Reason:  rapid.String().Draw(t, "reason"), Request: rapid.SampledFrom([]string{"", "0193"}).Draw(t, "request"),
-		Actor: audit.Actor{Role: "sae", ID: rapid.String().Draw(t, "actor"), Remote: rapid.SampledFrom([]string{"127.0.0.1:4000", "[::1]:99", "odd"}).Draw(t, "remote")},
-		Peer:  rapid.String().Draw(t, "peer"),
-	}
-}
-
-// syslogGrammar is RFC 5424, 6, written as an expression of its own: header, one element of
-// structured data, a byte order mark and the message.
-var syslogGrammar = regexp.MustCompile(`^<(\d{1,3})>1 (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z) ([!-~]{1,255}) ([!-~]{1,48}) ([!-~]{1,128}) ([!-~]{1,32}) ` +
-	`\[([!-<>-\\^-~]{1,32})((?: [!#-<>-\\^-~]{1,32}="(?:[^"\\\]]|\\["\\\]])*")*)\] \x{feff}((?s:.*))$`)
-
-func TestSyslogIsRFC5424(t *testing.T) {
-	t.Parallel()
-	rapid.Check(t, func(t *rapid.T) {
-		r := record(12, anyEvent(t))
-		text, err := Syslog(nil, r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		m := syslogGrammar.FindSubmatch(text)
-		if m == nil {
-			t.Fatalf("not a message of RFC 5424: %q", text)
-		}
-		if pri, _ := strconv.Atoi(string(m[1])); pri/8 != 13 || pri > 191 {
-			t.Fatalf("PRI %s is not of the facility log audit", m[1])
-		}
-		if !bytes.Equal(m[9], r.Text) {
-			t.Fatalf("the message is %q", m[9])
-		}
-		if !bytes.Contains(m[8], []byte(` leaf="12"`)) {
-			t.Fatalf("no leaf in %q", m[8])
-		}
-	})
-}
-
-func TestJSONFormats(t *testing.T) {
-	t.Parallel()
-	rapid.Check(t, func(t *rapid.T) {
-		r := record(12, anyEvent(t))
-		line, err := JSONLine(nil, r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got struct {
-			Log   string
-			Leaf  int64
-			Event json.RawMessage
-		}
-		if err := json.Unmarshal(line, &got); err != nil || bytes.ContainsRune(line, '\n') || !bytes.Equal(got.Event, r.Text) || got.Leaf != 12 || got.Log != r.Log {
-			t.Fatalf("%v: %s", err, line)
-		}
-		if line, err = OCSF(nil, r); err != nil {
-			t.Fatal(err)
-		}
-		checkOCSF(t, line, r)
-	})
-}
-
-// checkOCSF holds what OCSF 1.1 requires of each class against an event.
-func checkOCSF(t *rapid.T, line []byte, r Record) {
-	var o map[string]any
-	if err := json.Unmarshal(line, &o); err != nil || bytes.ContainsRune(line, '\n') {
-		t.Fatalf("%v: %s", err, line)
-	}
-	required := []string{"activity_id", "category_uid", "class_uid", "metadata", "severity_id", "time", "type_uid"}
-	switch o["class_uid"] {
-	case 6003.0:
-		required = append(required, "actor", "api", "src_endpoint")
-	case 6002.0:
-		required = append(required, "app")
-	default:
-		t.Fatalf("class %v", o["class_uid"])
-	}
-	for _, name := range required {
-		if o[name] == nil {
-			t.Fatalf("%s is missing in %s", name, line)
-		}
-	}
-	if o["type_uid"] != o["class_uid"].(float64)*100+o["activity_id"].(float64) || o["category_uid"] != 6.0 {
-		t.Fatalf("its numbers do not fit together: %s", line)
-	}
-	if m := o["metadata"].(map[string]any); m["version"] == nil || m["product"] == nil || m["uid"] != fmt.Sprintf("%s#%d", r.Log, r.Leaf) {
-		t.Fatalf("metadata %v", m)
-	}
-	if o["raw_data"] != string(r.Text) {
-		t.Fatalf("raw_data %q", o["raw_data"])
-	}
-}
-
 // source is a log in memory, and a cursor that a test can look at.
 type source struct {
-	away   atomic.Bool // as a database can be
+	away   atomic.Bool  // as a database can be
+	asked  atomic.Int64 // how often for the cursor
+	read   atomic.Int64 // leaves
 	mu     sync.Mutex
 	logs   [][]audit.Row // by origin, from 1
 	origin int64
@@ -168,6 +72,7 @@ func (s *source) Leaves(_ context.Context, origin, first int64, limit int, do fu
 		l.Following = origin + 1
 	}
 	for _, r := range rows[min(first, l.Size):min(first+int64(limit), l.Size)] {
+		s.read.Add(1)
 		if err := do(r); err != nil {
 			return l, err
 		}
@@ -176,6 +81,7 @@ func (s *source) Leaves(_ context.Context, origin, first int64, limit int, do fu
 }
 
 func (s *source) Cursor(context.Context, string) (int64, int64, error) {
+	s.asked.Add(1)
 	if s.away.Load() {
 		return 0, 0, errAway
 	}
@@ -280,10 +186,10 @@ func TestDeadSinkLosesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		if round < 2 { // it reads some, and dies with the rest
-			readFrames(t, conn, 300, seen)
+			readFrames(t, conn, 300, 2100, seen)
 		} else {
 			src.add(1, 100)
-			readFrames(t, conn, -1, seen)
+			readFrames(t, conn, -1, 2100, seen)
 		}
 		_ = conn.Close()
 		_ = ln.Close()
@@ -295,58 +201,144 @@ func TestDeadSinkLosesNothing(t *testing.T) {
 	}
 }
 
-// It is begun again where the cursor was a minute before a connection broke, no
-// earlier, and also if the cursor cannot be moved back at once.
-func TestBeginsAgain(t *testing.T) {
+// A sink that is away for an hour, while ten events a second come, is tried each second,
+// no more and no less, for nothing but an attempt to open it; then it gets all of them, in
+// order and once.
+func TestFileAwayForAnHour(t *testing.T) {
 	t.Parallel()
-	src := &source{}
-	src.add(1, 100)
-	name := filepath.Join(t.TempDir(), "out")
-	f := New(Config{Name: "sink", Format: JSONLine, To: "file:" + name, Log: slog.New(slog.DiscardHandler)})
-	defer f.close()
+	synctest.Test(t, func(t *testing.T) {
+		const seconds, rate = 3600, 10
+		folder := filepath.Join(t.TempDir(), "not there yet")
+		src := &source{}
+		f := New(Config{Name: "sink", Format: JSONLine, To: "file:" + filepath.Join(folder, "out"), Every: time.Second, Log: slog.New(slog.DiscardHandler)})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- f.Run(ctx, src) }()
+		for range seconds {
+			src.add(1, rate)
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		if f.Trouble() == "" || f.Sent() != 0 || f.Lag() < (seconds-2)*rate {
+			t.Errorf("after an hour: trouble %q, %d sent, %d wait", f.Trouble(), f.Sent(), f.Lag())
+		}
+		if n := src.asked.Load(); n < seconds-1 || n > seconds+1 {
+			t.Errorf("%d attempts in an hour", n)
+		}
+		if n := src.read.Load(); n != 0 {
+			t.Errorf("%d leaves were read for a sink that is away", n)
+		}
+		if err := os.Mkdir(folder, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		cancel()
+		<-done
+		if f.Trouble() != "" || f.Lag() != 0 {
+			t.Errorf("when it is back: trouble %q, %d wait", f.Trouble(), f.Lag())
+		}
+		text, err := os.ReadFile(filepath.Join(folder, "out"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf := 0
+		for line := range strings.Lines(string(text)) {
+			if want := fmt.Sprintf(`{"log":"log/1","leaf":%d,`, leaf); !strings.HasPrefix(line, want) {
+				t.Fatalf("line %d is %.60s", leaf, line)
+			}
+			leaf++
+		}
+		if leaf != seconds*rate {
+			t.Errorf("%d lines of %d", leaf, seconds*rate)
+		}
+	})
+}
+
+// The cursor is moved over what a connection has taken a minute ago, and no further: there
+// it is begun again, whether the connection breaks or the process ends.
+func TestSettles(t *testing.T) {
+	t.Parallel()
 	now := time.Now()
 	for _, test := range []struct {
 		name  string
 		marks []mark
-		next  int64
+		next  int64 // where it is begun again
 	}{
-		{"lately", []mark{{now.Add(-40 * time.Second), 1, 20}, {now, 1, 60}}, 20},
-		{"and long ago", []mark{{now.Add(-2 * time.Hour), 1, 5}, {now.Add(-61 * time.Second), 1, 30}, {now.Add(-59 * time.Second), 1, 40}}, 40},
-		{"long ago", []mark{{now.Add(-2 * time.Hour), 1, 5}}, 100},
+		{"nothing", nil, 5},
+		{"lately", []mark{{now.Add(-40 * time.Second), place{1, 20}}, {now, place{1, 60}}}, 5},
+		{"and long ago", []mark{{now.Add(-2 * time.Hour), place{1, 8}}, {now.Add(-61 * time.Second), place{1, 30}}, {now.Add(-59 * time.Second), place{1, 40}}}, 30},
+		{"long ago", []mark{{now.Add(-2 * time.Hour), place{1, 50}}}, 50},
 	} {
-		f.close()
-		conn, other := net.Pipe()
-		_ = other.Close()
-		f.conn, f.recent = conn, test.marks
-		if err := src.MoveCursor(t.Context(), "sink", 1, 100); err != nil {
+		src := &source{origin: 1, next: 5}
+		src.add(1, 100)
+		f := New(Config{Name: "sink", Format: JSONLine, To: "file:" + filepath.Join(t.TempDir(), "out"), Log: slog.New(slog.DiscardHandler)})
+		f.unsettled = test.marks
+		if err := f.settle(t.Context(), src, now); err != nil {
 			t.Fatal(err)
 		}
-		src.away.Store(true)
-		f.hangUp(now)
-		if _, err := f.step(t.Context(), src); err == nil {
-			t.Errorf("sent %s: the cursor was moved while the database was away", test.name)
+		if src.next != test.next {
+			t.Errorf("taken %s: the cursor is at %d, want %d", test.name, src.next, test.next)
 		}
-		f.hangUp(now)
-		src.away.Store(false)
-		before := f.Sent()
-		if _, err := f.step(t.Context(), src); err != nil || f.Sent()-before != 100-test.next {
-			t.Errorf("sent %s: %d leaves are sent again, want those from %d on: %v", test.name, f.Sent()-before, test.next, err)
+		f.hangUp()
+		if _, err := f.step(t.Context(), src); err != nil || f.Sent() != 100-test.next {
+			t.Errorf("taken %s: %d leaves are sent again, want those from %d on: %v", test.name, f.Sent(), test.next, err)
+		}
+		f.hangUp()
+	}
+}
+
+// A collector reads some of what was sent to it and dies with the rest, in the moment in
+// which the daemon ends, or the lead goes to another node: whoever sends next sends all
+// that may not have been read.
+func TestRestartLosesNothing(t *testing.T) {
+	t.Parallel()
+	var lc net.ListenConfig
+	ln, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	const leaves = 400 // which the buffers of a connection hold
+	src := &source{}
+	src.add(1, leaves)
+	seen := make(map[int64]bool)
+	for _, reads := range []int{50, 150, -1} {
+		f := New(Config{Name: "sink", Format: Syslog, To: "tcp:" + ln.Addr().String(), Framed: true, Every: time.Millisecond, Log: slog.New(slog.DiscardHandler)})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- f.Run(ctx, src) }()
+		conn, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if reads >= 0 {
+			await(t, "everything taken by the connection", func() bool { return f.Sent() == leaves })
+		}
+		readFrames(t, conn, reads, leaves, seen)
+		cancel()
+		<-done
+		_ = conn.Close()
+	}
+	for leaf := range int64(leaves) {
+		if !seen[leaf] {
+			t.Fatalf("leaf %d never came", leaf)
 		}
 	}
 }
 
 // readFrames reads n messages framed by their length (RFC 5425, 4.3), or, if n is
-// below 0, until every leaf up to 2100 has come.
-func readFrames(t *testing.T, conn net.Conn, n int, seen map[int64]bool) {
+// below 0, until so many leaves have come.
+func readFrames(t *testing.T, conn net.Conn, n, leaves int, seen map[int64]bool) {
 	t.Helper()
 	_ = conn.SetDeadline(time.Now().Add(time.Minute))
 	r := bufio.NewReader(conn)
-	for ; n != 0 && (n > 0 || len(seen) < 2100); n-- {
+	for ; n != 0 && (n > 0 || len(seen) < leaves); n-- {
 		length, err := r.ReadString(' ')
 		if err != nil {
 			t.Fatal(err)
 		}
-		size, err := strconv.Atoi(strings.TrimSpace(length))
+		size, err := strconv.Atoi(strings.TrimSuffix(length, " "))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -354,14 +346,7 @@ func readFrames(t *testing.T, conn net.Conn, n int, seen map[int64]bool) {
 		if _, err := io.ReadFull(r, message); err != nil {
 			t.Fatal(err)
 		}
-		if !syslogGrammar.Match(message) {
-			t.Fatalf("not a message of RFC 5424: %q", message)
-		}
-		leaf, err := strconv.ParseInt(string(regexp.MustCompile(` leaf="(\d+)"`).FindSubmatch(message)[1]), 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		seen[leaf] = true
+		seen[leafOf(t, parseSyslog(t, message))] = true
 	}
 }
 
