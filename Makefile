@@ -2,11 +2,18 @@
 # Go 1.26, and install the rest (deploy/prerequisites.sh).
 
 GO         ?= go
-GOFLAGS    += -buildvcs=false
+GOFLAGS    += -buildvcs=false -trimpath
 export GOFLAGS
 export CGO_ENABLED := 1# without gcc: stop at once, rather than build an hsm that cannot work
 TAGS       := noyubikey# smallstep without the PC/SC library
 BIN        := bin
+
+# What the programs say they are, and the package: day and commit of the source. The same
+# commit makes the same programs, wherever it lies.
+ifndef VERSION
+VERSION    := 0~$(shell TZ=UTC git log -1 --abbrev=12 --format=%cd.%h --date=format-local:%Y%m%d%H%M%S 2>/dev/null || echo unknown)$(shell git diff --quiet HEAD 2>/dev/null || echo +modified)
+endif
+LDFLAGS    := -X=github.com/qutemail/kme/internal/release.version=$(VERSION)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT    := mvdan.cc/gofumpt@v0.12.0
 STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
@@ -23,7 +30,7 @@ run: prerequisites build
 
 build:
 	@test -x $(BIN)/kmelab || echo "building (the first time takes a minute or two)"
-	@$(GO) build -tags $(TAGS) -o $(BIN)/ ./cmd/...
+	@$(GO) build -tags $(TAGS) -ldflags="$(LDFLAGS)" -o $(BIN)/ ./cmd/...
 
 ## test: everything, against real Postgres, SoftHSM and certificates
 test: prerequisites build tools promtool
@@ -70,7 +77,6 @@ rotation: prerequisites build
 	KME_ROTATION=$(ROTATION_TIME) $(GO) test -tags $(TAGS) -run '^TestRotationUnderLoad$$' -timeout 2h -v ./internal/lab
 
 ## deb: dist/kme_VERSION_ARCH.deb, with units, users, alert rules, runbooks and clients
-VERSION ?= 0~$(shell TZ=UTC git log -1 --format=%cd.%h --date=format-local:%Y%m%d%H%M%S)
 deb: sbom
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) deploy/deb/build.sh dist/bin $(VERSION) dist
 
@@ -83,13 +89,13 @@ test-deb: deb tools
 CYCLONEDX := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 sbom: release
 	@for program in kmed kmectl kme-ca qlink; do \
-		$(GO) run $(CYCLONEDX) bin -json -std -version "$(VERSION)" -output dist/$$program.cdx.json dist/bin/$$program || exit 1; \
+		$(GO) run $(CYCLONEDX) bin -json -std -noserial -notimestamp -version "$(VERSION)" -output dist/$$program.cdx.json dist/bin/$$program || exit 1; \
 		echo "dist/$$program.cdx.json"; \
 	done
 
-# The programs of a package: at random addresses, with their commit, without this machine's paths.
+# The programs of a package: at random addresses.
 release:
-	@$(GO) build -tags $(TAGS) -trimpath -buildvcs=auto -buildmode=pie -ldflags=-bindnow -o dist/bin/ ./cmd/kmed ./cmd/kmectl ./cmd/kme-ca ./cmd/qlink
+	@$(GO) build -tags $(TAGS) -buildmode=pie -ldflags="-bindnow $(LDFLAGS)" -o dist/bin/ ./cmd/kmed ./cmd/kmectl ./cmd/kme-ca ./cmd/qlink
 
 ## fuzz: every fuzz target for FUZZTIME
 fuzz:

@@ -17,6 +17,7 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/release"
 	"github.com/qutemail/kme/pki/authority"
 )
 
@@ -37,6 +38,8 @@ type commands struct {
 	Render      renderCommand      `cmd:"" help:"Print the configuration with which the stock step-ca runs the CA of one role."`
 	Token       tokenCommand       `cmd:"" help:"Print a one-time token, good for five minutes and one certificate."`
 	Fingerprint fingerprintCommand `cmd:"" help:"Print the root's SHA-256, the pin for a client's first contact."`
+
+	Version kong.VersionFlag `help:"Print the version."`
 }
 
 // streams are where a command writes.
@@ -46,7 +49,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	parser, err := kong.New(&commands{},
 		kong.Name("kme-ca"),
 		kong.Description("The certificate authority of a QKD key management site."),
-		kong.Writers(stdout, stderr),
+		kong.Writers(stdout, stderr), kong.Vars{"version": "kme-ca " + release.Version()},
 	)
 	if err != nil {
 		return err

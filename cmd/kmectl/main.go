@@ -17,13 +17,14 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"runtime/debug"
 	"syscall"
 	"time"
 
 	"github.com/alecthomas/kong"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/qutemail/kme/internal/release"
 )
 
 // commands is the command line.
@@ -36,6 +37,8 @@ type commands struct {
 	Profiles string        `default:".lab" placeholder:"DIR" env:"KMECTL_PROFILES" help:"Where profiles lie (${default})."`
 	JSON     bool          `name:"json" help:"Print what the KME answered, as JSON."`
 	Timeout  time.Duration `default:"15s" help:"How long to wait for an answer (${default})."`
+
+	ShowVersion kong.VersionFlag `name:"version" help:"Print the version."`
 
 	Get     getCommand     `cmd:"" help:"Get new keys to share with another SAE."`
 	Take    takeCommand    `cmd:"" help:"Take keys that another SAE has got to share with you. Each can be taken once."`
@@ -82,7 +85,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	helped := false
 	parser, err := kong.New(&s.commands,
 		kong.Name("kmectl"), kong.Description("The command line of a KME's SAEs and operators."),
-		kong.Writers(stdout, stderr), kong.Exit(func(int) { helped = true }))
+		kong.Writers(stdout, stderr), kong.Vars{"version": "kmectl " + release.Version()}, kong.Exit(func(int) { helped = true }))
 	if err != nil {
 		return err
 	}
@@ -104,10 +107,7 @@ func (versionCommand) Run(s *session) error {
 	v := struct {
 		Version string `json:"version"`
 		Go      string `json:"go"`
-	}{"unknown", runtime.Version()}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		v.Version = info.Main.Version
-	}
+	}{release.Version(), runtime.Version()}
 	return s.say(v, "kmectl %s %s %s/%s\n", v.Version, v.Go, runtime.GOOS, runtime.GOARCH)
 }
 

@@ -9,7 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -24,6 +24,7 @@ import (
 	"github.com/qutemail/kme/internal/kme"
 	"github.com/qutemail/kme/internal/peer"
 	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/release"
 	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/pki"
 	"github.com/qutemail/kme/policies"
@@ -69,7 +70,7 @@ func (n *node) trail() (kme.Trail, error) {
 	c := n.cfg.Audit
 	t := kme.Trail{
 		Reader: n.reader, Keep: c.Keep, Archive: c.Archive, TrustDomain: n.set.TrustDomain, Sequencer: c.Sequencer, ForkAlarmOnly: c.Fork == forkAlarm,
-		Facts:    audit.Facts{Build: build(), Config: hex.EncodeToString(n.cfg.digest[:])},
+		Facts:    audit.Facts{Build: release.Version() + " " + runtime.Version(), Config: hex.EncodeToString(n.cfg.digest[:])},
 		PeerKeys: make(map[identity.KME]string),
 	}
 	for id, key := range c.PeerKeys {
@@ -95,21 +96,6 @@ func (n *node) trail() (kme.Trail, error) {
 		t.Sinks = append(t.Sinks, sink)
 	}
 	return t, nil
-}
-
-// build names this program: its version, and the source that it was made from.
-func build() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	b := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" || s.Key == "vcs.modified" && s.Value == "true" {
-			b += " " + s.Value
-		}
-	}
-	return b
 }
 
 func assignDoor(n policies.NodeEntry) string    { return n.Assign }

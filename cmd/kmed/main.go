@@ -31,6 +31,7 @@ import (
 
 	"github.com/qutemail/kme/deploy"
 	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/release"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -44,7 +45,8 @@ type commands struct {
 
 	HSM hsmCommands `cmd:"" name:"hsm" help:"The key ceremony, and questions to the token."`
 
-	LogLevel slog.Level `help:"debug, info, warn or error." default:"info"`
+	LogLevel slog.Level       `help:"debug, info, warn or error." default:"info"`
+	Version  kong.VersionFlag `help:"Print the version."`
 }
 
 type serveCommand struct {
@@ -112,7 +114,7 @@ func main() {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var c commands
 	helped := false
-	parser, err := kong.New(&c, kong.Name("kmed"), kong.Description("The Key Management Entity daemon."), kong.Writers(stdout, stderr),
+	parser, err := kong.New(&c, kong.Name("kmed"), kong.Description("The Key Management Entity daemon."), kong.Writers(stdout, stderr), kong.Vars{"version": "kmed " + release.Version()},
 		kong.Exit(func(int) { helped = true }))
 	if err != nil {
 		return err

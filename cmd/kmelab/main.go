@@ -18,6 +18,7 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/qutemail/kme/internal/lab"
+	"github.com/qutemail/kme/internal/release"
 )
 
 type commands struct {
@@ -26,6 +27,8 @@ type commands struct {
 
 	Dir      string     `default:".lab" help:"Folder of the lab."`
 	LogLevel slog.Level `default:"warn" help:"debug, info, warn or error: of the lab itself; each part has a log of its own."`
+
+	Version kong.VersionFlag `help:"Print the version."`
 }
 
 type upCommand struct {
@@ -48,7 +51,7 @@ func main() {
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var c commands
-	parser, err := kong.New(&c, kong.Name("kmelab"), kong.Description("A two-site QKD key management lab on one machine."), kong.Writers(stdout, stderr))
+	parser, err := kong.New(&c, kong.Name("kmelab"), kong.Description("A two-site QKD key management lab on one machine."), kong.Writers(stdout, stderr), kong.Vars{"version": "kmelab " + release.Version()})
 	if err != nil {
 		return err
 	}

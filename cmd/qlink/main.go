@@ -19,6 +19,7 @@ import (
 
 	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/release"
 )
 
 // collectAt is how much garbage, in percent of what lives, is gathered before it is
@@ -41,6 +42,8 @@ func main() {
 type commands struct {
 	Serve serve `cmd:"" default:"withargs" help:"Carry light between the two ends until SIGTERM (the default command)."`
 	Tell  tell  `cmd:"" help:"Send a command to a running channel: eve, drift, burst, stall, cut, mend or status."`
+
+	Version kong.VersionFlag `help:"Print the version."`
 }
 
 // serve is the channel itself.
@@ -74,7 +77,7 @@ type tell struct {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var c commands
 	helped := false
-	parser, err := kong.New(&c, kong.Name("qlink"), kong.Writers(stdout, stderr), defaults(),
+	parser, err := kong.New(&c, kong.Name("qlink"), kong.Writers(stdout, stderr), defaults(), kong.Vars{"version": "qlink " + release.Version()},
 		kong.Description("The quantum channel of a QKD link, simulated."),
 		kong.Exit(func(int) { helped = true }))
 	if err != nil {

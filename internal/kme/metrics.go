@@ -12,6 +12,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/release"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -136,7 +137,7 @@ func (k *KME) Collect(ch chan<- prometheus.Metric) {
 	k.metrics.requests.Collect(ch)
 	k.metrics.stages.Collect(ch)
 	m := reading{ch}
-	m.gauge(buildDesc, 1, version(), runtime.Version(), k.Self.String(), k.Node)
+	m.gauge(buildDesc, 1, release.Version(), runtime.Version(), k.Self.String(), k.Node)
 	m.gauge(runDesc, float64(k.run.Load()))
 	m.is(hsmDesc, k.hsmWell() == nil)
 	m.is(dbDesc, k.Store.Healthy() == nil)

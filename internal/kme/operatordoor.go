@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/release"
 	"github.com/qutemail/kme/internal/store"
 	"github.com/qutemail/kme/policies"
 )
@@ -32,7 +32,7 @@ func (d OperatorDoor) Node(context.Context, identity.Caller, string) (admin.Node
 	k := d.k
 	n := admin.Node{
 		Suspended: k.suspended(),
-		KME:       k.Self.String(), Node: k.Config.Node, Version: version(), Run: k.run.Load(), Started: k.started,
+		KME:       k.Self.String(), Node: k.Config.Node, Version: release.Version(), Run: k.run.Load(), Started: k.started,
 		Uptime: k.Now().Sub(k.started).Seconds(), Production: k.Production, Policies: k.Policies().Digest,
 		HSM: health(k.hsmWell()), Database: health(k.Store.Healthy()),
 	}
@@ -63,14 +63,6 @@ func health(err error) admin.Health {
 		return admin.Health{Detail: err.Error()}
 	}
 	return admin.Health{OK: true}
-}
-
-// version is that of the build.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		return info.Main.Version
-	}
-	return "unknown"
 }
 
 // stages are those of a block, in order.

@@ -22,6 +22,7 @@ var rings = map[string]int{
 	"internal/nodes":     0,
 	"internal/failpoint": 0,
 	"internal/deadpeer":  0,
+	"internal/release":   0,
 	"internal/pgdev":     0,
 
 	"internal/bb84":     1,

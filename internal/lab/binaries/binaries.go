@@ -21,6 +21,9 @@ import (
 
 const module = "github.com/qutemail/kme"
 
+// Version is the release that the programs say they are (package release).
+const Version = "0~test"
+
 // Build puts the named commands, as the sources are now, into a new folder, which
 // the caller removes. tags are build tags, separated by commas. The working folder
 // must lie in the module.
@@ -48,7 +51,7 @@ func Build(tags string, commands ...string) (dir string, err error) {
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		return "", fmt.Errorf("waiting for another build: %w", err)
 	}
-	args := []string{"build", "-buildvcs=false", "-tags", tags, "-o", cache + string(filepath.Separator)}
+	args := []string{"build", "-buildvcs=false", "-ldflags=-X=" + module + "/internal/release.version=" + Version, "-tags", tags, "-o", cache + string(filepath.Separator)}
 	for _, c := range commands {
 		args = append(args, module+"/cmd/"+c)
 	}
