@@ -72,14 +72,11 @@ func checkConfig(path string, stdout io.Writer) error {
 	return err
 }
 
-// private is nil if a file is there that others cannot read.
+// private is nil if a file is there that is nobody's but its owner's.
 func private(file string) error {
 	info, err := os.Stat(file)
-	if err != nil {
-		return err
+	if err == nil && (!info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0) {
+		err = fmt.Errorf("others can read %s, which has mode %v: chmod 600", file, info.Mode())
 	}
-	if info.Mode().Perm()&0o007 != 0 {
-		return fmt.Errorf("others can read %s: chmod 600", file)
-	}
-	return nil
+	return err
 }

@@ -160,7 +160,12 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 // way only when the link needs it.
 func (n *node) linkSecret(lc LinkConfig) func(context.Context) ([]byte, error) {
 	if !lc.AuthInHSM {
-		return func(context.Context) ([]byte, error) { return os.ReadFile(lc.AuthFile) }
+		return func(context.Context) ([]byte, error) {
+			if err := private(lc.AuthFile); err != nil {
+				return nil, fmt.Errorf("reading the link's secret: %w", err)
+			}
+			return os.ReadFile(lc.AuthFile)
+		}
 	}
 	return func(ctx context.Context) ([]byte, error) {
 		secret, err := n.token.AuthSecret(ctx, lc.ID)

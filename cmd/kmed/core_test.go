@@ -48,4 +48,12 @@ func TestLinkSecret(t *testing.T) {
 	if got, err := inFile(t.Context()); err != nil || string(got) != "what the file has" {
 		t.Errorf("from the file: %q, %v", got, err)
 	}
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o620} {
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := inFile(t.Context()); err == nil || !strings.Contains(err.Error(), "others can read") {
+			t.Errorf("from a file of mode %o: %q, %v", mode, got, err)
+		}
+	}
 }
