@@ -17,6 +17,8 @@ these classes, and none is kept by them.
 from __future__ import annotations
 
 import base64
+import re
+import ssl
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,6 +26,7 @@ from typing import Any, Optional, Sequence, Union
 from urllib.parse import quote
 
 import requests
+from urllib3.exceptions import NewConnectionError
 
 __all__ = ["AnswerLost", "Etsi014", "Key", "QuteMail", "Refused", "Unavailable"]
 
@@ -112,11 +115,23 @@ class _Site:
 
 
 def _unheard(e: requests.RequestException) -> bool:
-    """Whether it is certain that nobody has heard the request: there was no connection."""
-    if isinstance(e, (requests.exceptions.ConnectTimeout, requests.exceptions.SSLError)):
+    """Whether it is certain that nobody has heard the request: there was no connection, or the
+    handshake failed. An error of TLS may also be one of reading the answer."""
+    if isinstance(e, requests.exceptions.ConnectTimeout):
         return True
-    cause = e.args[0] if e.args else None
-    return type(getattr(cause, "reason", None)).__name__ == "NewConnectionError"
+    cause: Optional[BaseException] = e
+    while cause is not None:
+        if isinstance(cause, NewConnectionError):  # or that there is no such name
+            return True
+        if isinstance(cause, ssl.SSLError):
+            return isinstance(cause, ssl.SSLCertVerificationError) or bool(_HANDSHAKE.search(cause.reason or ""))
+        inner = [cause.__cause__, getattr(cause, "reason", None), *cause.args[:1]]
+        cause = next((i for i in inner if isinstance(i, BaseException)), None)
+    return False
+
+
+# Alerts with which the KME ends a handshake: it may not like our certificate, or cannot speak with us.
+_HANDSHAKE = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|PROTOCOL_VERSION)")
 
 
 class QuteMail:

@@ -5,6 +5,7 @@ and root.pem, in which there are alice, bob, carol and the gateway qutemail)."""
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import unittest
@@ -31,13 +32,15 @@ sys.path[:0] = [HERE, os.path.join(HERE, "django")]
 
 import django  # noqa: E402
 import requests  # noqa: E402
+from urllib3 import exceptions  # noqa: E402
+from urllib3.exceptions import MaxRetryError  # noqa: E402
 
 django.setup()
 
 from django.core import mail  # noqa: E402
 
 import mail_crypto  # noqa: E402
-from kme import AnswerLost, Etsi014, QuteMail, Refused, Unavailable  # noqa: E402
+from kme import AnswerLost, Etsi014, QuteMail, Refused, Unavailable, _unheard  # noqa: E402
 
 
 class Mail(unittest.TestCase):
@@ -165,6 +168,38 @@ class Sae(unittest.TestCase):
         self.assertEqual(len(calls), 1)
         with self.assertRaises(Refused):
             self.bob.dec_keys("alice", [key.key_id])
+
+    def test_what_is_certain_to_be_unheard(self):
+        def tls(kind, reason):
+            e = kind(1, f"[SSL: {reason}]")
+            e.reason = reason
+            return requests.exceptions.SSLError(MaxRetryError(None, "/", exceptions.SSLError(e)))
+
+        class NoSuchName(exceptions.NewConnectionError):  # as NameResolutionError of urllib3 2
+            pass
+
+        connection = requests.exceptions.ConnectionError
+        for e, want in [
+            (requests.exceptions.ConnectTimeout("late"), True),
+            (connection(MaxRetryError(None, "/", exceptions.NewConnectionError(None, "refused"))), True),
+            (connection(MaxRetryError(None, "/", NoSuchName(None, "nowhere.example"))), True),
+            (tls(ssl.SSLCertVerificationError, "CERTIFICATE_VERIFY_FAILED"), True),
+            (tls(ssl.SSLError, "TLSV13_ALERT_CERTIFICATE_REQUIRED"), True),
+            (tls(ssl.SSLError, "SSLV3_ALERT_CERTIFICATE_REVOKED"), True),
+            (tls(ssl.SSLError, "TLSV1_ALERT_UNKNOWN_CA"), True),
+            (tls(ssl.SSLError, "DECRYPTION_FAILED_OR_BAD_RECORD_MAC"), False),
+            (tls(ssl.SSLError, "SSLV3_ALERT_BAD_RECORD_MAC"), False),
+            (connection(exceptions.ProtocolError("Connection aborted.", ConnectionResetError(104, "reset"))), False),
+            (requests.exceptions.ReadTimeout("lost"), False),
+        ]:
+            self.assertEqual(_unheard(e), want, repr(e))
+
+    def test_a_damaged_answer_of_taken_keys_is_never_asked_for_again(self):
+        damaged = ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac")
+        damaged.reason = "DECRYPTION_FAILED_OR_BAD_RECORD_MAC"
+        with mock.patch.object(self.bob._site._http, "request", side_effect=requests.exceptions.SSLError(damaged)) as asked, self.assertRaises(AnswerLost):
+            self.bob.dec_keys("alice", ["01a20aa3-3d80-77cf-85b2-527a89af7a78"])
+        self.assertEqual(asked.call_count, 1)
 
     def test_a_503_is_asked_again_until_patience_ends(self):
         alice, calls = Etsi014(KM1, patience=1.0, **party("alice")), []
