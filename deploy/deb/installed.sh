@@ -44,7 +44,10 @@ package() {
 	apt-get -qq install --yes --no-install-recommends /root/kme_*.deb
 	folders
 	say 'installed: users, folders, modes'
-	for program in kmed kme-ca qlink kmectl; do $program --help >/dev/null; done
+	for program in kmed kme-ca qlink kmectl; do
+		$program --help >/dev/null
+		same "$($program --version)" "$program $(dpkg-query -W -f '${Version}' kme)" 'the version'
+	done
 	echo '# mine' >>/etc/kmed/kmed.yaml
 	echo secret >/etc/kmed/credentials/hsm.pin
 	chmod 640 /etc/kmed/kmed.yaml
@@ -88,9 +91,15 @@ systemd() {
 	runuser -u kmed -- test -r /run/credentials/kmed.service/hsm.pin || die 'kmed cannot read its PIN'
 	! runuser -u kme-ca-sae -- test -r /run/credentials/kmed.service/hsm.pin || die 'another user can read the PIN'
 	as-kmed hsm status --config /etc/kmed/kmed.yaml | grep -q 'nothing is wrong with them' || die 'as-kmed hsm status'
+	mkfifo -m 644 /tmp/never
+	setsid as-kmed config check --config /tmp/never & # which waits for somebody to write there
+	until_ 20 sh -c 'ls /run/as-kmed.*/hsm.pin >/dev/null 2>&1'
+	kill -HUP -- -$!
+	until_ 20 sh -c '! ls -d /run/as-kmed.* >/dev/null 2>&1'
+	rm /tmp/never
 	same "$(stat -c '%a %U' /var/lib/kme-ca/sae)" '700 kme-ca-sae' 'the folder of the CA of SAEs'
 	! runuser -u kme-ca-sae -- ls /var/lib/kme-ca/kme >/dev/null 2>&1 || die 'one CA can look into the folder of another'
-	say 'credentials reach the daemon, and nobody else'
+	say 'credentials reach the daemon, and nobody else; as-kmed takes its copy away, also when the line drops'
 
 	mkdir -p /etc/systemd/system/kmed.service.d
 	printf '[Service]\nWatchdogSec=3\n' >/etc/systemd/system/kmed.service.d/test.conf
