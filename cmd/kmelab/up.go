@@ -124,7 +124,7 @@ func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) 
 		}
 		link := links[0]
 		switch made := link.Last != nil && link.Last.Aborted == ""; {
-		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && op.Ready(ctx) == nil:
+		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && lab.Ready(ctx, op) == nil:
 			return link, nil
 		case link.Last != nil && link.Last.Aborted != "" && link.Last.QBER == 0: // before it was known
 			s.step("link  block given up: " + link.Last.Aborted)

@@ -15,7 +15,7 @@ func TestLyingPeer(t *testing.T) {
 	var sum total
 	start := time.Now()
 	for seed := uint64(0); time.Since(start) < effort(2*time.Second); seed++ {
-		w := newWorld(random(seed), broken{})
+		w := newWorldOf(2, random(seed), broken{}, [3]Tables{})
 		w.lying = true
 		w.play(length(seed))
 		sum.add(w)

@@ -48,8 +48,8 @@ func (s *site) checkBlocks() {
 		return
 	}
 	for _, b := range s.blocks {
-		if other := s.other().block[b.BlockRef]; b.state == Ready && (other == nil || other.state == Lost) {
-			s.w.fail("I7: block %s is READY at %v, and %v does not hold it", b.BlockRef, s.end, s.other().end)
+		if other := s.over(b.Link).block[b.BlockRef]; b.state == Ready && (other == nil || other.state == Lost) {
+			s.w.fail("I7: block %s is READY at %v, and %v does not hold it", b.BlockRef, s.end, s.over(b.Link).end)
 		}
 	}
 }
@@ -71,15 +71,17 @@ func (s *site) checkLeases() {
 		for _, id := range p.free {
 			has(id)
 		}
-		for _, r := range p.asked {
-			for id := range r.Atoms() {
-				has(id)
-			}
-		}
-		for _, f := range p.flying {
-			for _, r := range f.Requests {
+		for _, l := range p.lanes {
+			for _, r := range l.asked {
 				for id := range r.Atoms() {
 					has(id)
+				}
+			}
+			for _, f := range l.flying {
+				for _, r := range f.Requests {
+					for id := range r.Atoms() {
+						has(id)
+					}
 				}
 			}
 		}
@@ -102,8 +104,12 @@ func (w *world) settle() {
 	for _, s := range w.sites {
 		w.revive(s)
 	}
-	// The link comes up again: what is not held by then will never be.
-	w.session = max(w.sites[0].session, w.sites[1].session) + 1
+	// The links come up again: what is not held by then will never be.
+	for _, s := range w.sites {
+		for _, session := range s.session {
+			w.session = max(w.session, session+1)
+		}
+	}
 	if !w.quieten() {
 		w.fail("nothing ends: %s", w.leftOver())
 	}
@@ -154,7 +160,7 @@ func (w *world) revive(s *site) {
 			p.die()
 		}
 	}
-	for _, n := range s.nodes() {
+	for _, n := range s.names {
 		if !slices.ContainsFunc(s.procs, func(p *process) bool { return p.node == n }) {
 			s.start(n)
 		}
@@ -189,17 +195,19 @@ func (w *world) nudge(round int) bool {
 	quiet := true
 	for _, p := range w.procs(func(*process) bool { return true }) {
 		p.intake = nil
-		for _, r := range p.asked {
-			p.giveBack(slices.Collect(r.Atoms()))
-		}
-		p.asked = nil
-		for b := range p.sender.last {
-			if f := p.flying[b+1]; f != nil {
-				quiet = false
-				if round > 5 && !p.sender.flying[f.Batch].doubt {
-					p.doubt(f)
+		for _, l := range p.lanes {
+			for _, r := range l.asked {
+				p.giveBack(slices.Collect(r.Atoms()))
+			}
+			l.asked = nil
+			for b := range l.sender.last {
+				if f := l.flying[b+1]; f != nil {
+					quiet = false
+					if round > 5 && !l.sender.flying[f.Batch].doubt {
+						p.doubt(f)
+					}
+					p.send(f)
 				}
-				p.send(f)
 			}
 		}
 		for _, t := range p.tasks {
@@ -209,9 +217,11 @@ func (w *world) nudge(round int) bool {
 	}
 	for _, s := range w.sites {
 		p := s.procs[0]
-		if s.session < w.session {
-			quiet = false
-			p.commit("OpenSession", job{act: func() { s.openSession(w.session) }})
+		for _, l := range s.links {
+			if s.session[l] < w.session {
+				quiet = false
+				p.commit("OpenSession", job{act: func() { s.openSession(l, w.session) }})
+			}
 		}
 		for _, v := range s.voids {
 			if !v.acked {
@@ -229,13 +239,13 @@ func (w *world) nudge(round int) bool {
 				p.tellHeld(b.Held)
 			}
 		}
-		for _, n := range s.unfinished() {
+		for _, u := range s.unfinished() {
 			quiet = false
 			if len(p.tasks) == 0 {
-				p.takeOver(n, s.node[n].run)
+				p.takeOver(u.node, s.node[u.node].run, u.link)
 			}
 		}
-		if len(s.parked) > 0 || slices.ContainsFunc(s.procs, func(p *process) bool { return !p.ready }) {
+		if len(s.parked) > 0 || slices.ContainsFunc(s.procs, func(p *process) bool { return !p.whole() }) {
 			quiet = false
 		}
 	}
@@ -257,7 +267,7 @@ func (w *world) leftOver() string {
 			return g.String() + " is not acknowledged"
 		}
 		if n := s.unfinished(); len(n) > 0 {
-			return "a chunk is leased by a dead run of " + n[0]
+			return "a chunk of " + n[0].link + " is leased by a dead run of " + n[0].node
 		}
 		for _, b := range s.blocks {
 			if b.state == BlockHeld {
@@ -265,10 +275,10 @@ func (w *world) leftOver() string {
 			}
 		}
 		for _, p := range s.procs {
-			if len(p.flying) > 0 {
+			if slices.ContainsFunc(p.lanes, func(l *lane) bool { return len(l.flying) > 0 }) {
 				return "a batch of " + p.node + " is never answered"
 			}
-			if len(p.tasks) > 0 || !p.ready {
+			if len(p.tasks) > 0 || !p.whole() {
 				return "a takeover by " + p.node + " does not end"
 			}
 		}
@@ -289,13 +299,13 @@ func (w *world) checkSettled() {
 // checkPairs: a key has a master if and only if it has its slaves.
 func (s *site) checkPairs() {
 	for _, d := range s.dues {
-		if s.other().served[d.Key] == d.Voided {
+		if s.peerOf(d.Key).served[d.Key] == d.Voided {
 			s.w.fail("key %s is due to %v at %v: served to its master %v, voided %v",
-				short(d.Key), d.SAE, s.end, s.other().served[d.Key], d.Voided)
+				short(d.Key), d.SAE, s.end, s.peerOf(d.Key).served[d.Key], d.Voided)
 		}
 	}
 	for id := range s.served {
-		if len(s.other().due[id]) == 0 {
+		if len(s.peerOf(id).due[id]) == 0 {
 			s.w.fail("key %s was served at %v, and is due to nobody", short(id), s.end)
 		}
 	}
@@ -308,7 +318,7 @@ func (s *site) checkPools() {
 			continue
 		}
 		for _, id := range b.ids {
-			if s.key[id] && !s.other().key[id] {
+			if s.key[id] && !s.over(b.Link).key[id] {
 				s.w.fail("atom %s of block %s is in the pool of %v alone", short(id), b.BlockRef, s.end)
 			}
 		}

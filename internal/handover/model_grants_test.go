@@ -7,10 +7,13 @@ import (
 	"github.com/qutemail/kme/internal/key"
 )
 
-// giveable are the chunks that the site may give away.
-func (s *site) giveable() []*chunkRow {
+// giveable are the chunks of a link that the site may give away.
+func (s *site) giveable(l string) []*chunkRow {
 	var chunks []*chunkRow
 	for _, b := range s.blocks {
+		if b.Link != l {
+			continue
+		}
 		for _, c := range b.chunks {
 			leased := c.node != "" && !s.w.broken.grantLeased
 			if c.MayGive(b.state, leased, s.left(c)) {
@@ -21,16 +24,16 @@ func (s *site) giveable() []*chunkRow {
 	return chunks
 }
 
-// give is the giver's commit: the oldest chunk that may be given is the other end's,
-// which is to be told so.
-func (s *site) give() {
-	chunks := s.giveable()
+// give is the giver's commit: the oldest chunk of a link that may be given is the other
+// end's, which is to be told so.
+func (s *site) give(l string) {
+	chunks := s.giveable(l)
 	if len(chunks) > 0 {
 		c := chunks[0]
 		c.Chunk = c.Give()
 		s.grants = append(s.grants, &grantRow{Granted: Granted{c.ref, c.Grants}})
 	}
-	s.did(DoGive{min(len(chunks), 1)})
+	s.did(DoGive{l, min(len(chunks), 1)})
 }
 
 // hearGrant is the receiver's commit.
@@ -72,8 +75,8 @@ func (p *process) tellGrant(g *grantRow) {
 }
 
 func (p *process) sayGrant(g Granted) {
-	p.say("grant", func(r *process) {
-		if p.w.broken.grantUsedEarly && r.ready {
+	p.say(g.Link, "grant", func(r *process) {
+		if p.w.broken.grantUsedEarly && r.lane(g.Link).ready {
 			r.giveBack(r.site.pooled(r.site.block[g.BlockRef].chunks[g.First/key.ChunkAtoms]))
 		}
 		r.commit("HearGrant", job{act: func() { r.site.hearGrant(g) }, done: func() {
@@ -86,7 +89,8 @@ func (p *process) sayGrant(g Granted) {
 func (w *world) give() bool {
 	given := false
 	return w.with(able, func(p *process) {
-		chunks := p.site.giveable()
+		l := choose(w, p.readyLanes()).link
+		chunks := p.site.giveable(l)
 		if len(chunks) == 0 {
 			return
 		}
@@ -94,7 +98,7 @@ func (w *world) give() bool {
 		if c := chunks[0]; w.broken.grantUncommitted {
 			p.sayGrant(Granted{c.ref, c.Grants + 1})
 		}
-		p.commit("Give", job{act: p.site.give})
+		p.commit("Give", job{act: func() { p.site.give(l) }})
 	}) && given
 }
 
@@ -111,9 +115,9 @@ func (w *world) tellGrant() bool {
 // checkOwners: at no time do both ends believe that a chunk is theirs, and what is
 // on its way is not nobody's for ever: once all grants are acknowledged, it is one's.
 func (w *world) checkOwners(settled bool) {
-	one, two := w.sites[0], w.sites[1]
+	one := w.sites[0]
 	for _, b := range one.blocks {
-		other := two.block[b.BlockRef]
+		other := one.over(b.Link).block[b.BlockRef]
 		if other == nil || b.state == Lost || other.state == Lost || other.Digest != b.Digest {
 			continue // what one end does not hold the other does not use: I7
 		}

@@ -14,32 +14,50 @@ import (
 // processes of one node may be alive; all but the one of its current run are
 // zombies, which end at their next commit.
 type process struct {
-	w       *world
-	site    *site
-	node    string
-	run     int64
-	head    int64
-	ready   bool // its own takeover is done: it may lease and announce
-	dead    bool
-	queue   []*job
-	hung    *transaction
-	free    []key.ID // leased, and not in use
+	w      *world
+	site   *site
+	node   string
+	run    int64
+	head   int64
+	dead   bool
+	queue  []*job
+	hung   *transaction
+	free   []key.ID // leased, and not in use
+	lanes  []*lane
+	intake []func()
+	tasks  []*takeover
+}
+
+// lane is what a process has of one link.
+type lane struct {
+	link    string
+	ready   bool // its own takeover is done at the peer: it may lease and announce
 	asked   []Request
 	sender  *Sender
 	flying  map[int64]*flying
-	session int64 // of the link, as it believes
-	intake  []func()
-	tasks   []*takeover
+	session int64 // as it believes
 }
+
+func (p *process) lane(l string) *lane { return p.lanes[slices.Index(p.site.links, l)] }
+
+func (p *process) readyLanes() []*lane {
+	return slices.DeleteFunc(slices.Clone(p.lanes), func(l *lane) bool { return !l.ready })
+}
+
+// whole says that the process's own takeover is done everywhere.
+func (p *process) whole() bool { return len(p.readyLanes()) == len(p.lanes) }
 
 type flying struct {
 	Announce
+	*lane
 	copies int // that have left
 }
 
-// takeover is a survivor's work on another node's run, or on its own earlier ones.
+// takeover is a survivor's work on another node's run, or on its own earlier ones, at
+// the peer at the other end of one link.
 type takeover struct {
 	RunStarted
+	link  string
 	heard bool
 }
 
@@ -111,9 +129,11 @@ func (p *process) resolve() {
 
 // start begins a new life of a node: it takes over its own earlier runs first.
 func (s *site) start(node string) *process {
-	p := &process{w: s.w, site: s, node: node, flying: make(map[int64]*flying), session: s.session}
-	if row := s.node[node]; s.w.broken.restartInSameRun && row.run > 0 {
-		p.run, p.ready = row.run, true
+	p := &process{w: s.w, site: s, node: node}
+	row := s.node[node]
+	same := s.w.broken.restartInSameRun && row.run > 0
+	if same {
+		p.run = row.run
 		for _, b := range s.blocks {
 			for _, c := range b.chunks {
 				if c.node == node && c.run == p.run {
@@ -123,11 +143,15 @@ func (s *site) start(node string) *process {
 		}
 	} else {
 		p.run = s.bumpRun(node)
-		p.tasks = []*takeover{{RunStarted: RunStarted{Node: node, Run: p.run}}}
+		for _, l := range s.links {
+			p.takeOver(node, p.run, l)
+		}
 	}
 	s.w.note("  %v starts", p)
-	p.head = s.node[node].head
-	p.sender = NewSender(node, p.run, 3)
+	p.head = row.head
+	for _, l := range s.links {
+		p.lanes = append(p.lanes, &lane{link: l, ready: same, sender: NewSender(node, p.run, 3), flying: make(map[int64]*flying), session: s.session[l]})
+	}
 	if s.tables != nil {
 		s.tables.Begin(node, p.run)
 	}
@@ -135,9 +159,9 @@ func (s *site) start(node string) *process {
 	return p
 }
 
-// say sends a message to whichever process of the other site takes it.
-func (p *process) say(what string, arrive func(r *process)) {
-	p.w.net = append(p.w.net, &packet{what: what, to: p.site.other(), arrive: arrive})
+// say sends a message to whichever process at the other end of the link takes it.
+func (p *process) say(l, what string, arrive func(r *process)) {
+	p.w.net = append(p.w.net, &packet{what: what, to: p.site.over(l), arrive: arrive})
 }
 
 // reply sends an answer back to the process that asked.
@@ -146,7 +170,7 @@ func (r *process) reply(to *process, what string, arrive func()) {
 }
 
 func (p *process) tellHeld(h Held) {
-	p.say("held", func(r *process) {
+	p.say(h.Link, "held", func(r *process) {
 		var answer HeldAnswer
 		r.commit("HeardHeld", job{act: func() { answer = r.site.heardHeld(h) }, done: func() {
 			r.reply(p, "held-answer", func() {
@@ -158,7 +182,8 @@ func (p *process) tellHeld(h Held) {
 
 func (p *process) lease() {
 	var got []key.ID
-	p.commit("Lease", job{act: func() { got = p.site.lease(p.node, p.run) }, done: func() { p.giveBack(got) }})
+	l := choose(p.w, p.readyLanes()).link
+	p.commit("Lease", job{act: func() { got = p.site.lease(l, p.node, p.run) }, done: func() { p.giveBack(got) }})
 }
 
 // share ends the lease of a chunk of which the process has all the atoms that are
@@ -192,16 +217,16 @@ func (p *process) giveBack(ids []key.ID) {
 	})
 }
 
-// ask makes a request of what is free: keys of consecutive atoms of one chunk.
-func (p *process) ask(master identity.SAE, slaves []identity.SAE, keys, atoms int) bool {
+// ask makes a request of what is free of a link: keys of consecutive atoms of one chunk.
+func (p *process) ask(l *lane, master identity.SAE, slaves []identity.SAE, keys, atoms int) bool {
 	r := Request{
-		ID: fmt.Sprintf("%s-%d-%d", p.node, p.run, p.w.serial()), Link: link, Master: master, Slaves: slaves,
+		ID: fmt.Sprintf("%s-%d-%d", p.node, p.run, p.w.serial()), Link: l.link, Master: master, Slaves: slaves,
 		Bits: atoms * key.AtomBits, TTL: 1000,
 	}
 	for i := 0; i+atoms <= len(p.free) && len(r.Keys) < keys; {
 		ids := p.free[i : i+atoms]
 		first, last := p.w.place[ids[0]], p.w.place[ids[atoms-1]]
-		if first.BlockRef != last.BlockRef || last.index-first.index != atoms-1 || p.site.chunkOf(ids[0]) != p.site.chunkOf(ids[atoms-1]) {
+		if first.Link != l.link || first.BlockRef != last.BlockRef || last.index-first.index != atoms-1 || p.site.chunkOf(ids[0]) != p.site.chunkOf(ids[atoms-1]) {
 			i++
 			continue
 		}
@@ -211,15 +236,15 @@ func (p *process) ask(master identity.SAE, slaves []identity.SAE, keys, atoms in
 	if len(r.Keys) == 0 {
 		return false
 	}
-	p.asked = append(p.asked, r)
+	l.asked = append(l.asked, r)
 	p.w.note("  %v: asked %s", p, namesOf(r))
 	return true
 }
 
-func (p *process) announce(n int) {
-	a := p.sender.Next(slices.Clone(p.asked[:n]))
-	p.asked = slices.Clone(p.asked[n:])
-	p.flying[a.Batch] = &flying{Announce: a}
+func (p *process) announce(l *lane, n int) {
+	a := l.sender.Next(slices.Clone(l.asked[:n]))
+	l.asked = slices.Clone(l.asked[n:])
+	l.flying[a.Batch] = &flying{Announce: a, lane: l}
 	p.w.note("  %v: batch %d of %d requests", p, a.Batch, len(a.Requests))
 }
 
@@ -228,7 +253,7 @@ func (p *process) announce(n int) {
 func (p *process) send(f *flying) {
 	f.copies++
 	p.w.note("  %v: batch %d", p, f.Batch)
-	p.say("announce", func(r *process) {
+	p.say(f.link, "announce", func(r *process) {
 		if p.w.declines() {
 			r.reply(p, "declined", func() { p.answered(f, AnnounceAnswer{Standing: Declined}) })
 			return
@@ -243,11 +268,11 @@ func (p *process) send(f *flying) {
 
 // notSent: the only copy could not be sent at all, or was declined.
 func (p *process) notSent(f *flying) {
-	if !p.sender.Unsent(f.Batch) {
+	if !f.sender.Unsent(f.Batch) {
 		p.doubt(f)
 		return
 	}
-	delete(p.flying, f.Batch)
+	delete(f.flying, f.Batch)
 	for _, r := range f.Requests {
 		p.giveBack(slices.Collect(r.Atoms()))
 	}
@@ -256,7 +281,7 @@ func (p *process) notSent(f *flying) {
 // doubt: the answer did not come in time.
 func (p *process) doubt(f *flying) {
 	p.w.note("  %v: batch %d", p, f.Batch)
-	p.sender.Doubt(f.Batch)
+	f.sender.Doubt(f.Batch)
 	var ids []key.ID
 	for _, r := range f.Requests {
 		ids = slices.AppendSeq(ids, r.Atoms())
@@ -277,25 +302,25 @@ func (p *process) doubt(f *flying) {
 // askLast is the broken way to settle a doubt: to ask what the last batch was, and
 // to believe that a later one did not and will not arrive.
 func (p *process) askLast(f *flying, ids []key.ID) {
-	p.say("last", func(r *process) {
+	p.say(f.link, "last", func(r *process) {
 		known := r.site.peer[p.node]
 		r.reply(p, "last-answer", func() {
-			if p.flying[f.Batch] != f || known.Run == p.run && known.Last >= f.Batch {
+			if f.flying[f.Batch] != f || known.Run == p.run && known.Last >= f.Batch {
 				return
 			}
-			delete(p.flying, f.Batch)
-			delete(p.sender.flying, f.Batch)
-			p.sender.last = min(p.sender.last, f.Batch-1)
+			delete(f.flying, f.Batch)
+			delete(f.sender.flying, f.Batch)
+			f.sender.last = min(f.sender.last, f.Batch-1)
 			p.giveBack(ids)
 		})
 	})
 }
 
 func (p *process) answered(f *flying, answer AnnounceAnswer) {
-	if p.flying[f.Batch] != f {
+	if f.flying[f.Batch] != f {
 		return // it has been answered, or was taken back
 	}
-	settled, err := p.sender.Answered(f.Batch, answer)
+	settled, err := f.sender.Answered(f.Batch, answer)
 	switch {
 	case errors.Is(err, ErrDeclined):
 		if f.copies == 1 || p.w.broken.takenBackTwice {
@@ -308,7 +333,7 @@ func (p *process) answered(f *flying, answer AnnounceAnswer) {
 		}
 		return
 	}
-	delete(p.flying, f.Batch)
+	delete(f.flying, f.Batch)
 	for _, s := range settled {
 		if s.Parked && p.w.broken.voidInDoubt {
 			continue // burned before
@@ -361,16 +386,16 @@ func (p *process) serve(s Settlement) {
 	})
 }
 
-// takeOver begins, or takes up, the takeover of a node's lower runs.
-func (p *process) takeOver(node string, run int64) {
-	p.tasks = append(p.tasks, &takeover{RunStarted: RunStarted{Node: node, Run: run}})
+// takeOver begins, or takes up, the takeover of a node's lower runs at one peer.
+func (p *process) takeOver(node string, run int64, l string) {
+	p.tasks = append(p.tasks, &takeover{RunStarted: RunStarted{Node: node, Run: run}, link: l})
 }
 
 func (p *process) tellRun(t *takeover) {
 	if p.w.broken.freeUnanswered {
 		defer p.heard(t, nil, true)
 	}
-	p.say("run", func(r *process) {
+	p.say(t.link, "run", func(r *process) {
 		var rows []Assigned
 		var ok bool
 		r.commit("HearRun", job{act: func() { rows, ok = r.site.hearRun(t.RunStarted) }, done: func() {
@@ -393,14 +418,16 @@ func (p *process) heard(t *takeover, rows []Assigned, ok bool) {
 	for _, o := range Orphans(t.RunStarted, rows, func(id key.ID) bool { return p.site.key[id] }) {
 		p.commit("Burn", job{act: func() { p.site.burn(o.Atoms, &o.Void) }})
 	}
-	p.commit("EndTakeover", job{act: func() { p.site.endTakeover(t.Node, t.Run) }, done: func() {
+	p.commit("EndTakeover", job{act: func() { p.site.endTakeover(t.Node, t.Run, t.link) }, done: func() {
 		over()
-		p.ready = p.ready || t.Node == p.node && t.Run == p.run
+		if t.Node == p.node && t.Run == p.run {
+			p.lane(t.link).ready = true
+		}
 	}})
 }
 
 func (p *process) tellVoid(v *voidRow) {
-	p.say("void", func(r *process) {
+	p.say(p.w.place[v.Keys[0]].Link, "void", func(r *process) {
 		ok := false
 		r.commit("Void", job{act: func() { ok = r.site.void(v.Void) }, done: func() {
 			if ok {

@@ -27,8 +27,11 @@ type Tables interface {
 
 // The verbs, each with its outcome if it has one.
 type (
-	DoOpenSession struct{ Session int64 }
-	DoHold        struct {
+	DoOpenSession struct {
+		Link    string
+		Session int64
+	}
+	DoHold struct {
 		Held
 		IDs  []key.ID
 		Done bool
@@ -41,7 +44,10 @@ type (
 		BlockRef
 		Answer HeldAnswer
 	}
-	DoLease    struct{ IDs []key.ID }
+	DoLease struct {
+		Link string
+		IDs  []key.ID
+	}
 	DoGiveBack struct {
 		IDs  []key.ID // of one chunk
 		Done bool
@@ -51,6 +57,7 @@ type (
 		Done bool
 	}
 	DoBurn struct {
+		Link string
 		IDs  []key.ID
 		Void *Void
 	}
@@ -75,18 +82,22 @@ type (
 	DoEndTakeover struct {
 		Node string
 		Run  int64
+		Link string
 		Done bool
 	}
-	DoGive      struct{ Given int }
+	DoGive struct {
+		Link  string
+		Given int
+	}
 	DoTakeGrant struct{ Granted }
 	DoAckGrant  struct{ Granted }
 )
 
-// Replay plays a numbered history of the model, and with it the tables of both
-// sites. It returns what went wrong in the model, and the history's diary.
+// Replay plays a numbered history of the model, and with it the tables of its sites: the
+// third has none to play in most. It returns what went wrong in the model, and the history's diary.
 //
 // Nothing expires in it: an end expires whole epochs, and the model single blocks.
-func Replay(seed uint64, tables [2]Tables) (steps int, bad string, diary []string) {
+func Replay(seed uint64, tables [3]Tables) (steps int, bad string, diary []string) {
 	w := newWorldOn(random(seed), broken{}, tables)
 	w.noting = true
 	w.busy["expire"] = 0

@@ -2,7 +2,6 @@ package handover
 
 import (
 	"bytes"
-	"maps"
 	"slices"
 
 	"github.com/qutemail/kme/internal/key"
@@ -64,16 +63,16 @@ func (s *site) bumpRun(node string) int64 {
 	return s.node[node].run
 }
 
-// endTakeover frees what lower runs had, if run still is the node's.
-func (s *site) endTakeover(node string, run int64) {
+// endTakeover frees what lower runs had of a link, if run still is the node's.
+func (s *site) endTakeover(node string, run int64, l string) {
 	over := s.node[node].run != run
-	s.did(DoEndTakeover{node, run, !over})
+	s.did(DoEndTakeover{node, run, l, !over})
 	if over && !s.w.broken.freeAnyRun {
 		return
 	}
 	for _, b := range s.blocks {
 		for _, c := range b.chunks {
-			if c.node == node && (c.run < run || s.w.broken.freeAnyRun) {
+			if c.node == node && (c.run < run || s.w.broken.freeAnyRun) && (b.Link == l || s.w.broken.freeAllLinks) {
 				c.node, c.run = "", 0
 			}
 		}
@@ -82,29 +81,27 @@ func (s *site) endTakeover(node string, run int64) {
 		return
 	}
 	for id, p := range s.parked {
-		if p.node == node && p.run < run {
+		if c := s.chunkOf(id); p.node == node && p.run < run && !(s.key[id] && c.node == node && c.run < run) {
 			delete(s.parked, id)
 		}
 	}
 }
 
-// unfinished are the nodes that a takeover has not ended for.
-func (s *site) unfinished() []string {
-	nodes := make(map[string]bool)
+// unfinished is what a takeover has not ended for: nodes, each at the links of which it
+// has left something.
+func (s *site) unfinished() []leftover {
+	var left []leftover
 	for _, b := range s.blocks {
 		for _, c := range b.chunks {
-			if c.node != "" && c.run < s.node[c.node].run && s.left(c) > 0 {
-				nodes[c.node] = true
+			if u := (leftover{c.node, b.Link}); c.node != "" && c.run < s.node[c.node].run && s.left(c) > 0 && !slices.Contains(left, u) {
+				left = append(left, u)
 			}
 		}
 	}
-	for _, p := range s.parked {
-		if p.run < s.node[p.node].run {
-			nodes[p.node] = true
-		}
-	}
-	return slices.Sorted(maps.Keys(nodes))
+	return left
 }
+
+type leftover struct{ node, link string }
 
 // expire deletes a block's atoms that nobody here has leased.
 func (s *site) expire(b *blockRow) {

@@ -16,8 +16,10 @@ import (
 type site struct {
 	w       *world
 	end     End
+	links   []string // to its peers
+	names   []string // of its nodes
 	saes    []identity.SAE
-	session int64
+	session map[string]int64 // by link
 	block   map[BlockRef]*blockRow
 	blocks  []*blockRow          // in the order in which they came
 	key     map[key.ID]bool      // the pool
@@ -118,12 +120,19 @@ func (s *site) apply(tx *transaction) bool {
 	return true
 }
 
-func (s *site) other() *site {
-	if s == s.w.sites[0] {
-		return s.w.sites[1]
+// over is the site at the other end of one of s's links.
+func (s *site) over(l string) *site {
+	switch {
+	case s != s.w.sites[0]:
+		return s.w.sites[0]
+	case l == second:
+		return s.w.sites[2]
 	}
-	return s.w.sites[0]
+	return s.w.sites[1]
 }
+
+// peerOf is the site with which s shares a key.
+func (s *site) peerOf(id key.ID) *site { return s.over(s.w.place[id].Link) }
 
 // chunkOf is the chunk of an atom, nil if there is no such block here.
 func (s *site) chunkOf(id key.ID) *chunkRow {
@@ -151,7 +160,7 @@ func (s *site) leave(why string, ids ...key.ID) []key.ID {
 
 // hold is HoldBlock: HELD, if session still is the link's.
 func (s *site) hold(h Held, ids []key.ID) bool {
-	if h.Session != s.session && !s.w.broken.holdInAnySession || s.block[h.BlockRef] != nil {
+	if h.Session != s.session[h.Link] && !s.w.broken.holdInAnySession || s.block[h.BlockRef] != nil {
 		s.did(DoHold{h, ids, false})
 		return false
 	}
@@ -169,15 +178,15 @@ func (s *site) hold(h Held, ids []key.ID) bool {
 	return true
 }
 
-// openSession closes all older sessions for ever.
-func (s *site) openSession(session int64) {
-	s.session = max(s.session, session)
-	s.did(DoOpenSession{session})
+// openSession closes all older sessions of a link for ever.
+func (s *site) openSession(l string, session int64) {
+	s.session[l] = max(s.session[l], session)
+	s.did(DoOpenSession{l, session})
 }
 
 func (s *site) heardHeld(h Held) HeldAnswer {
 	b := s.block[h.BlockRef]
-	closed := h.Session < s.session || s.w.broken.neverTooEarly
+	closed := h.Session < s.session[h.Link] || s.w.broken.neverTooEarly
 	if b == nil {
 		_, answer := OnHeld(Absent, false, closed)
 		s.did(DoHeardHeld{h, answer})
@@ -203,11 +212,11 @@ func (s *site) move(b *blockRow, to BlockState) {
 	b.state = to
 }
 
-// lease gives a node's run the oldest chunk that is free.
-func (s *site) lease(node string, run int64) (ids []key.ID) {
-	defer func() { s.did(DoLease{ids}) }()
+// lease gives a node's run the oldest chunk of a link that is free.
+func (s *site) lease(l, node string, run int64) (ids []key.ID) {
+	defer func() { s.did(DoLease{l, ids}) }()
 	for _, b := range s.blocks {
-		if b.state != Ready && !(b.state == BlockHeld && s.w.broken.leaseHeld) {
+		if b.Link != l || b.state != Ready && !(b.state == BlockHeld && s.w.broken.leaseHeld) {
 			continue
 		}
 		for _, c := range b.chunks {
@@ -272,7 +281,7 @@ func (s *site) serve(r Request) bool {
 // usable checks I7: neither end uses a key of a block that the other does not hold.
 func (s *site) usable(k Key, how string) {
 	ref := s.w.place[k.ID()].BlockRef
-	for _, end := range s.w.sites {
+	for _, end := range []*site{s, s.over(ref.Link)} {
 		if b := end.block[ref]; !s.w.lying && (b == nil || b.state == Lost) {
 			s.w.fail("I7: key %s of block %s %s at %v, but %v does not hold it", short(k.ID()), ref, how, s.end, end.end)
 		}
@@ -282,7 +291,7 @@ func (s *site) usable(k Key, how string) {
 // burn deletes for ever what is left of atoms, and leaves a void to be told.
 func (s *site) burn(ids []key.ID, void *Void) {
 	s.leave("burned", ids...)
-	s.did(DoBurn{ids, void})
+	s.did(DoBurn{s.w.place[ids[0]].Link, ids, void})
 	if void != nil {
 		s.voids = append(s.voids, &voidRow{Void: *void})
 	}
@@ -369,7 +378,7 @@ func (s *site) admit(r Request) string {
 			}
 		}
 	}
-	if !slices.Contains(s.other().saes, r.Master) {
+	if !slices.Contains(s.over(r.Link).saes, r.Master) {
 		return "master is not homed there"
 	}
 	for _, slave := range r.Slaves {

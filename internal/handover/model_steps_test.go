@@ -77,8 +77,16 @@ func (w *world) step() {
 
 func choose[T any](w *world, from []T) T { return from[w.pick(len(from))] }
 
-// able processes may lease and announce.
-func able(p *process) bool { return p.ready && p.hung == nil }
+// able processes may lease and announce, on some link.
+func able(p *process) bool { return len(p.readyLanes()) > 0 && p.hung == nil }
+
+// lanes finds a link's part of an able process that fits.
+func (w *world) lanes(fits func(*process, *lane) bool, do func(*process, *lane)) bool {
+	ready := func(p *process) []*lane {
+		return slices.DeleteFunc(p.readyLanes(), func(l *lane) bool { return !fits(p, l) })
+	}
+	return w.with(func(p *process) bool { return p.hung == nil && len(ready(p)) > 0 }, func(p *process) { do(p, choose(w, ready(p))) })
+}
 
 func (w *world) procs(which func(*process) bool) []*process {
 	var ps []*process
@@ -187,16 +195,18 @@ func (w *world) distil() bool {
 	if w.blocks >= 12 {
 		return false
 	}
-	alice, bob := w.sites[0].procs, w.sites[1].procs
+	l := choose(w, w.sites[0].links)
+	alice, bob := w.sites[0].procs, w.sites[0].over(l).procs
 	if len(alice) == 0 || len(bob) == 0 {
 		return false
 	}
 	a, b := choose(w, alice), choose(w, bob)
-	if a.session != b.session {
+	session := a.lane(l).session
+	if session != b.lane(l).session {
 		return false
 	}
 	w.blocks++
-	ref := BlockRef{Link: link, Session: a.session, Block: w.blocks}
+	ref := BlockRef{Link: l, Session: session, Block: w.blocks}
 	atoms := choose(w, []int{1, 2, 3, 5, 66})
 	owners := choose(w, []Owners{"a", "b"})
 	if atoms > key.ChunkAtoms {
@@ -205,7 +215,7 @@ func (w *world) distil() bool {
 			owners = "ab"
 		}
 	}
-	name := key.Name{Link: link, Session: ref.Session, Block: ref.Block}
+	name := key.Name{Link: l, Session: ref.Session, Block: ref.Block}
 	ids := make([]key.ID, atoms)
 	for i := range ids {
 		ids[i] = name.ID(time.UnixMilli(0), i)
@@ -253,30 +263,31 @@ func (w *world) lease() bool {
 	return w.with(func(p *process) bool { return able(p) && len(p.free) < 4 }, (*process).lease)
 }
 
-// openSession begins the next session at one end; the other may follow, later.
+// openSession begins the next session of a link at one end; the other may follow, later.
 func (w *world) openSession() bool {
 	return w.with(func(*process) bool { return true }, func(p *process) {
-		next := max(w.sites[0].session, w.sites[1].session)
-		if next == p.site.session {
+		l := choose(w, p.lanes)
+		next := max(p.site.session[l.link], p.site.over(l.link).session[l.link])
+		if next == p.site.session[l.link] {
 			next++
 		}
-		p.commit("OpenSession", job{act: func() { p.site.openSession(next) }, done: func() { p.session = next }})
+		p.commit("OpenSession", job{act: func() { p.site.openSession(l.link, next) }, done: func() { l.session = next }})
 	})
 }
 
 func (w *world) ask() bool {
-	return w.with(func(p *process) bool { return able(p) && len(p.free) > 0 && len(p.asked) < 4 }, func(p *process) {
-		slaves := p.site.other().saes
+	return w.lanes(func(p *process, l *lane) bool { return len(p.free) > 0 && len(l.asked) < 4 }, func(p *process, l *lane) {
+		slaves := p.site.over(l.link).saes
 		if n := w.pick(3); n < 2 {
 			slaves = []identity.SAE{slaves[n]}
 		}
-		p.ask(choose(w, p.site.saes), slaves, 1+w.pick(2), 1+w.pick(2))
+		p.ask(l, choose(w, p.site.saes), slaves, 1+w.pick(2), 1+w.pick(2))
 	})
 }
 
 func (w *world) announce() bool {
-	return w.with(func(p *process) bool { return able(p) && len(p.asked) > 0 && p.sender.Free() }, func(p *process) {
-		p.announce(1 + w.pick(len(p.asked)))
+	return w.lanes(func(_ *process, l *lane) bool { return len(l.asked) > 0 && l.sender.Free() }, func(p *process, l *lane) {
+		p.announce(l, 1+w.pick(len(l.asked)))
 	})
 }
 
@@ -288,9 +299,11 @@ func (w *world) flight(fits func(*process, *flying) bool, do func(*process, *fly
 	}
 	var all []one
 	for _, p := range w.procs(func(*process) bool { return true }) {
-		for b := range p.sender.last {
-			if f := p.flying[b+1]; f != nil && fits(p, f) {
-				all = append(all, one{p, f})
+		for _, l := range p.lanes {
+			for b := range l.sender.last {
+				if f := l.flying[b+1]; f != nil && fits(p, f) {
+					all = append(all, one{p, f})
+				}
 			}
 		}
 	}
@@ -312,8 +325,8 @@ func (w *world) notSent() bool {
 }
 
 func (w *world) doubt() bool {
-	return w.flight(func(p *process, f *flying) bool {
-		in := p.sender.flying[f.Batch]
+	return w.flight(func(_ *process, f *flying) bool {
+		in := f.sender.flying[f.Batch]
 		return f.copies > 0 && in != nil && !in.doubt
 	}, (*process).doubt)
 }
@@ -344,7 +357,7 @@ func (w *world) tellVoid() bool {
 // start begins a node that is down.
 func (w *world) start() bool {
 	for _, s := range w.sites {
-		for _, n := range s.nodes() {
+		for _, n := range s.names {
 			if !slices.ContainsFunc(s.procs, func(p *process) bool { return p.node == n }) {
 				s.start(n)
 				return true
@@ -356,20 +369,24 @@ func (w *world) start() bool {
 
 // startAnother begins a node's next life while the last one goes on, as a zombie.
 func (w *world) startAnother() bool {
-	s := choose(w, w.sites[:])
+	s := choose(w, w.sites)
 	if len(s.procs) > 3 {
 		return false
 	}
-	s.start(choose(w, s.nodes()))
+	s.start(choose(w, s.names))
 	return true
 }
 
 // takeOver has a node take over the other one of its site, dead or only slow.
 func (w *world) takeOver() bool {
 	return w.with(able, func(p *process) {
-		for _, n := range p.site.nodes() {
-			if n != p.node {
-				p.takeOver(n, p.site.bumpRun(n))
+		for _, n := range p.site.names {
+			if n == p.node {
+				continue
+			}
+			run := p.site.bumpRun(n)
+			for _, l := range p.site.links {
+				p.takeOver(n, run, l)
 			}
 		}
 	})
@@ -378,17 +395,17 @@ func (w *world) takeOver() bool {
 func (w *world) finishTakeover() bool {
 	found := false
 	return w.with(able, func(p *process) {
-		for _, n := range p.site.unfinished() {
-			if !slices.ContainsFunc(p.tasks, func(t *takeover) bool { return t.Node == n }) {
+		for _, u := range p.site.unfinished() {
+			if !slices.ContainsFunc(p.tasks, func(t *takeover) bool { return t.Node == u.node && t.link == u.link }) {
 				found = true
-				p.takeOver(n, p.site.node[n].run)
+				p.takeOver(u.node, p.site.node[u.node].run, u.link)
 			}
 		}
 	}) && found
 }
 
 func (w *world) expire() bool {
-	s := choose(w, w.sites[:])
+	s := choose(w, w.sites)
 	if len(s.blocks) == 0 || w.pick(4) > 0 {
 		return false
 	}

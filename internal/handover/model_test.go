@@ -15,15 +15,18 @@ import (
 	"github.com/qutemail/kme/internal/key"
 )
 
-// The model: two sites of two nodes each, their databases as maps (site), their
-// processes (process), and a network between them that loses, repeats, delays and
-// reorders. The decisions are those of this package, the same that production
+// The model: two sites of two nodes each, and in some histories a third one, to which
+// the first has another link; their databases as maps (site), their processes (process),
+// and a network between them that loses, repeats, delays and reorders. The decisions are those of this package, the same that production
 // calls. A history is a sequence of random steps: anything may happen between any
 // two of them, such as the death of a process, the takeover of one that lives, or
 // a commit that is not heard of. After every step the safety of keys is checked;
 // at the end a fair network settles, and nothing may be left over.
 
-const link = "l1"
+const (
+	link   = "l1" // from the first site to the second
+	second = "l2" // from the first site to the third
+)
 
 // world is one history.
 type world struct {
@@ -31,14 +34,14 @@ type world struct {
 	broken    broken
 	declining bool // processes decline announces now and then
 	lying     bool // at the second site: only the first is checked
-	sites     [2]*site
+	sites     []*site
 	net       []*packet
 	place     map[key.ID]placed
 	handed    map[key.ID]*handing
 	busy      map[string]int // weight of each step
 	expiry    map[BlockRef]bool
 	blocks    int64
-	session   int64 // that both ends are to come to when settling
+	session   int64 // that both ends of each link are to come to when settling
 	asks      int
 	steps     map[string]int
 	bad       string
@@ -50,6 +53,8 @@ type world struct {
 type broken struct {
 	settleByLast, repeatFromLast, restartInSameRun, voidByCurrentRun, keepParked,
 	runAnsweredOnce, firstAtomOnly, freeAnyRun, holdInAnySession bool // handover.md, section 7
+
+	freeAllLinks bool
 
 	staleAccepted, noFence, unknownIsFailed, freeUnanswered, voidInDoubt, reclaimUnvoided,
 	runLowered, leaseHeld, leaseAnyOwner, neverTooEarly, takenBackTwice bool
@@ -80,30 +85,45 @@ type handing struct {
 	to     map[identity.SAE]int
 }
 
-func newWorld(pick func(int) int, b broken) *world { return newWorldOn(pick, b, [2]Tables{}) }
+func newWorld(pick func(int) int, b broken) *world { return newWorldOn(pick, b, [3]Tables{}) }
 
-// newWorldOn has the tables of both sites, if they are not nil, do what the model's do.
-func newWorldOn(pick func(int) int, b broken, tables [2]Tables) *world {
+// newWorldOn has the tables of the sites, if they are not nil, do what the model's do.
+func newWorldOn(pick func(int) int, b broken, tables [3]Tables) *world {
+	sites := 2
+	if pick(3) == 0 {
+		sites = 3
+	}
+	return newWorldOf(sites, pick, b, tables)
+}
+
+func newWorldOf(sites int, pick func(int) int, b broken, tables [3]Tables) *world {
 	w := &world{
 		pick: pick, broken: b, place: make(map[key.ID]placed), handed: make(map[key.ID]*handing),
 		busy: make(map[string]int), expiry: make(map[BlockRef]bool), steps: make(map[string]int),
 	}
-	for i, nodes := range [][]string{{"a1", "a2"}, {"b1", "b2"}} {
+	for i := range sites {
 		s := &site{
-			w: w, end: []End{Alice, Bob}[i], block: make(map[BlockRef]*blockRow), key: make(map[key.ID]bool),
+			w: w, end: []End{Alice, Bob, Bob}[i], links: [][]string{{link}, {link}, {second}}[i], session: make(map[string]int64),
+			names: [][]string{{"a1", "a2"}, {"b1", "b2"}, {"c1", "c2"}}[i], block: make(map[BlockRef]*blockRow), key: make(map[key.ID]bool),
 			due: make(map[key.ID][]*dueRow), parked: make(map[key.ID]parkedRow), node: make(map[string]*nodeRow),
-			peer: make(map[string]PeerRun), served: make(map[key.ID]bool), session: 1, tables: tables[i],
+			peer: make(map[string]PeerRun), served: make(map[key.ID]bool), tables: tables[i],
 		}
-		for _, sae := range [][]string{{"alice", "anna"}, {"bob", "bert"}}[i] {
+		if i == 0 && sites == 3 {
+			s.links = []string{link, second}
+		}
+		for _, l := range s.links {
+			s.session[l] = 1
+		}
+		for _, sae := range [][]string{{"alice", "anna"}, {"bob", "bert"}, {"carol", "carl"}}[i] {
 			s.saes = append(s.saes, anSAE(sae))
 		}
-		for _, n := range nodes {
+		for _, n := range s.names {
 			s.node[n] = &nodeRow{}
 		}
-		w.sites[i] = s
+		w.sites = append(w.sites, s)
 	}
 	for _, s := range w.sites {
-		for _, n := range s.nodes() {
+		for _, n := range s.names {
 			s.start(n)
 		}
 	}
@@ -123,13 +143,6 @@ func anSAE(s string) identity.SAE {
 		panic(err)
 	}
 	return id
-}
-
-func (s *site) nodes() []string {
-	if s.end == Alice {
-		return []string{"a1", "a2"}
-	}
-	return []string{"b1", "b2"}
 }
 
 func (w *world) fail(format string, args ...any) {
@@ -163,7 +176,7 @@ func (w *world) play(n int) {
 
 // random is the picker of histories that are numbered.
 func random(seed uint64) func(int) int {
-	r := rand.New(rand.NewPCG(seed, 14))
+	r := rand.New(rand.NewPCG(seed, 19))
 	return func(n int) int { return r.IntN(n) }
 }
 

@@ -22,7 +22,7 @@ import (
 	"github.com/qutemail/kme/internal/store"
 )
 
-// TestReplay plays histories of the model to two real databases: every verb that
+// TestReplay plays histories of the model to real databases, one a site: every verb that
 // the model commits is done by the store too, must come to the same, and after each
 // transaction the tables must hold what the model holds. Each process of a history
 // is a DB in its own run; one whose run is over must be fenced.
@@ -41,36 +41,48 @@ func TestReplay(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	alice, bob := newTables(t, cluster, handover.Alice), newTables(t, cluster, handover.Bob)
+	sites := [3]*tables{
+		newTables(t, cluster, "a", handover.Alice, map[string]string{"l1": "b", "l2": "c"}),
+		newTables(t, cluster, "b", handover.Bob, map[string]string{"l1": "a"}),
+		newTables(t, cluster, "c", handover.Bob, map[string]string{"l2": "a"}),
+	}
 	histories, steps := 0, 0
 	for start := time.Now(); time.Since(start) < handover.Effort(12*time.Second); histories++ {
-		alice.clear()
-		bob.clear()
-		n, bad, diary := handover.Replay(uint64(histories)*37, [2]handover.Tables{alice, bob})
-		if bad != "" || alice.bad != "" || bob.bad != "" {
-			t.Fatalf("history %d: %s\nat alice's end: %s\nat bob's end: %s\n%s", histories, bad, alice.bad, bob.bad, strings.Join(diary, "\n"))
+		var played [3]handover.Tables
+		for i, s := range sites {
+			s.clear()
+			played[i] = s
+		}
+		n, bad, diary := handover.Replay(uint64(histories)*37, played)
+		for _, s := range sites {
+			if s.bad != "" {
+				bad += fmt.Sprintf("\nat site %s: %s", s.name, s.bad)
+			}
+		}
+		if bad != "" {
+			t.Fatalf("history %d: %s\n%s", histories, bad, strings.Join(diary, "\n"))
 		}
 		steps += n
 	}
-	t.Logf("%d histories, %d steps: at alice's end %v", histories, steps, alice.verbs)
-	t.Logf("at bob's end %v", bob.verbs)
+	t.Logf("%d histories, %d steps", histories, steps)
+	for _, s := range sites {
+		t.Logf("at site %s: %v", s.name, s.verbs)
+	}
 }
 
 // The histories lie in the first hours of 1970, as the model's keys do.
-const (
-	hour = time.Hour
-	link = "l1"
-)
+const hour = time.Hour
 
 func now() time.Time { return time.UnixMilli(0).Add(10 * time.Minute) }
 
 // tables are one site's database. What is found wrong first is kept in bad.
 type tables struct {
 	t      *testing.T
+	name   string // that the names of its nodes begin with
 	cfg    store.Config
 	end    handover.End
-	peer   identity.KME
-	tool   *store.DB // for what needs no run
+	links  map[string]string // name of the site at the other end
+	tool   *store.DB         // for what needs no run
 	super  *pgx.Conn
 	runs   map[string]*store.DB // by node: that of its current run, or of the one before
 	chunks map[key.ID]int64     // by atom, of those that were leased
@@ -78,9 +90,9 @@ type tables struct {
 	bad    string
 }
 
-func newTables(t *testing.T, c *pgdev.Cluster, end handover.End) *tables {
+func newTables(t *testing.T, c *pgdev.Cluster, name string, end handover.End, links map[string]string) *tables {
 	t.Helper()
-	ctx, name := t.Context(), end.String()
+	ctx := t.Context()
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -89,13 +101,10 @@ func newTables(t *testing.T, c *pgdev.Cluster, end handover.End) *tables {
 	}
 	must(c.EnsureDatabase(ctx, name))
 	must(store.Migrate(ctx, c.DSN(pgdev.Superuser, name), hour, nil))
-	s := &tables{t: t, end: end, runs: make(map[string]*store.DB), chunks: make(map[key.ID]int64), verbs: make(map[string]int)}
+	s := &tables{t: t, name: name, end: end, links: links, runs: make(map[string]*store.DB), chunks: make(map[key.ID]int64), verbs: make(map[string]int)}
 	var err error
 	s.cfg = store.Config{DSN: c.DSN(store.AppRole, name), Node: "tool", EpochLength: hour, Now: now}
-	s.cfg.Site, err = identity.ParseKME("km-" + name)
-	must(err)
-	s.peer, err = identity.ParseKME("km-" + end.Other().String())
-	must(err)
+	s.cfg.Site = s.site(name)
 	s.tool, err = store.Open(ctx, s.cfg)
 	must(err)
 	t.Cleanup(s.tool.Close)
@@ -113,6 +122,19 @@ func newTables(t *testing.T, c *pgdev.Cluster, end handover.End) *tables {
 	t.Cleanup(s.clear)
 	return s
 }
+
+// site is the KME of a site of that name.
+func (s *tables) site(name string) identity.KME {
+	id, err := identity.ParseKME("km-" + name)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return id
+}
+
+// over is the KME at the other end of a link, and of is that of a node.
+func (s *tables) over(link string) identity.KME { return s.site(s.links[link]) }
+func (s *tables) of(node string) identity.KME   { return s.site(node[:1]) }
 
 // clear ends the processes of the last history and empties the tables.
 func (s *tables) clear() {
@@ -176,9 +198,11 @@ func (s *tables) Begin(node string, run int64) {
 	}
 	s.runs[node] = db
 	s.must(db.Begin(ctx, run))
-	s.must(db.EnsureLink(ctx, link, s.peer, s.end))
-	if err := db.OpenSession(ctx, link, 1, event(audit.LinkOpen)); err != nil && !errors.Is(err, store.ErrClosedSession) {
-		s.must(err)
+	for link := range s.links {
+		s.must(db.EnsureLink(ctx, link, s.over(link), s.end))
+		if err := db.OpenSession(ctx, link, 1, event(audit.LinkOpen)); err != nil && !errors.Is(err, store.ErrClosedSession) {
+			s.must(err)
+		}
 	}
 }
 
@@ -195,19 +219,19 @@ func (s *tables) Do(node string, run int64, verb any) {
 	ctx, db := context.Background(), s.runs[node]
 	switch v := verb.(type) {
 	case handover.DoOpenSession:
-		if err := db.OpenSession(ctx, link, v.Session, event(audit.LinkOpen)); !errors.Is(err, store.ErrClosedSession) {
+		if err := db.OpenSession(ctx, v.Link, v.Session, event(audit.LinkOpen)); !errors.Is(err, store.ErrClosedSession) {
 			s.must(err) // an old one is none
 		}
 	case handover.DoHold:
 		s.may(db.HoldBlock(ctx, s.block(v), event(audit.Hold)), store.ErrClosedSession, v.Done)
 	case handover.DoHeardHeld:
-		answer, err := db.HeardHeld(ctx, v.Held, s.peer, noEvents)
+		answer, err := db.HeardHeld(ctx, v.Held, s.over(v.Link), noEvents)
 		s.must(err)
 		s.same("answer to held", v.Answer, answer)
 	case handover.DoHeardHeldAnswer:
 		s.must(db.HeardHeldAnswer(ctx, v.BlockRef, v.Answer, noEvents))
 	case handover.DoLease:
-		leases, err := db.Lease(ctx, link, 1)
+		leases, err := db.Lease(ctx, v.Link, 1)
 		s.must(err)
 		var ids []key.ID
 		for _, l := range leases {
@@ -224,7 +248,7 @@ func (s *tables) Do(node string, run int64, verb any) {
 	case handover.DoServe:
 		s.may(db.Serve(ctx, store.ServeJob{Atoms: slices.Collect(v.Atoms()), Events: []audit.Event{event(audit.EncKeys)}}), store.ErrShort, v.Done)
 	case handover.DoBurn:
-		s.must(db.Burn(ctx, store.BurnJob{Atoms: v.IDs, Void: v.Void, Peer: s.peer, Event: func([]key.ID) audit.Event { return event(audit.Burn) }}))
+		s.must(db.Burn(ctx, store.BurnJob{Atoms: v.IDs, Void: v.Void, Peer: s.over(v.Link), Event: func([]key.ID) audit.Event { return event(audit.Burn) }}))
 	case handover.DoPark:
 		s.must(db.Park(ctx, v.IDs, 1))
 	case handover.DoUnpark:
@@ -232,28 +256,28 @@ func (s *tables) Do(node string, run int64, verb any) {
 	case handover.DoAssign:
 		s.assign(db, v)
 	case handover.DoVoid:
-		s.must(db.Void(ctx, s.peer, v.Void, func([]key.ID) audit.Event { return event(audit.VoidKeys) }))
+		s.must(db.Void(ctx, s.of(v.Node), v.Void, func([]key.ID) audit.Event { return event(audit.VoidKeys) }))
 	case handover.DoAckVoid:
 		s.ackVoid(v.Void)
 	case handover.DoTake:
 		rows := []store.DueRef{{Key: v.Key, ExpiryEpoch: key.EpochAt(now().Add(hour), hour)}}
 		s.may(db.Take(ctx, store.TakeJob{SAE: v.SAE, Rows: rows, How: store.GoneTaken, Events: []audit.Event{event(audit.DecKeys)}}), store.ErrShort, v.Done)
 	case handover.DoHearRun:
-		rows, ok, err := db.HearRun(ctx, s.peer, v.RunStarted)
+		rows, ok, err := db.HearRun(ctx, s.of(v.Node), v.RunStarted)
 		s.must(err)
 		s.same("whether the run is heard", v.OK, ok)
 		s.same("what lower runs were assigned", v.Rows, rows)
 	case handover.DoEndTakeover:
-		s.may(db.EndTakeover(ctx, v.Node, v.Run, event(audit.Takeover)), store.ErrOvertaken, v.Done)
+		s.may(db.EndTakeover(ctx, store.NodeRun{Node: v.Node, Run: v.Run}, []string{v.Link}, event(audit.Takeover)), store.ErrOvertaken, v.Done)
 	case handover.DoGive:
 		b, err := db.GiveChunks(ctx, store.GiveJob{
-			Link: link, Most: 1, Decide: func(int, int) int { return 1 }, Event: func([]audit.Atoms) audit.Event { return event(audit.GiveChunks) },
+			Link: v.Link, Most: 1, Decide: func(int, int) int { return 1 }, Event: func([]audit.Atoms) audit.Event { return event(audit.GiveChunks) },
 		})
 		s.must(err)
 		s.same("chunks given", v.Given, b.Given)
 	case handover.DoTakeGrant:
 		g := handover.Grant{Chunks: []handover.Granted{v.Granted}}
-		answer, err := db.TakeGrant(ctx, s.peer, g, func([]audit.Atoms) audit.Event { return event(audit.TakeChunks) })
+		answer, err := db.TakeGrant(ctx, s.over(v.Link), g, func([]audit.Atoms) audit.Event { return event(audit.TakeChunks) })
 		s.must(err)
 		s.same("grants acknowledged", g.Chunks, answer.Chunks)
 	case handover.DoAckGrant:
@@ -278,7 +302,7 @@ func (s *tables) block(v handover.DoHold) store.Block {
 
 func (s *tables) assign(db *store.DB, v handover.DoAssign) {
 	job := store.AssignJob{
-		Peer: s.peer, Announce: v.Announce, Due: make(map[string][]store.Due),
+		Peer: s.of(v.Node), Announce: v.Announce, Due: make(map[string][]store.Due),
 		Admit: func(handover.Request) string { return "" },
 		Event: func(handover.Request, handover.Result) audit.Event { return event(audit.Assign) },
 	}

@@ -159,6 +159,14 @@ func (k *KME) note(ctx context.Context, evs ...audit.Event) bool {
 	return err == nil
 }
 
+// stands says whether an alarm stands.
+func (k *KME) stands(name string) bool {
+	k.alarms.mu.Lock()
+	defer k.alarms.mu.Unlock()
+	_, ok := k.alarms.standing[name]
+	return ok
+}
+
 // Alarms lists those that stand, oldest first.
 func (k *KME) Alarms() []Alarm {
 	k.alarms.mu.Lock()

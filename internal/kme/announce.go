@@ -61,7 +61,7 @@ func (l *link) announce(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-l.k.takenOver:
+	case <-l.k.takenOver[l.Peer]:
 	}
 	return a.run(ctx)
 }

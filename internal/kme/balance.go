@@ -54,12 +54,12 @@ func (k *KME) rebalance() {
 
 // balance gives chunks of all links whose other ends are in want.
 func (k *KME) balance(ctx context.Context) {
-	if !k.isReady() || k.able() != nil {
+	if k.able() != nil {
 		return // whoever cannot use its keys gives none either: what is wrong may be that it was set back
 	}
 	for _, l := range k.links {
-		if k.servingPeer(l.Peer) != nil {
-			continue // its recovery would burn them
+		if !k.hasTakenOver(l.Peer) || k.servingPeer(l.Peer) != nil {
+			continue // it does not answer yet; or its recovery would burn them
 		}
 		if err := l.even(ctx); err != nil {
 			k.Log.Warn("giving chunks", "link", l.ID, "err", err)

@@ -25,16 +25,19 @@ func (d OperatorDoor) Doctor(ctx context.Context, c identity.Caller, rid string)
 	var fs syscall.Statfs_t
 	err = syscall.Statfs(k.DataDir, &fs)
 	found = append(found, judgeDisk(k.DataDir, fs.Bavail*uint64(fs.Bsize), fs.Blocks*uint64(fs.Bsize), err))
-	found = append(found, judgeWitness(k.keepTallies(), k.isReady()))
+	found = append(found, judgeWitness(k.keepTallies()))
 	answers := make(map[identity.KME]bool)
 	for id, client := range k.Peers {
 		peer := k.examinePeer(ctx, id, client)
 		found, answers[id] = append(found, peer...), len(peer) > 1
+		if !k.hasTakenOver(id) {
+			found = append(found, judgeTakeover(id))
+		}
 	}
 	for _, s := range k.LinkStates() {
 		here, _, err := k.Store.Pool(ctx, s.ID)
 		found = append(found, judgeLink(s, here, err))
-		if l := k.links[s.ID]; err == nil && answers[l.Peer] && k.isReady() && c.Has(identity.Operating) {
+		if l := k.links[s.ID]; err == nil && answers[l.Peer] && k.hasTakenOver(l.Peer) && c.Has(identity.Operating) {
 			found = append(found, l.compare(ctx, c, rid, k.Peers[l.Peer].Sample))
 		}
 	}
@@ -127,14 +130,16 @@ func judgeDisk(dir string, free, all uint64, err error) admin.Finding {
 	return admin.Good("disk", "%d MiB are free where %s lies", free>>20, dir)
 }
 
-func judgeWitness(err error, ready bool) admin.Finding {
-	switch {
-	case err != nil:
+func judgeWitness(err error) admin.Finding {
+	if err != nil {
 		return admin.Bad("data folder", "rights and disk of the data folder: it must belong to the daemon's user, mode 0700", "it takes no writes: %v", err)
-	case !ready:
-		return admin.Bad("data folder", "the peer has to be asked what this node's earlier run had announced: see to the peer", "the takeover of this node's earlier run is not finished")
 	}
-	return admin.Good("data folder", "it takes writes, and this node's earlier runs are settled")
+	return admin.Good("data folder", "it takes writes")
+}
+
+func judgeTakeover(id identity.KME) admin.Finding {
+	return admin.Bad("takeover at "+id.String(), "see to the peer: it has to be asked what this node's earlier runs had announced, and is asked again every few seconds",
+		"it has not said yet what it assigned for this node's earlier runs: none of its links' keys is handed out here")
 }
 
 func judgePeer(id identity.KME, took time.Duration, err error) admin.Finding {

@@ -111,8 +111,8 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 	if err := k.servingPeer(l.Peer); err != nil {
 		return got, err
 	}
-	if !k.isReady() {
-		return got, unavailable(time.Second, "the key store is starting", errors.New("the takeover of this node's earlier run is not finished"))
+	if !k.hasTakenOver(l.Peer) {
+		return got, unavailable(time.Second, "the other KME has yet to answer", fmt.Errorf("%s has not said yet what it assigned for this node's earlier runs", l.Peer))
 	}
 	atoms := (o.bits + key.AtomBits - 1) / key.AtomBits
 	lends, err := l.pool.take(ctx, o.number, atoms)

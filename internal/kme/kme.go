@@ -117,9 +117,9 @@ type KME struct {
 	clockSeen clockLook
 	lag       atomic.Pointer[trailLag]
 
-	takenOver chan struct{} // closed when this node's earlier runs are dealt with: it may lease and announce
-	news      chan struct{} // there is something to tell a peer
-	uneven    chan struct{} // a peer may be in want of chunks
+	takenOver map[identity.KME]chan struct{} // by peer, closed when this node's earlier runs are dealt with there: it may lease and announce on the peer's links
+	news      chan struct{}                  // there is something to tell a peer
+	uneven    chan struct{}                  // a peer may be in want of chunks
 }
 
 // New checks the configuration and prepares a node. It touches neither the
@@ -156,7 +156,7 @@ func New(c Config) (*KME, error) {
 		links:     make(map[string]*link),
 		debts:     debts{more: make(chan struct{}, 1)},
 		metrics:   newMetrics(),
-		takenOver: make(chan struct{}),
+		takenOver: make(map[identity.KME]chan struct{}),
 		news:      make(chan struct{}, 1),
 		uneven:    make(chan struct{}, 1),
 	}
@@ -165,6 +165,9 @@ func New(c Config) (*KME, error) {
 	k.keks = newKeyring(k)
 	for _, s := range c.Trail.Sinks {
 		k.sinks = append(k.sinks, siem.New(s))
+	}
+	for id := range c.Peers {
+		k.takenOver[id] = make(chan struct{})
 	}
 	for _, lc := range c.Links {
 		if lc.TTL < 0 || lc.TTL > c.MaxTTL || lc.PoolTTL != 0 && lc.PoolTTL < max(c.EpochLength, MinPoolTTL) {
@@ -220,7 +223,9 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	})
 	g.Go(func() error { return k.watchNodes(ctx) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.share) })
-	g.Go(func() error { return k.takeOver(ctx) })
+	for id := range k.Peers {
+		g.Go(func() error { return k.takeOver(ctx, id) })
+	}
 	g.Go(func() error { return k.Store.Lead(ctx, "takeovers", k.succeed) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.beat) })
 	g.Go(func() error { return k.every(ctx, time.Second, nil, k.keepWitness) })
@@ -308,16 +313,6 @@ func (k *KME) hurry() {
 	select {
 	case k.news <- struct{}{}:
 	default:
-	}
-}
-
-// isReady says whether this node may lease and announce.
-func (k *KME) isReady() bool {
-	select {
-	case <-k.takenOver:
-		return true
-	default:
-		return false
 	}
 }
 

@@ -35,7 +35,9 @@ func stand(t *testing.T, k *KME) {
 	if err := k.keks.prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	close(k.takenOver)
+	for _, over := range k.takenOver {
+		close(over)
+	}
 }
 
 // counter is the SAE door of a node, where one's name stands for one's certificate.
@@ -179,7 +181,7 @@ func TestLifetime(t *testing.T) {
 func litLink(t *testing.T, k *KME) *link {
 	t.Helper()
 	l := newLink(k, LinkConfig{ID: "fibre", Peer: kmeID(t, "km2"), End: handover.Alice, Provenance: key.Simulated})
-	k.links[l.ID] = l
+	k.links[l.ID], k.takenOver[l.Peer] = l, make(chan struct{})
 	stand(t, k)
 	if err := k.Store.OpenSession(t.Context(), l.ID, 1, k.own(audit.LinkOpen)); err != nil {
 		t.Fatal(err)

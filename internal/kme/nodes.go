@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -190,6 +191,9 @@ func (k *KME) judgeNode(ctx context.Context, s sight) {
 	switch {
 	case s.alive:
 		k.clear(ctx, name)
+		for id := range k.Peers {
+			k.clear(ctx, takeoverAlarm(s.Node, id)) // it takes over from itself
+		}
 	case s.Run == 0:
 		k.raise(ctx, name, fmt.Sprintf("node %s has never run", s.Node))
 	default:
@@ -212,7 +216,7 @@ func (k *KME) succeed(ctx context.Context) error {
 				return err
 			}
 			if err != nil && ctx.Err() == nil && !errors.Is(err, store.ErrOvertaken) {
-				k.suspect(ctx, takeoverAlarm(s.Node), err.Error())
+				k.Log.Warn("taking over", "from", s.Node, "err", err) // a peer that is away has an alarm
 			}
 		}
 		select {
@@ -230,11 +234,11 @@ func (k *KME) succeedNode(ctx context.Context, n store.NodeRun) error {
 	if err != nil {
 		return err
 	}
-	if left == (store.Left{}) {
+	if !k.mayInherit(left.Now) && !k.mayInherit(left.Earlier) {
 		k.watch.note(n, func(s *sight) { s.settled = true })
 		return nil
 	}
-	if left.Now {
+	if k.mayInherit(left.Now) {
 		k.Log.Warn("taking over from a node that shows no sign of life", "from", n.Node, "run", n.Run)
 		if n, err = k.Store.Depose(ctx, n); err != nil {
 			return err
@@ -248,4 +252,10 @@ func (k *KME) succeedNode(ctx context.Context, n store.NodeRun) error {
 	}
 	k.Log.Info("taken over", "from", n.Node, "runs below", n.Run)
 	return nil
+}
+
+// mayInherit says whether any of the links is this node's: what is leased of another,
+// which is not in its configuration any more, waits until the link is back.
+func (k *KME) mayInherit(links []string) bool {
+	return slices.ContainsFunc(links, func(link string) bool { return k.links[link] != nil })
 }

@@ -203,13 +203,14 @@ func (d OperatorDoor) History(ctx context.Context, _ identity.Caller, _, link st
 // Healthy is nil if this process does its work: it is not stuck. What it needs may be away.
 func (d OperatorDoor) Healthy(context.Context) error { return d.k.Alive() }
 
-// Ready is nil if this node can hand out keys.
+// Ready is nil if this node can hand out keys: whatever the site's other nodes can. A
+// peer that is away is no reason to turn SAEs away, who would fare no better elsewhere.
 func (d OperatorDoor) Ready(context.Context) error {
 	if err := d.k.able(); err != nil {
 		return err
 	}
 	if !d.k.isReady() {
-		return errors.New("the takeover of this node's earlier run is not finished")
+		return errors.New("the peers are still being asked what this node's earlier runs had announced")
 	}
 	return nil
 }

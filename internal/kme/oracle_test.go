@@ -30,18 +30,26 @@ func welch(a, b *sample) float64 {
 // asSAE is the caller that a certificate of that SAE makes.
 func asSAE(t testing.TB, name string, now time.Time) identity.Caller {
 	t.Helper()
+	return asOne(t, identity.RoleSAE, name, now)
+}
+
+// asOne is the caller that a certificate of that name and role makes.
+func asOne(t testing.TB, role identity.Role, name string, now time.Time) identity.Caller {
+	t.Helper()
+	pool := string(role)
+	uri := "qkd://" + pool + ".lab.test/"
 	m, err := identity.NewMap(
-		[]identity.Rule{{ID: "sae", Pool: "sae", Role: identity.RoleSAE, URI: "qkd://sae.lab.test/{id}", Principal: "{id}"}},
+		[]identity.Rule{{ID: pool, Pool: pool, Role: role, URI: uri + "{id}", Principal: "{id}"}},
 		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 48 * time.Hour},
-		map[string]identity.Principal{identity.PrincipalKey(identity.RoleSAE, name): {Enabled: true}})
+		map[string]identity.Principal{identity.PrincipalKey(role, name): {Enabled: true}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := policies.Recipe{Pool: "sae", URIs: []string{"qkd://sae.lab.test/" + name}, DN: "CN=" + name}.Certificate(now)
+	leaf, err := policies.Recipe{Pool: pool, URIs: []string{uri + name}, DN: "CN=" + name}.Certificate(now)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := m.Judge("sae", leaf, now)
+	c, err := m.Judge(pool, leaf, now)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -297,7 +297,7 @@ func (k *KME) learn(ctx context.Context, id identity.KME, h handover.Hello) {
 // tellRunAgain tells a peer of our run if it has not heard of it since it was
 // recovered: until then it takes none of our announces.
 func (k *KME) tellRunAgain(ctx context.Context, id identity.KME) {
-	if !k.isReady() || k.servingPeer(id) != nil || len(k.past.answeredBy(id, k.Node, k.past.originOf(id))) > 0 {
+	if !k.hasTakenOver(id) || k.servingPeer(id) != nil || len(k.past.answeredBy(id, k.Node, k.past.originOf(id))) > 0 {
 		return
 	}
 	// What it lists of lower runs was dealt with when this run began.

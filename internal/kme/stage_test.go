@@ -70,9 +70,10 @@ func newClock() *clock {
 func (c *clock) now() time.Time       { return time.UnixMilli(c.ms.Load()).UTC() }
 func (c *clock) step(d time.Duration) { c.ms.Add(d.Milliseconds()) }
 
-// site is the database of km1 and a clock.
+// site is the database of a KME, km1 if nothing else is said, and a clock.
 type site struct {
 	t       testing.TB
+	self    string
 	cluster *pgdev.Cluster
 	name    string
 	data    string // folder of the node's files
@@ -81,7 +82,7 @@ type site struct {
 
 func newSite(t testing.TB) *site {
 	t.Helper()
-	s := &site{t: t, cluster: cluster, name: fmt.Sprintf("site%d", databases.Add(1)), data: t.TempDir(), clock: newClock()}
+	s := &site{t: t, self: "km1", cluster: cluster, name: fmt.Sprintf("site%d", databases.Add(1)), data: t.TempDir(), clock: newClock()}
 	s.exec("postgres", "CREATE DATABASE "+s.name+" TEMPLATE "+template)
 	return s
 }
@@ -113,7 +114,7 @@ func (s *site) connectAs(node, data string) *store.DB {
 		s.t.Fatal(err)
 	}
 	db, err := store.Open(s.t.Context(), store.Config{
-		DSN: s.cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, "km1"), Node: node, EpochLength: time.Hour, Now: s.now, Witness: w, Key: key,
+		DSN: s.cluster.DSN(store.AppRole, s.name), Site: kmeID(s.t, s.self), Node: node, EpochLength: time.Hour, Now: s.now, Witness: w, Key: key,
 	})
 	if err != nil {
 		s.t.Fatal(err)

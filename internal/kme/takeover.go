@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -120,19 +121,21 @@ func readNumber(path string) (int64, error) {
 	return n, nil
 }
 
-// takeOver deals with what this node's earlier runs left behind. Until then nothing
-// is leased or announced.
-func (k *KME) takeOver(ctx context.Context) error {
+// takeOver deals with what this node's earlier runs left behind at one peer. Until then
+// nothing of that peer's links is leased or announced here; the others' do not wait for it.
+func (k *KME) takeOver(ctx context.Context, id identity.KME) error {
 	if k.suspended() != "" {
 		<-ctx.Done()
 		return ctx.Err()
 	}
 	own := store.NodeRun{Node: k.Node, Run: k.run.Load()}
+	alarm := takeoverAlarm(k.Node, id)
 	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
-		err := k.inherit(ctx, own)
+		err := k.inheritAt(ctx, id, own)
 		switch {
 		case err == nil:
-			close(k.takenOver)
+			close(k.takenOver[id])
+			k.clear(ctx, alarm) // in this order: see isReady
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -141,7 +144,7 @@ func (k *KME) takeOver(ctx context.Context) error {
 		case errors.Is(err, store.ErrOvertaken):
 			return fmt.Errorf("%w: %w", store.ErrFenced, err)
 		}
-		k.suspect(ctx, takeoverAlarm(k.Node), err.Error())
+		k.suspect(ctx, alarm, err.Error())
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -150,27 +153,87 @@ func (k *KME) takeOver(ctx context.Context) error {
 	}
 }
 
-// takeoverAlarm is the name of the alarm that a node cannot be taken over from.
-func takeoverAlarm(node string) string { return "takeover-" + node }
+// takeoverAlarm is the name of the alarm that a node cannot be taken over from, since a
+// peer cannot be asked.
+func takeoverAlarm(node string, id identity.KME) string {
+	return "takeover-" + node + "-" + id.String()
+}
 
-// inherit deals with what a node's runs below n.Run have left behind: it asks each
-// peer what was assigned for them, burns and voids what was never served, and frees
-// the chunks that they had leased. Whoever made n.Run does it, or whoever finds it
-// not done; done twice, also at once, it does no harm.
-func (k *KME) inherit(ctx context.Context, n store.NodeRun) error {
-	for id := range k.Peers {
-		if err := k.reclaimAt(ctx, id, n); err != nil {
-			return fmt.Errorf("cannot learn what %s assigned for earlier runs of %s: %w", id, n.Node, err)
+// hasTakenOver says whether this node may lease and announce on a peer's links.
+func (k *KME) hasTakenOver(id identity.KME) bool {
+	select {
+	case <-k.takenOver[id]:
+		return true
+	default:
+		return false
+	}
+}
+
+// isReady says whether this node is as good as its site's other ones: it may lease and
+// announce, except to peers that it has not been able to ask yet, and whose alarm stands.
+func (k *KME) isReady() bool {
+	for id := range k.takenOver {
+		if !k.stands(takeoverAlarm(k.Node, id)) && !k.hasTakenOver(id) {
+			return false
 		}
 	}
-	failpoint.Hit(failpoint.TakeoverBurned)
-	ev := k.own(audit.Takeover)
-	ev.Reason = fmt.Sprintf("runs of %s below %d are dealt with", n.Node, n.Run)
-	if err := k.Store.EndTakeover(ctx, n.Node, n.Run, ev); err != nil {
+	return true
+}
+
+// inherit deals with what a dead node's runs below n.Run have left behind, peer by peer:
+// one that is away holds up its own links alone.
+func (k *KME) inherit(ctx context.Context, n store.NodeRun) error {
+	left, err := k.Store.LeftBy(ctx, n)
+	if err != nil {
 		return err
 	}
-	k.clear(ctx, takeoverAlarm(n.Node))
-	return nil
+	var errs []error
+	for id := range k.Peers {
+		if !slices.ContainsFunc(left.Earlier, k.leadsTo(id)) {
+			continue
+		}
+		err := k.inheritAt(ctx, id, n)
+		if errors.Is(err, store.ErrFenced) || errors.Is(err, store.ErrOvertaken) {
+			return err
+		}
+		if alarm := takeoverAlarm(n.Node, id); err == nil {
+			k.clear(ctx, alarm)
+		} else if ctx.Err() == nil {
+			k.suspect(ctx, alarm, err.Error())
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// leadsTo says of a link's ID whether the link is one of this node's to the peer.
+func (k *KME) leadsTo(id identity.KME) func(link string) bool {
+	return func(link string) bool {
+		l := k.links[link]
+		return l != nil && l.Peer == id
+	}
+}
+
+// inheritAt deals with what a node's runs below n.Run have left behind at one peer: it
+// asks the peer what was assigned for them, burns and voids what was never served, and
+// frees the chunks of the peer's links that they had leased. No other peer knows anything
+// of those: an atom is announced on its own link. Whoever made n.Run does it, or whoever
+// finds it not done; done twice, also at once, it does no harm. If the process dies before
+// the end, the chunks that are not free say at which peers it is not done.
+func (k *KME) inheritAt(ctx context.Context, id identity.KME, n store.NodeRun) error {
+	if err := k.reclaimAt(ctx, id, n); err != nil {
+		return fmt.Errorf("cannot learn what %s assigned for earlier runs of %s: %w", id, n.Node, err)
+	}
+	failpoint.Hit(failpoint.TakeoverBurned)
+	var links []string
+	for link := range k.links {
+		if k.leadsTo(id)(link) {
+			links = append(links, link)
+		}
+	}
+	ev := k.own(audit.Takeover)
+	ev.Peer, ev.Reason = id.String(), fmt.Sprintf("runs of %s below %d are dealt with at %s", n.Node, n.Run, id)
+	return k.Store.EndTakeover(ctx, n, links, ev)
 }
 
 // reclaimAt tells a peer of the node's run and burns and voids what it had assigned

@@ -244,7 +244,7 @@ func keysStored(t testing.TB, l *Lab, n int) {
 	for _, s := range []*Site{l.KM1, l.KM2} {
 		op := operator(t, s)
 		eventually(t, fmt.Sprintf("%d keys at %s", n, s.Name), func(ctx context.Context) error {
-			if err := op.Ready(ctx); err != nil {
+			if err := Ready(ctx, op); err != nil {
 				return err
 			}
 			now, err := link(ctx, op)

@@ -255,7 +255,7 @@ func TestTakeoverWithoutPeer(t *testing.T) {
 		n.Kill()
 	}
 	dead.Kill()
-	untilNodeAlarm(t, survivor, "takeover-"+dead.Name, true)
+	untilNodeAlarm(t, survivor, "takeover-"+dead.Name+"-km2", true)
 	if n := takeovers(t, l); n != 4 {
 		t.Errorf("%d takeovers, want each node's own at its start", n)
 	}
@@ -265,7 +265,7 @@ func TestTakeoverWithoutPeer(t *testing.T) {
 		}
 	}
 	untilSettled(t, survivor, dead)
-	untilNodeAlarm(t, survivor, "takeover-"+dead.Name, false)
+	untilNodeAlarm(t, survivor, "takeover-"+dead.Name+"-km2", false)
 	well(t, f)
 	f.close(t)
 }

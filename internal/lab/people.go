@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -222,4 +223,19 @@ func (l *Lab) Operator(name, where string) (*admin.Client, error) {
 		return nil, err
 	}
 	return admin.NewClient(n.OperatorURL(), hc), nil
+}
+
+// Ready is nil if a node hands out keys over each of its links: it is ready, and no peer
+// has yet to say what it assigned for the node's earlier runs.
+func Ready(ctx context.Context, op *admin.Client) error {
+	if err := op.Ready(ctx); err != nil {
+		return err
+	}
+	alarms, err := op.Alarms(ctx)
+	for _, a := range alarms {
+		if strings.HasPrefix(a.Name, "takeover-") {
+			return errors.New(a.Text)
+		}
+	}
+	return err
 }

@@ -50,18 +50,17 @@ func (db *DB) Nodes(ctx context.Context) ([]NodeBeat, error) {
 	return beats, nil
 }
 
-// Left is what a node has that only its own process may touch, or a takeover.
+// Left is what a node has that only its own process may touch, or a takeover: of which
+// links, by ID and in order, it has leased chunks. A parked key is of such a chunk.
 type Left struct {
-	Now     bool // chunks or parked keys of its current run
-	Earlier bool // of lower ones: a takeover has begun, and not ended
+	Now     []string // in its current run
+	Earlier []string // in lower ones: a takeover has begun, and not ended
 }
 
 // LeftBy says what n has left, n.Run being its current run.
 func (db *DB) LeftBy(ctx context.Context, n NodeRun) (left Left, err error) {
-	err = db.pool.QueryRow(ctx, `SELECT
-		EXISTS (SELECT FROM chunk WHERE node = $1 AND run >= $2 AND remaining > 0) OR EXISTS (SELECT FROM parked WHERE node = $1 AND run >= $2),
-		EXISTS (SELECT FROM chunk WHERE node = $1 AND run < $2 AND remaining > 0) OR EXISTS (SELECT FROM parked WHERE node = $1 AND run < $2)`,
-		n.Node, n.Run).Scan(&left.Now, &left.Earlier)
+	err = db.pool.QueryRow(ctx, `SELECT array_agg(DISTINCT link ORDER BY link) FILTER (WHERE run >= $2), array_agg(DISTINCT link ORDER BY link) FILTER (WHERE run < $2)
+		FROM chunk WHERE node = $1 AND remaining > 0`, n.Node, n.Run).Scan(&left.Now, &left.Earlier)
 	if err != nil {
 		return left, away("looking at what "+n.Node+" has left", err)
 	}

@@ -101,14 +101,14 @@ func TestGiveBack(t *testing.T) {
 	if got, err := two.Lease(ctx, linkName, 1); err != nil || len(got) != 1 || len(got[0].Atoms) != 62 {
 		t.Errorf("the chunk that was given back: %+v, %v", got, err)
 	}
-	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); left != (Left{Now: true}) || err != nil {
+	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); !cmp.Equal(left, Left{Now: []string{linkName}}) || err != nil {
 		t.Errorf("left by n1: %+v, %v", left, err)
 	}
 	if err := one.Stop(ctx, []Leased{{chunk(1), 64}, {chunk(0), 62}}, true); err != nil {
 		t.Fatal(err)
 	}
 	wantChunks("n2", "free", "free", "free")
-	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); left != (Left{}) || err != nil {
+	if left, err := two.LeftBy(ctx, NodeRun{"n1", 1}); !cmp.Equal(left, Left{}) || err != nil {
 		t.Errorf("left by n1 after its end: %+v, %v", left, err)
 	}
 	s.check()
@@ -233,7 +233,7 @@ func TestTakeoverRaces(t *testing.T) {
 					t.Error(err)
 				}
 				now := nodes[2].NodeRun
-				err = db.EndTakeover(ctx, now.Node, now.Run, audit.Event{Action: audit.Takeover, Outcome: audit.Done})
+				err = db.EndTakeover(ctx, now, []string{linkName}, audit.Event{Action: audit.Takeover, Outcome: audit.Done})
 				if err != nil && !errors.Is(err, ErrOvertaken) {
 					t.Error(err)
 				}
@@ -250,10 +250,10 @@ func TestTakeoverRaces(t *testing.T) {
 			dead = s.open("n3")
 		}
 		now := NodeRun{"n3", dead.committer.run}
-		if err := survivors[0].EndTakeover(ctx, now.Node, now.Run); err != nil {
+		if err := survivors[0].EndTakeover(ctx, now, []string{linkName}); err != nil {
 			t.Fatal(err)
 		}
-		if left, err := survivors[1].LeftBy(ctx, now); left != (Left{}) || err != nil {
+		if left, err := survivors[1].LeftBy(ctx, now); !cmp.Equal(left, Left{}) || err != nil {
 			t.Fatalf("round %d: left %+v, %v", round, left, err)
 		}
 		if n := ask[int](s, "SELECT count(*) FROM chunk WHERE node IS NOT NULL"); n != 0 {

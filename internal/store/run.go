@@ -65,26 +65,28 @@ func (c *committer) load(ctx context.Context) error {
 	return nil
 }
 
-// EndTakeover ends the takeover that made run: chunks that lower runs of node had
-// leased are free again, and what they had parked is not parked any more. The
-// caller has burned and voided what their announces had assigned.
-func (db *DB) EndTakeover(ctx context.Context, node string, run int64, events ...audit.Event) error {
+// EndTakeover ends the takeover that made n.Run for links that lead to one peer: chunks of
+// them that lower runs of the node had leased are free again, and what those had parked
+// is not parked any more. The caller has burned and voided what they had announced there.
+func (db *DB) EndTakeover(ctx context.Context, n NodeRun, links []string, events ...audit.Event) error {
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		var is int64
-		err := a.conn.QueryRow(ctx, "SELECT run FROM node_run WHERE node = $1 FOR UPDATE", node).Scan(&is)
-		if errors.Is(err, pgx.ErrNoRows) || err == nil && is != run {
+		err := a.conn.QueryRow(ctx, "SELECT run FROM node_run WHERE node = $1 FOR UPDATE", n.Node).Scan(&is)
+		if errors.Is(err, pgx.ErrNoRows) || err == nil && is != n.Run {
 			return refuse(ErrOvertaken)
 		}
 		if err != nil {
 			return err
 		}
 		a.record(events...)
-		a.writes.Queue("UPDATE chunk SET node = NULL, run = NULL WHERE node = $1 AND run < $2 AND remaining > 0", node, run)
-		a.writes.Queue("DELETE FROM parked WHERE node = $1 AND run < $2", node, run)
+		a.writes.Queue("UPDATE chunk SET node = NULL, run = NULL WHERE node = $1 AND run < $2 AND remaining > 0 AND link = ANY($3::text[])", n.Node, n.Run, links)
+		// With it whatever is parked and not in the pool any more, since its block was lost.
+		a.writes.Queue(`DELETE FROM parked WHERE node = $1 AND run < $2 AND NOT EXISTS (
+			SELECT FROM key k JOIN chunk c ON c.id = k.chunk WHERE k.id = key_id AND c.node = $1 AND c.run < $2)`, n.Node, n.Run)
 		return nil
 	}), nil)
 	if err != nil {
-		return fmt.Errorf("ending the takeover of %s: %w", node, err)
+		return fmt.Errorf("ending the takeover of %s: %w", n.Node, err)
 	}
 	return nil
 }

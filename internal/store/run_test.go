@@ -61,10 +61,10 @@ func TestFencing(t *testing.T) {
 		t.Errorf("a commit that another has overtaken: %v, want KME01", err)
 	}
 
-	if left, err := heir.LeftBy(ctx, NodeRun{"n1", 7}); left != (Left{Earlier: true}) || err != nil {
+	if left, err := heir.LeftBy(ctx, NodeRun{"n1", 7}); !cmp.Equal(left, Left{Earlier: []string{linkName}}) || err != nil {
 		t.Errorf("before the takeover: %+v, %v", left, err)
 	}
-	if err := heir.EndTakeover(ctx, "n1", run, audit.Event{Action: audit.Takeover, Outcome: audit.Done}); err != nil {
+	if err := heir.EndTakeover(ctx, NodeRun{"n1", run}, []string{linkName}, audit.Event{Action: audit.Takeover, Outcome: audit.Done}); err != nil {
 		t.Fatal(err)
 	}
 	leases, err := heir.Lease(ctx, linkName, 1)
@@ -100,11 +100,11 @@ func TestEndTakeoverFreesLowerRuns(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, run := range []int64{1, 3} {
-		if err := two.EndTakeover(ctx, "n1", run); !errors.Is(err, ErrOvertaken) {
+		if err := two.EndTakeover(ctx, NodeRun{"n1", run}, []string{linkName}); !errors.Is(err, ErrOvertaken) {
 			t.Errorf("ending a takeover of run %d: %v, want ErrOvertaken", run, err)
 		}
 	}
-	if err := two.EndTakeover(ctx, "n1", 2, audit.Event{Action: audit.Takeover, Outcome: audit.Done}); err != nil {
+	if err := two.EndTakeover(ctx, NodeRun{"n1", 2}, []string{linkName}, audit.Event{Action: audit.Takeover, Outcome: audit.Done}); err != nil {
 		t.Fatal(err)
 	}
 	got := ask[[]string](s, "SELECT array_agg(coalesce(node || ' ' || run, 'free') ORDER BY first) FROM chunk")
@@ -114,7 +114,7 @@ func TestEndTakeoverFreesLowerRuns(t *testing.T) {
 	if n := ask[int](s, "SELECT count(*) FROM parked WHERE run = 2"); n != 2 || ask[int](s, "SELECT count(*) FROM parked") != 2 {
 		t.Errorf("%d keys of the current run are parked, want 2 and no others", n)
 	}
-	if left, err := two.LeftBy(ctx, NodeRun{"n1", 2}); left != (Left{Now: true}) || err != nil {
+	if left, err := two.LeftBy(ctx, NodeRun{"n1", 2}); !cmp.Equal(left, Left{Now: []string{linkName}}) || err != nil {
 		t.Errorf("after the takeover: %+v, %v", left, err)
 	}
 	if err := again.Unpark(ctx, ids(b.Atoms[64:65])); err != nil {
@@ -123,6 +123,69 @@ func TestEndTakeoverFreesLowerRuns(t *testing.T) {
 	if n := ask[int](s, "SELECT count(*) FROM parked"); n != 1 {
 		t.Errorf("after Unpark: %d parked, want 1", n)
 	}
+}
+
+// TestEndTakeoverOfOneLink: what a dead run had leased and parked of other links stays for
+// whoever asks their peers, and says so; what it had parked and is lost goes.
+func TestEndTakeoverOfOneLink(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	ctx := t.Context()
+	dead, heir := s.open("n1"), s.open("n2")
+	const long = "long"
+	if err := dead.EnsureLink(ctx, long, kme("KM3"), handover.Alice); err != nil {
+		t.Fatal(err)
+	}
+	if err := dead.OpenSession(ctx, long, 1, audit.Event{Action: audit.LinkOpen}); err != nil {
+		t.Fatal(err)
+	}
+	near, lost, far := s.fill(dead, 64, mine), s.fill(dead, 64, mine), s.block(1, 64, mine)
+	far.Link = long
+	if err := dead.HoldBlock(ctx, far, holdEvent(far)); err != nil {
+		t.Fatal(err)
+	}
+	if err := dead.HeardHeldAnswer(ctx, far.BlockRef, handover.Equal, blockEvents(far.BlockRef)); err != nil {
+		t.Fatal(err)
+	}
+	for link, want := range map[string]int{linkName: 2, long: 1} {
+		if leases, err := dead.Lease(ctx, link, 2); err != nil || len(leases) != want {
+			t.Fatalf("leased %d chunks of %s, %v", len(leases), link, err)
+		}
+	}
+	for i, b := range []Block{near, lost, far} {
+		if err := dead.Park(ctx, ids(b.Atoms[:i+1]), 5); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := dead.HeardHeldAnswer(ctx, lost.BlockRef, handover.Different, blockEvents(lost.BlockRef)); err != nil {
+		t.Fatal(err)
+	}
+	run, err := heir.Depose(ctx, NodeRun{"n1", 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		links  []string
+		left   Left
+		parked []string
+	}{
+		{nil, Left{Earlier: []string{linkName, long}}, []string{linkName, long, long, long}},
+		{[]string{long}, Left{Earlier: []string{linkName}}, []string{linkName}},
+		{[]string{long}, Left{Earlier: []string{linkName}}, []string{linkName}}, // again
+		{[]string{linkName}, Left{}, nil},
+	} {
+		if err := heir.EndTakeover(ctx, run, step.links, audit.Event{Action: audit.Takeover, Outcome: audit.Done}); err != nil {
+			t.Fatal(err)
+		}
+		if left, err := heir.LeftBy(ctx, run); !cmp.Equal(left, step.left) || err != nil {
+			t.Errorf("dealt with at %v: left %+v, %v, want %+v", step.links, left, err, step.left)
+		}
+		parked := ask[[]string](s, "SELECT array_agg(coalesce(c.link, 'lost') ORDER BY c.link) FROM parked p LEFT JOIN key k ON k.id = p.key_id LEFT JOIN chunk c ON c.id = k.chunk")
+		if diff := cmp.Diff(step.parked, parked); diff != "" {
+			t.Errorf("dealt with at %v: parked (-want +got):\n%s", step.links, diff)
+		}
+	}
+	s.check()
 }
 
 // TestBurn deletes what is there, and leaves a void to be told until it is

@@ -1,0 +1,282 @@
+package kme
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/qlink"
+)
+
+// farSite is the KME at the other end of a link of km1: its database, its node, which
+// stands, and its door for peers, which may be shut.
+type farSite struct {
+	*site
+	link   string
+	slave  string // an SAE at home there
+	k      *KME
+	shut   atomic.Bool
+	client *peer.Client // km1's way there
+}
+
+// far is a KME that shares clock and token with km1, and lies at Bob's end of a link.
+func (s *site) far(km1 *KME, self, link, slave string) *farSite {
+	s.t.Helper()
+	f := &farSite{site: newSite(s.t), link: link, slave: slave}
+	f.self, f.clock = self, s.clock
+	c := km1.Config
+	c.Self, c.Node, c.DataDir = kmeID(s.t, self), self+"-a", f.data
+	c.Store = f.connectAs(c.Node, f.data)
+	back, err := peer.NewClient(peer.ClientConfig{Addresses: []string{"localhost:1"}, TLS: new(tls.Config), Log: c.Log}) // it says nothing by itself
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	c.Peers = map[identity.KME]*peer.Client{km1.Self: back}
+	c.Links = []LinkConfig{{ID: link, Peer: km1.Self, End: handover.Bob, Provenance: key.Simulated}}
+	if f.k, err = New(c); err != nil {
+		s.t.Fatal(err)
+	}
+
+	asKM1 := func(*http.Request) (identity.Caller, error) {
+		return asOne(s.t, identity.RoleKME, km1.Self.String(), s.now()), nil
+	}
+	door := peer.Handler(f.k.PeerDoor(), asKM1, c.Log)
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if f.shut.Load() {
+			panic(http.ErrAbortHandler)
+		}
+		door.ServeHTTP(w, r)
+	}))
+	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
+	srv.StartTLS()
+	s.t.Cleanup(srv.Close)
+	trust := srv.Client().Transport.(*http.Transport).TLSClientConfig
+	if f.client, err = peer.NewClient(peer.ClientConfig{Addresses: []string{srv.Listener.Addr().String()}, TLS: trust, Log: c.Log}); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(f.client.Close)
+	return f
+}
+
+// linked gives km1 links without light in its configuration.
+func (c *Config) linked(fars ...*farSite) {
+	c.Peers = make(map[identity.KME]*peer.Client)
+	for _, f := range fars {
+		c.Peers[f.k.Self] = f.client
+		c.Links = append(c.Links, LinkConfig{
+			ID: f.link, Peer: f.k.Self, End: handover.Alice, Provenance: key.Simulated,
+			Dial: func(context.Context) (*peer.Stream, error) { return nil, errors.New("there is no light") },
+		})
+	}
+}
+
+// distilled has both ends hold a block of 64 keys, which km1 assigns.
+func (f *farSite) distilled(t *testing.T, s *site, km1 *KME) {
+	t.Helper()
+	for _, end := range []struct {
+		*site
+		k *KME
+	}{{s, km1}, {f.site, f.k}} {
+		l := end.k.links[f.link]
+		if err := end.k.Store.OpenSession(t.Context(), l.ID, 1, end.k.own(audit.LinkOpen)); err != nil {
+			t.Fatal(err)
+		}
+		const bits = key.ChunkAtoms * key.AtomBits
+		terms := distill.Terms{Epoch: int64(key.EpochAt(s.now(), end.k.EpochLength)), Owners: "a"}
+		if err := l.intake(t.Context(), qlink.Block{Provenance: key.Simulated, Outcome: distill.Outcome{
+			Session: 1, Block: 1, Terms: terms, Bits: bytes.Repeat([]byte(f.self), bits)[:bits/8], Length: bits,
+		}}); err != nil {
+			t.Fatal(err)
+		}
+		end.change("UPDATE block SET state = 'ready' WHERE link = $1", l.ID)
+	}
+}
+
+// abandoned has a node announce two keys to the peer, which assigns them, and hear no
+// answer; and park a third one.
+func (f *farSite) abandoned(t *testing.T, km1 *KME) {
+	t.Helper()
+	l := km1.links[f.link]
+	lends, err := l.pool.take(t.Context(), 3, 1)
+	if err != nil || len(lends) != 3 {
+		t.Fatalf("%d keys in hand, %v", len(lends), err)
+	}
+	if _, err := km1.assignedAt(t.Context(), l.Peer, handover.RunStarted{Node: km1.Node, Run: km1.run.Load()}); err != nil {
+		t.Fatal(err)
+	}
+	o := order{number: 2, bits: key.AtomBits, ttl: time.Hour}
+	batch := handover.Announce{Node: km1.Node, Run: km1.run.Load(), Batch: 1, Requests: []handover.Request{
+		l.request("unheard", saeID(t, "alice"), names2(t, f.slave), o, lends[:2], 1),
+	}}
+	answer, err := l.client.Announce(t.Context(), batch)
+	if err != nil || answer.Standing != handover.Fresh || !answer.Results[0].Accepted {
+		t.Fatalf("announced: %+v, %v", answer, err)
+	}
+	if err := km1.Store.Park(t.Context(), atomIDs(lends), 1); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// deliver has alice get keys for an SAE at the far site, who takes them, and counts for
+// each key how often it was delivered.
+func (f *farSite) deliver(t *testing.T, km1 *KME, number int, delivered map[key.ID]int) error {
+	t.Helper()
+	o := order{slaves: names2(t, f.slave), number: number, bits: key.AtomBits, ttl: time.Hour}
+	asked := km1.callOf(t, "alice", audit.EncKeys)
+	asked.ev.Request = fmt.Sprintf("%s-%d", f.link, len(delivered))
+	got, err := km1.initiate(t.Context(), asked, o)
+	if err != nil {
+		return err
+	}
+	defer wipe(got.keys)
+	c := f.k.callOf(t, f.slave, audit.DecKeys)
+	c.ev.Keys = keyIDs(got.keys)
+	there, err := f.k.take(t.Context(), c, saeID(t, "alice"), c.ev.Keys, false)
+	if err != nil {
+		t.Fatalf("%s takes: %v", f.slave, c.refuse(t.Context(), err))
+	}
+	for i, k := range got.keys {
+		delivered[k.ID]++
+		if !bytes.Equal(k.Material.Reveal(), there[i].material.Reveal()) {
+			t.Errorf("key %s has other bytes at %s", k.ID, f.self)
+		}
+	}
+	return nil
+}
+
+// untilDelivered delivers a key as soon as that can be done.
+func (f *farSite) untilDelivered(t *testing.T, km1 *KME, delivered map[key.ID]int) {
+	t.Helper()
+	var last atomic.Value
+	defer func() {
+		if t.Failed() {
+			t.Logf("over link %s: %v", f.link, last.Load())
+		}
+	}()
+	eventually(t, "keys over link "+f.link, func() bool {
+		err := f.deliver(t, km1, 1, delivered)
+		if err != nil {
+			last.Store(err.Error())
+		}
+		return err == nil
+	})
+}
+
+// TestPeerAwayAtStart: a node starts anew while one of its two peers is away. It takes
+// over from its earlier run at the other one, over whose link it delivers; keys of its own
+// site need nobody; and what the earlier run had announced to the peer that is away stays
+// untouched until that has said what it assigned. No key is delivered twice, none is lost.
+func TestPeerAwayAtStart(t *testing.T) {
+	t.Parallel()
+	dir := tokenDir(t)
+	s := newSite(t)
+	plain, data := s.withToken(dir), t.TempDir()
+	km2, km3 := s.far(plain, "km2", "fibre", "bob"), s.far(plain, "km3", "long", "far")
+	again := func() *KME {
+		c := plain.Config
+		c.Node, c.DataDir, c.Store = "km1-a", data, s.connectAs("km1-a", data)
+		c.linked(km2, km3)
+		k, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	first := again()
+	for _, k := range []*KME{first, km2.k, km3.k} {
+		stand(t, k)
+	}
+	delivered := make(map[key.ID]int)
+	for _, f := range []*farSite{km2, km3} {
+		f.distilled(t, s, first)
+		f.abandoned(t, first)
+	}
+	first.Store.Close() // it dies
+
+	km2.shut.Store(true)
+	k := again()
+	run(t, k)
+	km3.untilDelivered(t, k, delivered)
+	if _, err := get(t, k, 1, time.Hour); err != nil {
+		t.Errorf("keys of the site itself: %v", err)
+	}
+	refused := func() {
+		t.Helper()
+		err := km2.deliver(t, k, 1, delivered)
+		if problem.KindOf(err) != problem.Unavailable || !strings.Contains(err.Error(), "km2 has not said yet what it assigned") {
+			t.Errorf("keys over the link of the peer that is away: %v", err)
+		}
+	}
+	refused()
+	const fibres, longs = "kme.chunk WHERE run = 1 AND link = 'fibre'", "kme.chunk WHERE run = 1 AND link = 'long'"
+	if n := s.ask("SELECT count(*) FROM " + fibres); n != 1 {
+		t.Errorf("%d chunks of the earlier run wait for the peer that is away, want 1", n)
+	}
+	if n := s.ask("SELECT count(*) FROM " + longs); n != 0 {
+		t.Errorf("%d chunks of the earlier run wait for the peer that has answered", n)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.parked"); n != 3 {
+		t.Errorf("%d keys are parked, want the 3 that were announced to the peer that is away", n)
+	}
+
+	// An operator is told, and from then on there is no more to wait for.
+	const alarm = "takeover-km1-a-km2"
+	if err := k.OperatorDoor().Ready(t.Context()); err == nil || k.stands(alarm) {
+		t.Errorf("ready (%v) before it is known that a peer is away", err)
+	}
+	s.step(patience)
+	eventually(t, "the alarm", func() bool { return k.stands(alarm) })
+	if err := k.OperatorDoor().Ready(t.Context()); err != nil {
+		t.Errorf("not ready: %v", err)
+	}
+	refused()
+
+	km2.shut.Store(false)
+	km2.untilDelivered(t, k, delivered)
+	eventually(t, "the alarm to be over", func() bool { return !k.stands(alarm) })
+	for _, f := range []*farSite{km2, km3} {
+		eventually(t, "what nobody got to be voided at "+f.self, func() bool { return f.ask("SELECT count(*) FROM kme.due WHERE run = 1 AND gone_how = 'void'") == 2 })
+		if err := f.deliver(t, k, key.ChunkAtoms-3, delivered); err != nil {
+			t.Errorf("all that is left over link %s: %v", f.link, err)
+		}
+		if n := f.ask("SELECT count(*) FROM kme.key"); n != 0 {
+			t.Errorf("%d keys are left at %s", n, f.self)
+		}
+	}
+	for id, n := range delivered {
+		if n != 1 {
+			t.Errorf("key %s was delivered %d times", id, n)
+		}
+	}
+	if want := 2 * (key.ChunkAtoms - 2); len(delivered) != want {
+		t.Errorf("%d keys were delivered, want %d: all but the 4 that were announced in vain", len(delivered), want)
+	}
+	if n := s.ask("SELECT (SELECT count(*) FROM kme.key) + (SELECT count(*) FROM kme.parked)"); n != 0 {
+		t.Errorf("%d keys are left, or parked", n)
+	}
+	took := 0
+	for _, ev := range s.audit() {
+		if ev.Action == string(audit.Takeover) {
+			took++
+		}
+	}
+	if took != 2 {
+		t.Errorf("%d takeovers are recorded, want one at each peer", took)
+	}
+}
