@@ -4,13 +4,13 @@ import (
 	"context"
 	"crypto"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
+	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/approval"
+	"github.com/qutemail/kme/policies"
 )
 
 // approveCommand is for the second officer. It asks no KME, unless it leaves the approval there.
@@ -24,11 +24,7 @@ type approveCommand struct {
 
 // Run prints an approval, signed with the key of the officer's certificate.
 func (c approveCommand) Run(ctx context.Context, s *session) error {
-	words := strings.Fields(c.Act)
-	if len(words) == 0 {
-		return errors.New("an act has a name")
-	}
-	act, err := approval.NewAct(words[0], words[1:]...)
+	act, err := approval.ReadAct(c.Act)
 	if err != nil {
 		return err
 	}
@@ -80,9 +76,10 @@ type approving struct {
 	Approval string `type:"existingfile" placeholder:"FILE" help:"The other officer's word for it: kmectl approve."`
 }
 
-// approvals are the other officer's, if there is one, and then the caller's own for the
-// same act.
-func (a approving) approvals(s *session) ([]approval.Approval, error) {
+// approvals are the other officer's, if there is one, and then the caller's own. What the
+// caller signs is the act of this command at the node that it calls, and never what
+// somebody's file says instead.
+func (a approving) approvals(ctx context.Context, s *session, client *admin.Client, name string, on ...string) ([]approval.Approval, error) {
 	if a.Approval == "" {
 		return nil, nil
 	}
@@ -94,7 +91,19 @@ func (a approving) approvals(s *session) ([]approval.Approval, error) {
 	if err := json.Unmarshal(text, &other); err != nil {
 		return nil, fmt.Errorf("reading %s: %w", a.Approval, err)
 	}
-	own, err := s.sign(other.Act, other.Node, other.Expires)
+	act, err := approval.NewAct(name, on...)
+	if err != nil {
+		return nil, err
+	}
+	n, err := client.Node(ctx)
+	if err != nil {
+		return nil, err
+	}
+	node := n.KME + "/" + n.Node
+	if _, err := other.Verify(act, node, time.Now()); err != nil {
+		return nil, advise(fmt.Errorf("%s is no approval of this: %w", a.Approval, err), "nothing was signed or done; the other officer says kmectl approve --node %s '%s'", node, act)
+	}
+	own, err := s.sign(act, node, other.Expires)
 	if err != nil {
 		return nil, err
 	}
@@ -112,9 +121,9 @@ func (c cleanupCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	given, err := c.approvals(s)
+	given, err := c.approvals(ctx, s, client, policies.ActCleanup)
 	if err != nil {
-		return err
+		return p.explain(err, p.unlisted())
 	}
 	n, err := client.Cleanup(ctx, given...)
 	if err != nil {

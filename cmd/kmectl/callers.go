@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/policies"
 )
 
 type saeCommand struct {
@@ -76,11 +77,13 @@ type saeEnableCommand struct {
 
 // Run lets an SAE in again.
 func (c saeEnableCommand) Run(ctx context.Context, s *session) error {
-	given, err := c.approvals(s)
-	if err != nil {
-		return err
-	}
-	return s.turn(ctx, func(client *admin.Client) error { return client.EnableSAE(ctx, c.Name, given...) },
+	return s.turn(ctx, func(client *admin.Client) error {
+		given, err := c.approvals(ctx, s, client, policies.ActEnableSAE, c.Name)
+		if err != nil {
+			return err
+		}
+		return client.EnableSAE(ctx, c.Name, given...)
+	},
 		"%s is enabled at this site, as far as principals.yaml lets it.\n", c.Name)
 }
 
@@ -106,9 +109,9 @@ func (c policyReloadCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	given, err := c.approvals(s)
+	given, err := c.approvals(ctx, s, client, policies.ActReload)
 	if err != nil {
-		return err
+		return p.explain(err, p.unlisted())
 	}
 	got, err := client.ReloadPolicies(ctx, given...)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/key"
 )
 
@@ -103,9 +104,9 @@ func (c compromiseCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	given, err := c.approvals(s)
+	given, err := c.approvals(ctx, s, client, suspicion)
 	if err != nil {
-		return err
+		return p.explain(err, p.unlisted())
 	}
 	done, err := client.Compromise(ctx, suspicion, given...)
 	if err != nil {
@@ -122,6 +123,19 @@ func (c compromiseCommand) Run(ctx context.Context, s *session) error {
 	b.WriteString("What both its SAEs had been handed before is theirs to forget: kmectl key show tells of each key who has it.\n")
 	_, err = s.stdout.Write(b.Bytes())
 	return err
+}
+
+// approvals are those of a suspicion, whose act is said in whole epochs.
+func (c compromiseCommand) approvals(ctx context.Context, s *session, client *admin.Client, suspicion admin.Suspicion) ([]approval.Approval, error) {
+	if c.Approval == "" {
+		return nil, nil
+	}
+	epochs, err := client.Epochs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	name, on := suspicion.Act(time.Duration(epochs.Length * float64(time.Second)))
+	return c.approving.approvals(ctx, s, client, name, on...)
 }
 
 // moment reads a time, or how long ago it was.

@@ -250,6 +250,23 @@ type Suspicion struct {
 	Link  string    `json:"link,omitzero"`  // "" for all links, and the pairs that are both served here
 }
 
+// ActCompromise is what two officers sign for who suspect keys.
+const ActCompromise = "compromise-keys"
+
+// Act is what they sign, where an epoch is so long: from when, in whole epochs, until when,
+// which is now or likewise in whole epochs, and the link if it is one. An approval is older
+// than the act.
+func (s Suspicion) Act(epoch time.Duration) (name string, on []string) {
+	on = []string{key.EpochAt(s.Since, epoch).Start(epoch).UTC().Format(time.RFC3339), "now"}
+	if !s.Until.IsZero() {
+		on[1] = key.EpochAt(s.Until, epoch).End(epoch).UTC().Format(time.RFC3339)
+	}
+	if s.Link != "" {
+		on = append(on, s.Link)
+	}
+	return ActCompromise, on
+}
+
 // suspicionObject is the body of a compromise.
 type suspicionObject struct {
 	Suspicion

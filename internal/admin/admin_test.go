@@ -299,4 +299,28 @@ func TestActs(t *testing.T) {
 	}
 }
 
+// TestForeignPages: a browser that has an operator's certificate shows it for what any page
+// asks for. Nothing is done at the word of one that is not ours.
+func TestForeignPages(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	for _, path := range []string{"saes/disable", "saes/enable", "keys/cleanup", "policies/reload", "links/trust", "keys/compromise", "doctor", "approvals/leave"} {
+		for _, foreign := range [][2]string{{"Sec-Fetch-Site", "cross-site"}, {"Sec-Fetch-Site", "same-site"}, {"Origin", "https://evil.example"}, {"Origin", "null"}} {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.server.URL+"/api/v1/"+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set(foreign[0], foreign[1])
+			resp, err := s.http("root").Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+			if resp.StatusCode != http.StatusForbidden || len(s.callers) != 0 || len(s.acts) != 0 {
+				t.Errorf("%s with %v: %d, and the Backend saw %v", path, foreign, resp.StatusCode, s.callers)
+			}
+		}
+	}
+}
+
 func second[A any](_ A, err error) error { return err }

@@ -329,7 +329,7 @@ func (c Config) events(w http.ResponseWriter, r *http.Request) {
 				continue
 			}
 			sent[p.id] = p.html
-			if _, err := fmt.Fprintf(w, "id: %s\ndata: %s\n\n", p.id, strings.ReplaceAll(p.html, "\n", "\ndata: ")); err != nil {
+			if _, err := fmt.Fprintf(w, "id: %s\ndata: %s\n\n", p.id, eventLines.Replace(p.html)); err != nil {
 				return
 			}
 		}
@@ -345,6 +345,10 @@ func (c Config) events(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 }
+
+// eventLines keeps each line of a part within its event: a carriage return ends one too, and
+// what alarms say of others may have one in it.
+var eventLines = strings.NewReplacer("\r\n", "\ndata: ", "\r", "\ndata: ", "\n", "\ndata: ")
 
 // livePart is a part of the page and what is in it now.
 type livePart struct{ id, html string }

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"strings"
 
 	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/identity"
@@ -132,7 +131,11 @@ func (a consoleAct) ask(x *exchange) (content, error) {
 		title, form.Back, form.Fields = a.Name+": "+sae+"?", "/console/saes", []field{{"sae", sae}}
 	}
 	if a.act != "" {
-		second, err := x.second(a.signed(form.Fields))
+		act, err := a.signed(form.Fields)
+		if err != nil {
+			return content{}, refusal{problem.Because(problem.Invalid, err)}
+		}
+		second, err := x.second(act)
 		if err != nil {
 			return content{}, err
 		}
@@ -144,12 +147,12 @@ func (a consoleAct) ask(x *exchange) (content, error) {
 }
 
 // signed is what officers sign for it, done to what the fields name.
-func (a consoleAct) signed(fields []field) approval.Act {
-	words := []string{a.act}
+func (a consoleAct) signed(fields []field) (approval.Act, error) {
+	var on []string
 	for _, f := range fields {
-		words = append(words, f.Value)
+		on = append(on, f.Value)
 	}
-	return approval.Act(strings.Join(words, " "))
+	return approval.NewAct(a.act, on...)
 }
 
 // path is the address of the page that asks for it, of that SAE if it is of one.

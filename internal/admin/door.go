@@ -118,10 +118,14 @@ func serve[A any](c Config, show func(context.Context, identity.Caller, string) 
 }
 
 // act is the way in for what changes something, and takes a duty: identify, read the
-// body, which may be empty, act, marshal, and only then write.
+// body, which may be empty, act, marshal, and only then write. A browser that has the
+// operator's certificate sends it with what any page asks for: see ownPage.
 func act[Q, A any](c Config, d identity.Duty, do func(context.Context, identity.Caller, string, Q) (A, error)) http.HandlerFunc {
 	return answer(c, d, func(ctx context.Context, x *exchange) (a A, err error) {
 		var q Q
+		if err := ownPage(x.r); err != nil {
+			return a, refusal{err}
+		}
 		if err := x.read(&q); err != nil {
 			return a, refusal{err}
 		}

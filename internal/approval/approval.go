@@ -18,8 +18,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // MaxLife is the longest that an Approval may be good for.
@@ -33,15 +36,47 @@ const nonceBytes = 16
 type Act string
 
 // NewAct returns the Act of that name; on says, in the order that the act defines, what
-// it is done to. Neither holds a blank or a control character.
+// it is done to. What has a blank in it, as names of a foreign PKI may, stands in quotes.
 func NewAct(name string, on ...string) (Act, error) {
-	words := append([]string{name}, on...)
-	for _, w := range words {
-		if w == "" || strings.ContainsFunc(w, func(r rune) bool { return r <= ' ' || r == 0x7f || r == 0xfffd }) {
+	var said []string
+	for _, w := range append([]string{name}, on...) {
+		if w == "" || unprintable(w) {
 			return "", fmt.Errorf("an act cannot be said with the word %q", w)
 		}
+		if strings.ContainsAny(w, " \"\\") {
+			w = strconv.Quote(w)
+		}
+		said = append(said, w)
 	}
-	return Act(strings.Join(words, " ")), nil
+	return Act(strings.Join(said, " ")), nil
+}
+
+// ReadAct returns the Act that an officer was told to sign: text as NewAct says it.
+func ReadAct(text string) (Act, error) {
+	var words []string
+	for rest := strings.TrimSpace(text); rest != ""; rest = strings.TrimPrefix(rest, " ") {
+		word, _, _ := strings.Cut(rest, " ")
+		if said, err := strconv.QuotedPrefix(rest); err == nil {
+			word = said
+		}
+		rest = rest[len(word):]
+		if plain, err := strconv.Unquote(word); err == nil {
+			word = plain
+		}
+		words = append(words, word)
+	}
+	if len(words) == 0 {
+		return "", errors.New("an act has a name")
+	}
+	act, err := NewAct(words[0], words[1:]...)
+	if err == nil && string(act) != strings.TrimSpace(text) {
+		err = fmt.Errorf("an act is not said so: %q", text)
+	}
+	return act, err
+}
+
+func unprintable(s string) bool {
+	return strings.ContainsFunc(s, func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) })
 }
 
 // Approval is an officer's word.

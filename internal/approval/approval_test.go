@@ -94,11 +94,29 @@ func TestApproval(t *testing.T) {
 
 func TestNewAct(t *testing.T) {
 	t.Parallel()
-	if act, err := NewAct("erase", "a@b", "3"); err != nil || act != "erase a@b 3" {
-		t.Errorf("got %q, %v", act, err)
+	for want, words := range map[Act][]string{
+		"erase a@b 3": {"erase", "a@b", "3"},
+		// It is not the act on two things.
+		`erase "a b"`:       {"erase", "a b"},
+		`erase "a\"" b`:     {"erase", `a"`, "b"},
+		`erase "a\\" b`:     {"erase", `a\`, "b"},
+		`erase "\"a" "b\""`: {"erase", `"a`, `b"`},
+	} {
+		act, err := NewAct(words[0], words[1:]...)
+		if err != nil || act != want {
+			t.Errorf("%q: got %q, %v", words, act, err)
+		}
+		if read, err := ReadAct(" " + string(act) + "\n"); err != nil || read != act {
+			t.Errorf("%q is read as %q, %v", act, read, err)
+		}
 	}
-	for _, bad := range [][]string{{""}, {"a b"}, {"a", ""}, {"a", "b\n"}, {"a", "b c"}, {"a", "\xff"}} {
+	for _, bad := range [][]string{{""}, {"a", ""}, {"a", "b\n"}, {"a", "b\u202ec"}, {"a", "b\u00a0c"}, {"a", "\xff"}} {
 		if act, err := NewAct(bad[0], bad[1:]...); err == nil {
+			t.Errorf("%q is %q", bad, act)
+		}
+	}
+	for _, bad := range []string{"", " \n", "a\nb", "a\tb", "\xff", "a  b", `"a" b`, `a "b`, `a "b"c`, "a `b c`"} {
+		if act, err := ReadAct(bad); err == nil {
 			t.Errorf("%q is %q", bad, act)
 		}
 	}

@@ -31,10 +31,6 @@ type compromises struct {
 	last int64      // the highest ID
 }
 
-// actCompromise is what two officers sign for: from when, in whole epochs, until when,
-// which is now or likewise in whole epochs, and the link if it is one.
-const actCompromise = "compromise-keys"
-
 // Compromise burns, here and at the other ends, the keys of a time and a link, or all,
 // that two officers suspect.
 func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid string, given []approval.Approval, s admin.Suspicion) (admin.Compromised, error) {
@@ -47,14 +43,8 @@ func (d OperatorDoor) Compromise(ctx context.Context, c identity.Caller, rid str
 		return admin.Compromised{}, call.refuse(ctx, err)
 	}
 	answer := admin.Compromised{From: what.First.Start(k.EpochLength).UTC(), To: what.Last.End(k.EpochLength).UTC(), Untold: []string{}}
-	on := []string{answer.From.Format(time.RFC3339), "now"} // an approval is older than the act
-	if !s.Until.IsZero() {
-		on[1] = answer.To.Format(time.RFC3339)
-	}
-	if s.Link != "" {
-		on = append(on, s.Link)
-	}
-	if err := call.byTwo(ctx, c, given, actCompromise, on...); err != nil {
+	act, on := s.Act(k.EpochLength)
+	if err := call.byTwo(ctx, c, given, act, on...); err != nil {
 		return admin.Compromised{}, call.refuse(ctx, err)
 	}
 	done := call.ev

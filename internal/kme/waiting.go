@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -83,11 +82,7 @@ func (d OperatorDoor) LeaveApproval(ctx context.Context, c identity.Caller, rid 
 
 // ownWord is nil if an approval is the caller's own, for this node, and holds.
 func (c *call) ownWord(caller identity.Caller, a approval.Approval) error {
-	words := strings.Fields(string(a.Act))
-	if len(words) == 0 {
-		return errors.New("it approves nothing")
-	}
-	act, err := approval.NewAct(words[0], words[1:]...)
+	act, err := approval.ReadAct(string(a.Act))
 	if err != nil {
 		return err
 	}

@@ -39,8 +39,8 @@ func TestWaiting(t *testing.T) {
 		"names nobody":                 {"ada", who["mallory"].sign(t, act, node, soon)},
 		"it is for the node \"km2/a\"": {"olga", who["olga"].sign(t, act, "km2/a", soon)},
 		"it ended":                     {"olga", who["olga"].sign(t, act, node, s.now())},
-		"approves nothing":             {"olga", who["olga"].sign(t, " ", node, soon)},
-		"it approves \"erase  alice\"": {"olga", who["olga"].sign(t, "erase  alice", node, soon)}, // not as it will be compared
+		"an act has a name":            {"olga", who["olga"].sign(t, " ", node, soon)},
+		"cannot be said with the word": {"olga", who["olga"].sign(t, "erase  alice", node, soon)}, // not as it will be compared
 	} {
 		err := door.LeaveApproval(t.Context(), who[tt.caller].Caller, "r", tt.a)
 		if problem.KindOf(err) != problem.Forbidden || !strings.Contains(err.Error(), why) || left() != nil {

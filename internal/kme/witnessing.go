@@ -341,9 +341,9 @@ func (w OtherWitness) add(ctx context.Context, s audit.Submission) (audit.Cosign
 		size, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
 		return audit.Cosigned{Size: size}, err
 	case resp.StatusCode == http.StatusConflict || resp.StatusCode == http.StatusUnprocessableEntity:
-		return audit.Cosigned{}, &forkError{fmt.Errorf("%d %.200s", resp.StatusCode, text)}
+		return audit.Cosigned{}, &forkError{fmt.Errorf("%d %.200q", resp.StatusCode, text)}
 	case resp.StatusCode != http.StatusOK:
-		return audit.Cosigned{}, fmt.Errorf("%d %.200s", resp.StatusCode, text)
+		return audit.Cosigned{}, fmt.Errorf("%d %.200q", resp.StatusCode, text)
 	}
 	c, err := audit.CheckCosignature(s.Note, string(text), w.Key)
 	if err != nil {
