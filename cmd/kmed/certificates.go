@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -90,20 +91,48 @@ func (n *node) reloadCertificates() error {
 }
 
 // towards is the TLS configuration with which this node speaks to another KME,
-// and to no other.
-func (n *node) towards(other identity.KME) *tls.Config {
-	return pki.ClientTLS(n.credential, n.roots, pki.PeerURI(fmt.Sprintf("qkd://kme.%s/%s", n.set.TrustDomain, other)))
+// and to no other: one that could come to our doors. still says of a certificate that
+// passed it once whether it would now.
+func (n *node) towards(other identity.KME) (config *tls.Config, still func(leaf *x509.Certificate) error) {
+	still = func(leaf *x509.Certificate) error { return n.judgePeer(other, leaf, failpoint.Now()) }
+	named := pki.PeerURI(fmt.Sprintf("qkd://kme.%s/%s", n.set.TrustDomain, other))
+	return pki.ClientTLS(n.credential, n.roots, func(leaf *x509.Certificate) error {
+		return cmp.Or(named(leaf), n.issued("kme", leaf, failpoint.Now()), still(leaf))
+	}), still
+}
+
+// judgePeer is nil if a certificate is that of another KME, which we let in.
+func (n *node) judgePeer(other identity.KME, leaf *x509.Certificate, now time.Time) error {
+	who, err := n.judge("kme", leaf, now)
+	if err != nil {
+		return fmt.Errorf("%s is not let in: %w", other, err)
+	}
+	if kme, _ := who.KME(); kme != other {
+		return fmt.Errorf("the server is %s, not %s", who.ID(), other)
+	}
+	return nil
 }
 
 // officer says whose certificate it is: one that could call at the operator door now.
 func (n *node) officer(leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
-	if _, err := leaf.Verify(x509.VerifyOptions{
-		Roots: n.issuers["operator"].Pool(), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}); err != nil {
+	if err := n.issued("operator", leaf, now); err != nil {
 		return identity.Caller{}, err
 	}
-	if err := n.revoked["operator"].Check(leaf, now); err != nil {
+	return n.judge("operator", leaf, now)
+}
+
+// issued is nil if the CA of a role made the certificate.
+func (n *node) issued(role string, leaf *x509.Certificate, now time.Time) error {
+	_, err := leaf.Verify(x509.VerifyOptions{
+		Roots: n.issuers[role].Pool(), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	return err
+}
+
+// judge says whose certificate, made by the CA of a role, it is for a door now.
+func (n *node) judge(role string, leaf *x509.Certificate, now time.Time) (identity.Caller, error) {
+	if err := n.revoked[role].Check(leaf, now); err != nil {
 		return identity.Caller{}, err
 	}
-	return n.live.Set().Principals.Judge("operator", leaf, now)
+	return n.live.Set().Principals.Judge(role, leaf, now)
 }

@@ -57,7 +57,8 @@ func (n *node) core() (*kme.KME, error) {
 			return nil, err
 		}
 		cfg.Links = append(cfg.Links, link)
-		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Addresses: n.doorsOf(link.Peer, assignDoor), TLS: n.towards(link.Peer), Log: n.log})
+		tls, still := n.towards(link.Peer)
+		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Addresses: n.doorsOf(link.Peer, assignDoor), TLS: tls, Still: still, Log: n.log})
 		if err != nil {
 			return nil, fmt.Errorf("link %s: %w", lc.ID, err)
 		}
@@ -133,7 +134,8 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 		case l.Alice:
 			c.End, c.Peer = handover.Alice, l.Bob
 			c.Dial = func(ctx context.Context) (*peer.Stream, error) {
-				return peer.DialClassical(ctx, n.doorsOf(l.Bob, classicalDoor), n.towards(l.Bob))
+				tls, still := n.towards(l.Bob)
+				return peer.DialClassical(ctx, n.doorsOf(l.Bob, classicalDoor), tls, still)
 			}
 		case l.Bob:
 			c.End, c.Peer = handover.Bob, l.Alice

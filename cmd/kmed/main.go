@@ -12,7 +12,8 @@
 //
 // Exit status 78 says that the HSM refused the PIN: nothing is to be started again
 // before somebody has seen to it. Exit status 3 says that another process has taken the node's run over, since this
-// one was paused or could not reach the database for a while: start it again.
+// one was paused or could not reach the database for a while: start it again. Exit status 65
+// of the sequencer says that the audit log is forged.
 package main
 
 import (
@@ -81,6 +82,7 @@ type configCommand struct {
 
 const (
 	exitFenced     = 3  // the node was taken over
+	exitForged     = 65 // EX_DATAERR: what the sequencer says of the audit log stays so
 	exitPINRefused = 78 // EX_CONFIG of sysexits.h: for systemd's RestartPreventExitStatus
 )
 
@@ -104,6 +106,8 @@ func main() {
 		switch {
 		case errors.Is(err, hsm.ErrPINRefused):
 			os.Exit(exitPINRefused)
+		case isForged(err):
+			os.Exit(exitForged)
 		case errors.Is(err, store.ErrFenced):
 			os.Exit(exitFenced)
 		}

@@ -20,7 +20,7 @@ import (
 // log's tree and signs its checkpoints, and does nothing else. It needs of the
 // configuration the folder of policies, the token and audit.sequencer, and runs as a
 // user who may read no key's blob. Its end with an audit.BadLeaf says that the log was
-// tampered with.
+// tampered with, which it has told the nodes.
 func sequence(ctx context.Context, path string, log *slog.Logger) error {
 	env, err := ReadEnvironment(os.Getenv)
 	if err != nil {
@@ -60,11 +60,10 @@ func sequence(ctx context.Context, path string, log *slog.Logger) error {
 	defer tick.Stop()
 	for {
 		f, err := q.Step(ctx)
-		var bad *audit.BadLeaf
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.As(err, &bad):
+		case isForged(err):
 			return err
 		case err != nil:
 			log.Warn("folding audit events", "err", err)
@@ -77,4 +76,10 @@ func sequence(ctx context.Context, path string, log *slog.Logger) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// isForged says whether an error is that the audit log was tampered with.
+func isForged(err error) bool {
+	_, is := errors.AsType[*audit.BadLeaf](err)
+	return is
 }

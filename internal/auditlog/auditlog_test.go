@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -207,8 +208,48 @@ func TestForgedBeforeTheCheckpoint(t *testing.T) {
 			if !errors.As(err, &bad) || bad.Node != test.node || bad.Seq > test.seq+1 {
 				t.Errorf("the sequencer: %v", err)
 			}
+			if told := s.toldForged(); bad != nil && told != bad.Error() {
+				t.Errorf("the nodes are told %q, not %q", told, bad)
+			}
 		})
 	}
+}
+
+// TestForgedPutRight: nodes are told that a log is forged until it is what it was.
+func TestForgedPutRight(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	a := s.node("a")
+	q := s.sequencer()
+	a.requests(s, 4)
+	s.step(q)
+	a.requests(s, 1)
+	s.exec(s.name, "CREATE TABLE kept AS SELECT * FROM kme.audit")
+	s.exec(s.name, "UPDATE kme.audit SET body = replace(body, 'alice', 'carol') WHERE seq = (SELECT max(seq) FROM kme.audit)")
+	for range 2 {
+		if _, err := q.Step(t.Context()); err == nil || !strings.Contains(s.toldForged(), "event") {
+			t.Fatalf("step: %v; told %q", err, s.toldForged())
+		}
+	}
+	s.exec(s.name, "UPDATE kme.audit a SET body = k.body FROM kept k WHERE k.node = a.node AND k.seq = a.seq")
+	s.step(q)
+	if told := s.toldForged(); told != "" {
+		t.Errorf("put right, and still told %q", told)
+	}
+}
+
+// toldForged is what the nodes of a site are told of its present log.
+func (s *site) toldForged() (told string) {
+	s.t.Helper()
+	conn, err := pgx.Connect(s.t.Context(), s.dsn(store.AppRole))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer conn.Close(s.t.Context())
+	if err := conn.QueryRow(s.t.Context(), "SELECT forged FROM kme.audit_log ORDER BY origin DESC LIMIT 1").Scan(&told); err != nil {
+		s.t.Fatal(err)
+	}
+	return told
 }
 
 // The whole database is set back: nothing in it is wrong, and less of it is there than

@@ -45,6 +45,7 @@ type Sequencer struct {
 	cfg    Config
 	conn   *pgx.Conn
 	leads  bool
+	well   bool  // the log, and the nodes have been told
 	origin int64 // of the state below; 0: it has to be read
 	signer *audit.LogSigner
 	key    audit.LogKey
@@ -82,7 +83,7 @@ func (s *Sequencer) Close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = s.conn.Close(ctx) // nothing is under way on it
-	s.conn, s.leads, s.origin = nil, false, 0
+	s.conn, s.leads, s.well, s.origin = nil, false, false, 0
 }
 
 // Step folds what there is to fold, if this sequencer is the one of its site: one
@@ -109,10 +110,25 @@ func (s *Sequencer) Step(ctx context.Context) (f Folded, err error) {
 		return f, nil
 	}
 	err = pgx.BeginFunc(ctx, s.conn, func(tx pgx.Tx) error { return s.fold(ctx, tx, &f) })
+	if bad, ok := errors.AsType[*audit.BadLeaf](err); ok {
+		if untold := s.tell(ctx, bad.Error()); untold != nil {
+			return f, fmt.Errorf("telling the nodes that the audit log is forged (%v): %w", bad, untold)
+		}
+	}
+	if err == nil && !s.well {
+		err = s.tell(ctx, "") // it was, perhaps, and has been put right
+		s.well = err == nil
+	}
 	if err != nil {
 		return f, fmt.Errorf("folding audit events: %w", err)
 	}
 	return f, nil
+}
+
+// tell lets every node of the site know what is forged in the present log, "" if nothing is.
+func (s *Sequencer) tell(ctx context.Context, forged string) error {
+	_, err := s.conn.Exec(ctx, "UPDATE audit_log SET forged = $1 WHERE origin = (SELECT max(origin) FROM audit_log) AND forged <> $1", forged)
+	return err
 }
 
 func connect(ctx context.Context, dsn string) (*pgx.Conn, error) {

@@ -249,6 +249,9 @@ func (k *KME) watchTrail(ctx context.Context) {
 	if err != nil {
 		return
 	}
+	if lag.Forged != "" { // by another node's sequencer, perhaps, or one that is no node's
+		k.distrust(ctx, lag.Forged)
+	}
 	seen := trailLag{lag, k.Now()}
 	if lag.Events > 0 {
 		seen.folded = lag.Newest

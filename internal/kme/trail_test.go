@@ -254,6 +254,29 @@ func TestTrailLag(t *testing.T) {
 	}
 }
 
+// TestForgedElsewhere: a node stops handing out keys when another sequencer, of another node
+// or of none, has found the log forged.
+func TestForgedElsewhere(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	k.note(t.Context(), k.own(audit.Alarm))
+	if _, err := q.Step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if k.watchTrail(t.Context()); k.trailWell() != nil {
+		t.Fatalf("before: %v", k.trailWell())
+	}
+	s.exec(s.name, "UPDATE kme.audit_log SET forged = 'event 7 of a: the node has not signed it'")
+	k.watchTrail(t.Context())
+	if err := k.trailWell(); err == nil || !strings.Contains(err.Error(), "event 7 of a") {
+		t.Errorf("after: %v", err)
+	}
+	if !slices.ContainsFunc(k.Alarms(), func(a Alarm) bool { return a.Name == tamperAlarm }) {
+		t.Error("no alarm")
+	}
+}
+
 // Days that are old enough go into bundles; what was in them can still be proved, and
 // the log be verified from there on.
 func TestRetention(t *testing.T) {

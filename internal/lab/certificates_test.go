@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/pki"
 )
 
@@ -27,6 +28,51 @@ func TestCertificates(t *testing.T) {
 	keysStored(t, l, 1000)
 	t.Run("revoked", func(t *testing.T) { revoked(t, l) })
 	t.Run("renewed", func(t *testing.T) { renewed(t, l) })
+	t.Run("a site is shut out", func(t *testing.T) { siteShutOut(t, l) })
+}
+
+// siteShutOut: with a site that KM1 does not let in any more, because it was seized perhaps,
+// KM1 makes and shares no key either: not over the connections that it has, and over no new
+// one. Both go on when it is let in again.
+func siteShutOut(t *testing.T, l *Lab) {
+	alice, bob, op := sae(t, l, "alice"), sae(t, l, "bob"), operator(t, l.KM1)
+	take(t, bob, alice, get(t, alice, bob, 1))
+	file := l.path("policies", "principals.yaml")
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(text []byte) {
+		t.Helper()
+		if err := os.WriteFile(file, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := op.ReloadPolicies(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(bytes.Replace(before, []byte("{role: kme, id: km2, enabled: true}"), []byte(`{role: kme, id: km2, enabled: false, reason: "seized"}`), 1))
+	for range 3 { // at once, and while KM1 tries again
+		if got, err := alice.Client.EncKeys(t.Context(), bob.ID, etsi014.KeyRequest{}); away(err) == nil {
+			got.Wipe()
+			t.Errorf("keys shared with a site that was shut out: %v, want 503", err)
+		}
+		untilAlarm(t, l.KM1, "peer-km2", true)
+	}
+	eventually(t, "the link has ended", func(ctx context.Context) error {
+		now, err := link(ctx, op)
+		if err == nil && (now.State == "open" || !strings.Contains(now.Why, "seized")) {
+			err = fmt.Errorf("it is %s (%s)", now.State, now.Why)
+		}
+		return err
+	})
+	put(before)
+	untilAlarm(t, l.KM1, "peer-km2", false)
+	eventually(t, "alice is served again", func(ctx context.Context) error {
+		got, err := alice.Client.EncKeys(ctx, bob.ID, etsi014.KeyRequest{})
+		got.Wipe()
+		return err
+	})
 }
 
 // revoked: an SAE whose certificate the CA revokes is served no more on the

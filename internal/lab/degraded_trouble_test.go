@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
@@ -513,7 +514,7 @@ func peerLies(t *testing.T, l *Lab) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	liar, err := peer.NewClient(peer.ClientConfig{Addresses: []string{l.KM2.Proxy.behind(0)}, TLS: cfg, Log: l.Log})
+	liar, err := peer.NewClient(peer.ClientConfig{Addresses: []string{l.KM2.Proxy.behind(0)}, TLS: cfg, Still: func(*x509.Certificate) error { return nil }, Log: l.Log})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"net/http"
 	"slices"
@@ -172,7 +173,7 @@ func peerFloods(b *testing.B, l *Lab) *bully {
 	if err != nil {
 		b.Fatal(err)
 	}
-	liar, err := peer.NewClient(peer.ClientConfig{Addresses: []string{l.KM2.Proxy.behind(0)}, TLS: cfg, Log: l.Log})
+	liar, err := peer.NewClient(peer.ClientConfig{Addresses: []string{l.KM2.Proxy.behind(0)}, TLS: cfg, Still: func(*x509.Certificate) error { return nil }, Log: l.Log})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -25,13 +26,14 @@ const maxStreams = 64
 
 // DialClassical opens a Stream to the classical door at the first of addresses
 // (host:port, one for each of the peer's nodes) that answers. cfg has our
-// certificate and must accept the peer's KME alone.
-func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config) (*Stream, error) {
+// certificate and must accept the peer's KME alone. still is asked while the Stream is open
+// whether the certificate that the peer has shown is still let in, and else ends it.
+func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config, still func(leaf *x509.Certificate) error) (*Stream, error) {
 	var errs []error
 	for _, address := range addresses {
 		c, err := dialTLS(ctx, address, cfg, ClassicalProtocol)
 		if err == nil {
-			return newStream(c.Conn), nil
+			return newStream(c.Conn, func() error { return still(c.leaf()) }), nil
 		}
 		errs = append(errs, err)
 	}
@@ -149,7 +151,7 @@ func (c ClassicalConfig) serve(ctx context.Context, conn *tls.Conn, open *places
 		return
 	}
 	defer open.leave(from)
-	s := newStream(conn)
+	s := newStream(conn, nil)
 	defer func() { _ = s.Close() }()
 	ctx, done := context.WithCancel(ctx)
 	var watch sync.WaitGroup

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -32,7 +33,10 @@ const (
 type ClientConfig struct {
 	Addresses []string    // host:port of the assign door of each of the peer's nodes; the first is tried first
 	TLS       *tls.Config // with our certificate; must accept the peer's KME alone
-	Log       *slog.Logger
+	// Still is asked before each message whether the certificate that the peer has shown is
+	// still let in: it may have been revoked since.
+	Still func(leaf *x509.Certificate) error
+	Log   *slog.Logger
 }
 
 // Client says messages to one peer over kept connections. It may be used by
@@ -53,6 +57,7 @@ type Client struct {
 	addresses []string
 	at        atomic.Int64 // the address in use is this one, counted round and round
 	transport *http.Transport
+	still     func(leaf *x509.Certificate) error
 	log       *slog.Logger
 }
 
@@ -63,11 +68,12 @@ func NewClient(c ClientConfig) (*Client, error) {
 			return nil, fmt.Errorf("peer address: %w", err)
 		}
 	}
-	if len(c.Addresses) == 0 || c.TLS == nil || c.Log == nil {
-		return nil, errors.New("peer client: an address, TLS and Log must be set")
+	if len(c.Addresses) == 0 || c.TLS == nil || c.Still == nil || c.Log == nil {
+		return nil, errors.New("peer client: an address, TLS, Still and Log must be set")
 	}
 	return &Client{
 		addresses: slices.Clone(c.Addresses),
+		still:     c.Still,
 		log:       c.Log,
 		transport: &http.Transport{
 			// HTTP/1.1 on purpose: one request at a time has a connection to
@@ -231,10 +237,14 @@ func (c *Client) postTo(ctx context.Context, address string, left int, path stri
 func (c *Client) send(ctx context.Context, url string, body []byte, connected func()) (res *http.Response, stale bool, err error) {
 	var on *conn
 	var kept bool
+	var lapsed error
 	trace := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
 		connected()
 		on, kept = info.Conn.(*conn), info.Reused
 		on.begin()
+		if lapsed = c.still(on.leaf()); lapsed != nil {
+			_ = on.Close() // before a byte has left
+		}
 	}})
 	req, err := http.NewRequestWithContext(trace, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
@@ -246,6 +256,8 @@ func (c *Client) send(ctx context.Context, url string, body []byte, connected fu
 	switch {
 	case err == nil:
 		return res, false, nil
+	case lapsed != nil:
+		return nil, kept, fmt.Errorf("%w: %w", ErrNotSent, lapsed)
 	case on == nil || on.cutOff():
 		return nil, kept, fmt.Errorf("%w: %w", ErrNotSent, err)
 	case !kept && turnedAway(err):

@@ -3,6 +3,7 @@ package peer
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"sync/atomic"
@@ -57,6 +58,9 @@ const (
 	moving              // a write has begun or is done: bytes may have left
 	cut                 // judged unsent, and no byte may leave any more
 )
+
+// leaf is the certificate of the other side.
+func (c *conn) leaf() *x509.Certificate { return c.ConnectionState().PeerCertificates[0] }
 
 // begin starts a new request.
 func (c *conn) begin() { c.state.Store(unsent) }

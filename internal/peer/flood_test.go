@@ -95,7 +95,7 @@ func TestStreamFlood(t *testing.T) {
 	}()
 	one, other := ca.client(ca.issue(t, "kme", "km1")), ca.client(ca.issue(t, "kme", "km3"))
 	dial := func(as *tls.Config) *Stream {
-		s, err := DialClassical(within(t, time.Minute), []string{ln.Addr().String()}, as)
+		s, err := DialClassical(within(t, time.Minute), []string{ln.Addr().String()}, as, letIn)
 		if err != nil {
 			t.Fatal(err)
 		}

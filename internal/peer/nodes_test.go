@@ -1,6 +1,8 @@
 package peer
 
 import (
+	"crypto/x509"
+	"errors"
 	"io"
 	"net/http"
 	"sync/atomic"
@@ -91,14 +93,64 @@ func TestNodeAfterDoubt(t *testing.T) {
 func TestClassicalNextNode(t *testing.T) {
 	ca := newAuthority(t)
 	addr, _, _ := classical(t, ca.server(ca.issue(t, "kme", "km2")), echo)
-	s, err := DialClassical(within(t, time.Minute), []string{nobody(t), addr}, ca.client(ca.issue(t, "kme", "km1")))
+	s, err := DialClassical(within(t, time.Minute), []string{nobody(t), addr}, ca.client(ca.issue(t, "kme", "km1")), letIn)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := DialClassical(within(t, time.Minute), []string{nobody(t), nobody(t)}, ca.client(ca.issue(t, "kme", "km1"))); err == nil {
+	if _, err := DialClassical(within(t, time.Minute), []string{nobody(t), nobody(t)}, ca.client(ca.issue(t, "kme", "km1")), letIn); err == nil {
 		t.Error("a channel to nobody")
 	}
+}
+
+// TestPeerLapsed: a peer that is not let in any more hears no further message and no further
+// frame, over the connections that it has; once it is let in again, it does.
+func TestPeerLapsed(t *testing.T) {
+	ca := newAuthority(t)
+	lapsed := errors.New("revoked")
+	var out atomic.Bool
+	still := func(leaf *x509.Certificate) error {
+		if leaf.Subject.CommonName != "km2" {
+			t.Errorf("asked about %s", leaf.Subject.CommonName)
+		}
+		if out.Load() {
+			return lapsed
+		}
+		return nil
+	}
+	site := &site{answer: handover.AnnounceAnswer{Standing: handover.Ahead}}
+	c, err := NewClient(ClientConfig{Addresses: []string{site.node(t, ca)}, TLS: ca.client(ca.issue(t, "kme", "km1")), Still: still, Log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	addr, _, _ := classical(t, ca.server(ca.issue(t, "kme", "km2")), echo)
+	s, err := DialClassical(within(t, time.Minute), []string{addr}, ca.client(ca.issue(t, "kme", "km1")), still)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+
+	_, err = c.Announce(within(t, time.Minute), anAnnounce(1))
+	wantFate(t, err, answered)
+	if err := s.Send(1, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	out.Store(true)
+	if _, _, err := s.Recv(); !errors.Is(err, lapsed) {
+		t.Errorf("the stream ends with %v", err)
+	}
+	_, err = c.Announce(within(t, time.Minute), anAnnounce(2))
+	wantFate(t, err, notSent)
+	if !errors.Is(err, lapsed) || site.count(2) != 0 {
+		t.Errorf("%v, and it was told %d times", err, site.count(2))
+	}
+	out.Store(false)
+	_, err = c.Announce(within(t, time.Minute), anAnnounce(2))
+	wantFate(t, err, answered)
 }

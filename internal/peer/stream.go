@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -17,9 +18,11 @@ import (
 const MaxFrame = 16 << 20
 
 // A beat is sent where nothing else was for beatEvery; an end that has sent
-// nothing for silence, or taken nothing for stall, is given up.
+// nothing for silence, or taken nothing for stall, is given up. Whether the other end
+// is still let in is looked at every lookEvery, a part of beatEvery.
 const (
-	beatEvery = 5 * time.Second
+	lookEvery = time.Second
+	beatEvery = 5 * lookEvery
 	silence   = 3 * beatEvery
 	stall     = 60 * time.Second
 )
@@ -48,13 +51,15 @@ type Stream struct {
 		sync.Mutex
 		at time.Time
 	}
-	stop chan struct{}
-	done chan struct{} // closed when the beating goroutine has ended
+	still  func() error          // whether the other end is still let in; nil: somebody else looks
+	lapsed atomic.Pointer[error] // why it is not
+	stop   chan struct{}
+	done   chan struct{} // closed when the beating goroutine has ended
 }
 
 // newStream takes conn over and begins to beat.
-func newStream(conn net.Conn) *Stream {
-	s := &Stream{conn: conn, stop: make(chan struct{}), done: make(chan struct{})}
+func newStream(conn net.Conn, still func() error) *Stream {
+	s := &Stream{conn: conn, still: still, stop: make(chan struct{}), done: make(chan struct{})}
 	s.in = bufio.NewReaderSize(heard{s}, 64<<10)
 	s.close = sync.OnceValue(func() error {
 		close(s.stop)
@@ -90,8 +95,12 @@ func (s *Stream) until(d time.Duration) time.Time {
 	return t
 }
 
-// overdue tells a deadline of the caller's from one of ours.
+// overdue tells a deadline of the caller's from one of ours, and what broke from what we
+// have broken off.
 func (s *Stream) overdue(err error) error {
+	if lapsed := s.lapsed.Load(); lapsed != nil {
+		return *lapsed
+	}
 	s.deadline.Lock()
 	defer s.deadline.Unlock()
 	at := s.deadline.at
@@ -132,16 +141,27 @@ func (s *Stream) write(b []byte) error {
 	return nil
 }
 
-// beat says that this end is alive, even while its owner computes for long.
+// beat says that this end is alive, even while its owner computes for long, and breaks off
+// when the other end is not let in any more.
 func (s *Stream) beat() {
 	defer close(s.done)
-	t := time.NewTicker(beatEvery)
+	t := time.NewTicker(lookEvery)
 	defer t.Stop()
-	for {
+	for looks := time.Duration(1); ; looks++ {
 		select {
 		case <-s.stop:
 			return
 		case <-t.C:
+		}
+		if s.still != nil {
+			if err := s.still(); err != nil {
+				s.lapsed.Store(&err)
+				_ = s.conn.Close() // whoever sends or receives sees why
+				return
+			}
+		}
+		if looks*lookEvery%beatEvery != 0 {
+			continue
 		}
 		if !s.mu.TryLock() {
 			continue // a frame is on its way: that is a sign of life

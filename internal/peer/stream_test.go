@@ -90,7 +90,7 @@ func TestStreamOverTLS(t *testing.T) {
 		who = from
 		echo(ctx, from, s)
 	})
-	s, err := DialClassical(within(t, time.Minute), []string{addr}, ca.client(ca.issue(t, "kme", "km1")))
+	s, err := DialClassical(within(t, time.Minute), []string{addr}, ca.client(ca.issue(t, "kme", "km1")), letIn)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,7 +157,7 @@ func TestStreamOfNobody(t *testing.T) {
 			},
 		})
 	}()
-	s, err := DialClassical(within(t, time.Minute), []string{ln.Addr().String()}, ca.client(ca.issue(t, "kme", "km1")))
+	s, err := DialClassical(within(t, time.Minute), []string{ln.Addr().String()}, ca.client(ca.issue(t, "kme", "km1")), letIn)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +190,7 @@ func TestClassicalRefuses(t *testing.T) {
 	})
 	// expectEnd dials, and reads until the door has closed.
 	expectEnd := func(name string, cfg *tls.Config) {
-		s, err := DialClassical(within(t, time.Minute), []string{addr}, cfg)
+		s, err := DialClassical(within(t, time.Minute), []string{addr}, cfg, letIn)
 		if err != nil {
 			return
 		}
@@ -242,7 +242,7 @@ func TestSilentPeerIsNoticed(t *testing.T) {
 		conn, other := net.Pipe()
 		defer func() { _ = other.Close() }()
 		go func() { _, _ = io.Copy(io.Discard, other) }() // takes everything and says nothing
-		s := newStream(conn)
+		s := newStream(conn, nil)
 		defer func() { _ = s.Close() }()
 		start := time.Now()
 		_, _, err := s.Recv()
@@ -256,7 +256,7 @@ func TestStalledPeerIsNoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, other := net.Pipe() // nobody reads at the other end
 		defer func() { _ = other.Close() }()
-		s := newStream(conn)
+		s := newStream(conn, nil)
 		defer func() { _ = s.Close() }()
 		start := time.Now()
 		if err := s.Send(1, []byte("x")); !errors.Is(err, ErrSilent) || time.Since(start) != stall {
@@ -326,5 +326,5 @@ func TestCloseWakesRecv(t *testing.T) {
 func pair(t *testing.T) (*Stream, *Stream) {
 	t.Helper()
 	x, y := net.Pipe()
-	return newStream(x), newStream(y)
+	return newStream(x, nil), newStream(y, nil)
 }

@@ -69,14 +69,15 @@ type TrailLag struct {
 	Folded  int64     // leaves of the present log
 	Newest  time.Time // when its last checkpoint was made; zero if there is none
 	Unknown bool      // no sequencer has ever run
+	Forged  string    // what the sequencer found forged in it; "" while nothing is
 }
 
 // TrailLag reads it.
 func (db *DB) TrailLag(ctx context.Context) (l TrailLag, err error) {
 	var newest *time.Time
 	err = db.pool.QueryRow(ctx, `SELECT (SELECT coalesce(sum(r.seq - coalesce(n.seq, 0)), 0)::bigint FROM node_run r LEFT JOIN audit_node n USING (node)),
-		coalesce(l.size, 0), l.origin IS NULL, (SELECT at FROM audit_checkpoint c WHERE c.origin = l.origin AND c.size = l.size)
-		FROM (SELECT 1) AS one LEFT JOIN (SELECT * FROM audit_log ORDER BY origin DESC LIMIT 1) AS l ON true`).Scan(&l.Events, &l.Folded, &l.Unknown, &newest)
+		coalesce(l.size, 0), l.origin IS NULL, coalesce(l.forged, ''), (SELECT at FROM audit_checkpoint c WHERE c.origin = l.origin AND c.size = l.size)
+		FROM (SELECT 1) AS one LEFT JOIN (SELECT * FROM audit_log ORDER BY origin DESC LIMIT 1) AS l ON true`).Scan(&l.Events, &l.Folded, &l.Unknown, &l.Forged, &newest)
 	if err != nil {
 		return l, away("reading how far the audit log's tree has come", err)
 	}
