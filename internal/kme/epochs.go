@@ -312,10 +312,19 @@ func (n *ending) check(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if !swept {
-				found = compare(rows, inToken)
+			if swept {
+				continue
+			}
+			if found = compare(rows, inToken); len(found.unknown) == 0 {
 				return nil
 			}
+			values := make([][]byte, len(inToken))
+			for i := range inToken {
+				values[i] = inToken[i].CheckValue[:]
+			}
+			destroyed, err := k.Store.DestroyedKEKs(ctx, values)
+			found = compare(append(rows, destroyed...), inToken) // which say what the unknown are
+			return err
 		}
 	})
 	if err != nil {

@@ -300,7 +300,7 @@ func (r *keyring) byID(ctx context.Context, id int64) (*hsm.KEK, error) {
 			return r.open(ctx, row)
 		}
 	}
-	return nil, fmt.Errorf("KEK %d is not registered: %w", id, hsm.ErrNoKEK)
+	return nil, fmt.Errorf("KEK %d is not registered, or destroyed: %w", id, hsm.ErrNoKEK)
 }
 
 // count adds the wraps made since the last call to the register, KEK by KEK.

@@ -369,6 +369,23 @@ func TestKEKs(t *testing.T) {
 	if n := countOf(s.check(), audit.KEKMade); n != 1 {
 		t.Errorf("%d events of KEKs made, want 1", n)
 	}
+	if dead, err := db.DestroyedKEKs(ctx, [][]byte{a.CheckValue}); err != nil || len(dead) != 0 {
+		t.Errorf("destroyed KEKs: %v, %v", dead, err)
+	}
+	if _, err := db.pool.Exec(ctx, "UPDATE kek SET state = 'destroyed' WHERE id = $1", a.ID); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := db.KEKs(ctx); err != nil || slices.ContainsFunc(all, func(k KEK) bool { return k.ID == a.ID }) {
+		t.Errorf("a destroyed KEK is still listed: %v, %v", all, err)
+	}
+	a.State = KEKDestroyed
+	dead, err := db.DestroyedKEKs(ctx, [][]byte{{9, 9, 9}, a.CheckValue})
+	if diff := cmp.Diff([]KEK{a}, dead); diff != "" || err != nil {
+		t.Errorf("destroyed KEKs of its check value: %v (-want +got):\n%s", err, diff)
+	}
+	if dead, err := db.DestroyedKEKs(ctx, [][]byte{{9, 9, 9}}); err != nil || len(dead) != 0 {
+		t.Errorf("destroyed KEKs of another check value: %v, %v", dead, err)
+	}
 }
 
 func TestLinkIsForEver(t *testing.T) {

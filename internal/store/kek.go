@@ -137,9 +137,19 @@ func (db *DB) GiveUpKEK(ctx context.Context, id int64, event audit.Event) error 
 	return nil
 }
 
-// KEKs lists the register, oldest first.
+// KEKs lists those of the register that are not destroyed, oldest first.
 func (db *DB) KEKs(ctx context.Context) ([]KEK, error) {
-	rows, _ := db.pool.Query(ctx, "SELECT "+kekColumns+" FROM kek ORDER BY id")
+	return db.keks(ctx, "state <> 'destroyed'")
+}
+
+// DestroyedKEKs lists those that are destroyed and had one of the check values, oldest
+// first: of all that there ever were, as many as are asked about, and hardly more.
+func (db *DB) DestroyedKEKs(ctx context.Context, checkValues [][]byte) ([]KEK, error) {
+	return db.keks(ctx, "state = 'destroyed' AND check_value = ANY($1)", checkValues)
+}
+
+func (db *DB) keks(ctx context.Context, which string, args ...any) ([]KEK, error) {
+	rows, _ := db.pool.Query(ctx, "SELECT "+kekColumns+" FROM kek WHERE "+which+" ORDER BY id", args...)
 	keks, err := pgx.CollectRows(rows, scanKEK)
 	if err != nil {
 		return nil, away("listing KEKs", err)
