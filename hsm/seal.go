@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/qutemail/kme/internal/registers"
 )
 
 // Wrap seals plain (1 byte or more) and binds it to aad. It returns the fresh
@@ -61,6 +63,7 @@ func (k *KEK) wrapTurn(ctx context.Context, c class, plains, aads [][]byte, seal
 		}
 	}
 	b.results()
+	registers.Clear() // they have what was laid out last, and the turn may be on another thread
 	err := k.turn(ctx, c, "wrapping", b, &k.t.count.wraps, func(s pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
 		k.wraps.Add(int64(b.n)) // before the call: an attempt that fails may have used the key
 		return k.t.m.seal(s, k.copy, b, left)

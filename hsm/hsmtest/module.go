@@ -6,6 +6,7 @@ package hsmtest
 
 import (
 	_ "embed"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
@@ -52,7 +53,7 @@ const Always = 1 << 30
 var source []byte
 
 // control is struct control of testdata/fault.c: unsigned longs.
-type control struct{ rv, left, after, late, hold, latency, limit, calls, inside, most uintptr }
+type control struct{ rv, left, after, late, hold, latency, limit, mark, calls, inside, most uintptr }
 
 // Module is a module that misbehaves when told. The process that loads Path needs Env
 // in its environment when it does.
@@ -132,11 +133,17 @@ func (m *Module) Hold(f Function, hold bool) {
 // MaxSessions has C_OpenSession answer CKR_SESSION_COUNT when so many are open. 0 is no limit.
 func (m *Module) MaxSessions(n int) { atomic.StoreUintptr(&m.at[OpenSession].limit, uintptr(n)) }
 
+// Mark has each call of f leave the pattern, again and again, in the processor's vector
+// registers when it returns.
+func (m *Module) Mark(f Function, pattern [8]byte) {
+	atomic.StoreUintptr(&m.at[f].mark, uintptr(binary.NativeEndian.Uint64(pattern[:])))
+}
+
 // Heal ends all trouble.
 func (m *Module) Heal() {
 	for f := range m.at {
 		k := &m.at[f]
-		for _, p := range []*uintptr{&k.left, &k.after, &k.late, &k.hold, &k.latency, &k.limit} {
+		for _, p := range []*uintptr{&k.left, &k.after, &k.late, &k.hold, &k.latency, &k.limit, &k.mark} {
 			atomic.StoreUintptr(p, 0)
 		}
 	}

@@ -1,0 +1,4 @@
+package registers
+
+func clearAll()
+func peek(to *byte)
