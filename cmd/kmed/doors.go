@@ -165,6 +165,29 @@ func (d door) listen(ctx context.Context) (net.Listener, error) {
 	return ln, nil
 }
 
+// What one connection of HTTP/2 may have at a time. Whoever has more requests than these
+// has them wait, or opens another connection, as Go's clients do. What has arrived of SAEs'
+// requests and was not read yet is bounded by the window, in bytes; a peer's are megabytes.
+const (
+	maxStreams = 64
+	saeWindow  = 256 << 10
+)
+
+// server is the door's, for connections that have shaken hands by cfg, of which tell tells.
+func (d door) server(cfg *tls.Config, tell func(context.Context, net.Conn) context.Context) *http.Server {
+	s := &http.Server{
+		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: cfg, ConnContext: tell, ConnState: d.state, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+	}
+	if !d.keys {
+		return s
+	}
+	s.HTTP2.MaxReceiveBufferPerConnection, s.HTTP2.MaxReceiveBufferPerStream = saeWindow, saeWindow/4
+	behindTLS(s)
+	return s
+}
+
 // serve runs a door until ctx ends, then lets what is under way finish.
 func (d door) serve(ctx context.Context, ln net.Listener) error {
 	if d.raw != nil {
@@ -181,11 +204,7 @@ func (d door) serve(ctx context.Context, ln net.Listener) error {
 	if d.keys {
 		ln = wiping{ln}
 	}
-	s := &http.Server{
-		Handler: pki.Retire(d.handler, failpoint.Now), TLSConfig: d.gate.TLS(), ConnContext: d.gate.ConnContext, ConnState: d.state, ErrorLog: slog.NewLogLogger(d.log.With("door", d.name).Handler(), slog.LevelDebug),
-		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 15 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: 16 << 10,
-	}
+	s := d.server(d.gate.TLS(), d.gate.ConnContext)
 	stopped := make(chan error, 1)
 	go func() {
 		<-ctx.Done()

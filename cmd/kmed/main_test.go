@@ -36,7 +36,7 @@ import (
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"kmed": main})
+	testscript.Main(m, map[string]func(){"kmed": main, "answerer": answerer})
 }
 
 // TestScripts: kmed as an operator sees it. Each script has a folder with the

@@ -11,15 +11,18 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/qutemail/kme/internal/registers"
 )
 
 // Plain keys live in buffers of ours, which are wiped. But whatever the garbage collector
 // has freed keeps its bytes until the memory is used for something else, and an answer
-// over HTTP/2 also passes through buffers of the standard library that nobody can reach. So
-// the collector overwrites what it frees (clobberFree), it is made to run soon after keys
-// were handed out (sweeper), and over HTTP/1.1 an answer goes from its handler's buffer to
-// TLS, which encrypts it (past). That is not all of it: hsm/README.md has what was still
-// found.
+// passes through buffers of the standard library that nobody can reach. So the collector
+// overwrites what it frees (clobberFree), it is made to run soon after keys were handed out
+// (sweeper), over HTTP/1.1 an answer goes from its handler's buffer to TLS, which encrypts
+// it (past), and over HTTP/2 it is overwritten where it has been: in net/http's buffers of
+// the response and the connection by what follows it (saedoor.Exchange.Write), in that
+// between them and TLS by us (wiping). hsm/README.md has what is still found.
 
 // clobberFree has Go's runtime overwrite memory that the garbage collector frees. It is
 // read once, when a process begins: main begins again with it.
@@ -97,32 +100,44 @@ func (s *sweeper) connection(_ net.Conn, state http.ConnState) {
 	}
 }
 
-// wiping is the listener of a door that answers with keys: a connection of HTTP/1.1 takes a
-// body past net/http's buffers (past), and wipes what went through them nevertheless.
-// net/http gives the write buffer of a connection that has ended to another one, of any
-// server of the process, which keeps it for as long as it is open: the rest of an old
-// answer, behind the short ones of an operator who looks at alarms. (Those of HTTP/2 go
-// back after each write, and the sweeper has them collected.)
+// wiping is the listener of a door that answers with keys: its connections wipe what went
+// through net/http's write buffers, and take a body of HTTP/1.1 past them (past). net/http
+// gives the write buffer of a connection that has ended (of HTTP/2: after each write) to
+// another one, of any server of the process, which keeps it: the rest of an old answer,
+// behind the short ones of an operator who looks at alarms.
+//
+// net/http speaks HTTP/2 over TLS on a *tls.Conn only. On these it does so as if there were
+// no TLS below (behindTLS). What is spoken is what the connection begins with: what was
+// agreed on in the handshake, or the client has it its own way.
 type wiping struct{ net.Listener }
 
 // Accept returns the next connection.
 func (l wiping) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	if t, ok := c.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol != "h2" { // for which net/http wants a *tls.Conn
-		return wipingConn{t}, err
+	if err != nil {
+		return nil, err
 	}
-	return c, err
+	return wipingConn{c.(*tls.Conn)}, nil
 }
 
-type wipingConn struct{ *tls.Conn }
+// wipingConn has of a *tls.Conn what net/http may see of it.
+type wipingConn struct{ conn }
 
-// httpBuffer is the size in bytes of net/http's write buffer of a connection. What is
-// longer comes from a handler's own buffer, around it.
+type conn interface {
+	net.Conn
+	CloseWrite() error
+	NetConn() net.Conn
+}
+
+// httpBuffer is the size in bytes of net/http's write buffers of a connection. What is
+// longer comes from a handler's own buffer, around them, or is a frame of HTTP/2 that is
+// too long for them.
 const httpBuffer = 4 << 10
 
 // Write sends b and wipes it, if it is net/http's.
 func (c wipingConn) Write(b []byte) (int, error) {
-	n, err := c.Conn.Write(b)
+	defer registers.Clear() // net/http and TLS have copied it
+	n, err := c.conn.Write(b)
 	if len(b) <= httpBuffer {
 		clear(b)
 	}
@@ -132,7 +147,28 @@ func (c wipingConn) Write(b []byte) (int, error) {
 // ReadFrom sends what is in src. net/http calls it with a body that it need not see, and
 // bytes.Reader writes its own bytes.
 func (c wipingConn) ReadFrom(src io.Reader) (int64, error) {
-	return io.Copy(struct{ io.Writer }{c.Conn}, src)
+	defer registers.Clear()
+	return io.Copy(struct{ io.Writer }{c.conn}, src)
+}
+
+// tlsKey is the key of a connection's TLS, in the context of its requests.
+type tlsKey struct{}
+
+// behindTLS has s speak HTTP/1.1 and HTTP/2 on connections of a wiping listener, and its
+// handler see the TLS of each as it would see that of others.
+func behindTLS(s *http.Server) {
+	s.Protocols = new(http.Protocols)
+	s.Protocols.SetHTTP1(true)
+	s.Protocols.SetUnencryptedHTTP2(true)
+	tell, handler := s.ConnContext, s.Handler
+	s.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		state := c.(wipingConn).conn.(*tls.Conn).ConnectionState()
+		return tell(context.WithValue(ctx, tlsKey{}, &state), c)
+	}
+	s.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.TLS = r.Context().Value(tlsKey{}).(*tls.ConnectionState)
+		handler.ServeHTTP(w, r)
+	})
 }
 
 // run sweeps until ctx ends.

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"io"
 	"net"
@@ -51,9 +52,11 @@ func (l shaken) Accept() (net.Conn, error) {
 	return c, c.Handshake()
 }
 
-// TestWiping: a connection of HTTP/1.1 wipes the server's write buffer when it has sent
-// it, and nothing that belongs to a handler; one of HTTP/2 is left alone. Handlers see
-// TLS as before.
+// none is a ConnContext that adds nothing.
+func none(ctx context.Context, _ net.Conn) context.Context { return ctx }
+
+// TestWiping: a connection wipes the server's write buffer when it has sent it, and nothing
+// that belongs to a handler, over HTTP/1.1 and HTTP/2. Handlers see TLS as before.
 func TestWiping(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -72,14 +75,15 @@ func TestWiping(t *testing.T) {
 	ln := wiping{shaken{raw, cfg}}
 	pages := map[string][]byte{"/short": []byte("short"), "/long": bytes.Repeat([]byte("long "), 5000)} // a handler's own
 	want := map[string]string{"/short": string(pages["/short"]), "/long": string(pages["/long"])}
-	s := &http.Server{TLSConfig: cfg, Handler: new(sweeper).watch(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.TLS == nil {
-			t.Error("the handler sees no TLS")
+	s := &http.Server{TLSConfig: cfg, ConnContext: none, Handler: new(sweeper).watch(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.TLS == nil || r.TLS.Version != tls.VersionTLS13 {
+			t.Error("the handler does not see the TLS")
 		}
 		page := pages[r.URL.Path]
 		w.Header().Set("Content-Length", strconv.Itoa(len(page)))
 		_, _ = w.Write(page)
 	}))}
+	behindTLS(s)
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ln) }()
 	for _, protocol := range []int{1, 2} {

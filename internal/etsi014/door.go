@@ -32,6 +32,7 @@ type Config struct {
 type Door struct {
 	Config
 	metrics metrics
+	bodies  saedoor.Bodies
 }
 
 // New returns a Door.
@@ -175,7 +176,10 @@ func (x *exchange) read() (request, error) {
 	if x.R.Method != http.MethodPost {
 		return in, nil
 	}
-	if in.body, err = x.Body(); err != nil {
+	if err = x.d.Backend.Admit(x.Caller); err != nil {
+		return request{}, err
+	}
+	if in.body, err = x.Body(&x.d.bodies); err != nil {
 		return request{}, err
 	}
 	return in, checkPost(x.R.Header.Get("Content-Type"), in.query, in.body)

@@ -147,6 +147,30 @@ func TestPoolRunsDry(t *testing.T) {
 	}
 }
 
+// unread is a body that nobody may read.
+type unread struct{ t *testing.T }
+
+func (u unread) Read([]byte) (int, error) {
+	u.t.Error("the body was read")
+	return 0, errors.New("read")
+}
+
+// TestSpentIsNotHeard: whoever has spent its share is refused before its body is read, and
+// that is recorded once.
+func TestSpentIsNotHeard(t *testing.T) {
+	t.Parallel()
+	d := newDouble()
+	d.spent = &problem.Error{Kind: problem.Unavailable, Detail: "too many", RetryAfter: time.Second}
+	h := alone(t, at{d, "km1"}, caller(t, "alice")).Handler()
+	for _, target := range []string{"enc_keys", "dec_keys"} {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest("POST", "/api/v1/keys/bob/"+target, unread{t}))
+		if w.Code != 503 || w.Header().Get("Retry-After") != "1" || d.events[w.Header().Get("X-Request-Id")] != 1 {
+			t.Errorf("%s: got %d %s, %d events", target, w.Code, w.Body, d.events[w.Header().Get("X-Request-Id")])
+		}
+	}
+}
+
 // refusing cannot record a refusal.
 type refusing struct{ at }
 

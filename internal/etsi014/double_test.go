@@ -25,6 +25,7 @@ type double struct {
 	events map[string]int // outcome events, by request ID
 	lost   []error
 	fault  error // what every call ends with, if set
+	spent  error // what Admit says
 }
 
 type held struct {
@@ -94,6 +95,8 @@ func (d at) begin(rid string, c identity.Caller, others ...identity.SAE) error {
 func (d at) Limits() etsi014.Limits {
 	return etsi014.Limits{KeySize: 256, MinSize: 64, MaxSize: 4096, MaxPerRequest: 128, MaxSAEs: 32, MaxTTL: 24 * time.Hour, Strict: d.kme == "km2"}
 }
+
+func (d at) Admit(identity.Caller) error { return d.spent }
 
 func (d at) Status(_ context.Context, c identity.Caller, rid string, slave identity.SAE) (etsi014.Status, error) {
 	d.mu.Lock()

@@ -88,7 +88,7 @@ type Limits struct {
 
 // Backend is what stands behind the door. An error that is, or wraps, a
 // *problem.Error is answered by its Kind; any other as a fault of ours. Every
-// method but Limits records its own outcome, before it returns.
+// method but Limits and Admit records its own outcome, before it returns.
 //
 // rid is the request's ID, a UUIDv7, which the caller sees as X-Request-Id. ctx
 // ends when the client goes away.
@@ -101,6 +101,9 @@ type Backend interface {
 	// DecKeys is Get key with key IDs (clause 5.4): all keys of ids in that order, or
 	// an error, and none. No two ids are alike.
 	DecKeys(ctx context.Context, c identity.Caller, rid string, master identity.SAE, ids []key.ID) (Container, error)
+	// Admit says, before a request's body is read, why its caller is not listened to: it
+	// has spent its share. nil if it has not.
+	Admit(c identity.Caller) error
 	// Refused records what the door refused before it called any of the above, and
 	// returns what to answer: err, or another problem if err cannot be recorded.
 	// route is the method and the pattern of the path. c may be a stranger. ctx does

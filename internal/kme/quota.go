@@ -65,8 +65,27 @@ func (k *KME) spend(caller any, atoms int) *problem.Error {
 		return nil
 	}
 	r.CancelAt(now)
-	return unavailable(wait.Truncate(time.Second)+time.Second, "too many keys were asked for in a short time",
+	return spent(wait.Truncate(time.Second)+time.Second,
 		fmt.Errorf("%w: %v has spent its %g atoms a second: %d more are there in %v", errExcess, caller, k.Quota.Rate, atoms, wait.Round(time.Millisecond)))
+}
+
+// Admit says why a caller that has spent its bucket to the last atom is not even listened
+// to: whatever it asks for would be refused, and to read it costs too. It takes nothing.
+func (k *KME) Admit(c identity.Caller) error {
+	var spender any = c.ID()
+	if sae, ok := c.SAE(); ok {
+		spender = sae
+	}
+	l, known := k.atoms.Load(spender)
+	if !known || l.(*rate.Limiter).TokensAt(k.Now()) >= 1 {
+		return nil
+	}
+	return spent(time.Second, fmt.Errorf("%w: %v has spent its %g atoms a second", errExcess, spender, k.Quota.Rate))
+}
+
+// spent is what a caller gets that has asked for more than its share.
+func spent(retry time.Duration, cause error) *problem.Error {
+	return unavailable(retry, "too many keys were asked for in a short time", cause)
 }
 
 // tire keeps a caller (an SAE or a peer) waiting that is to be told that it wants more

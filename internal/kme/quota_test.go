@@ -2,6 +2,7 @@ package kme
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -45,6 +46,38 @@ func TestSpend(t *testing.T) {
 	if err := k.spend(saeID(t, "alice"), 3001); err == nil || err.Kind != problem.Invalid {
 		t.Errorf("a request for more than the burst: %v, want invalid: it can never be met", err)
 	}
+}
+
+// TestListenedTo: an SAE that has spent its bucket is not listened to until there is an atom
+// again, which takes nothing; one that has asked for nothing is.
+func TestListenedTo(t *testing.T) {
+	t.Parallel()
+	c := newClock()
+	k := &KME{Config: Config{Now: c.now, Quota: Quota{Rate: 2, Burst: 3000}}}
+	admitted := func(sae string, want bool) {
+		t.Helper()
+		err := k.Admit(asSAE(t, sae, c.now()))
+		var p *problem.Error
+		if (err == nil) != want || err != nil && (!errors.As(err, &p) || p.Kind != problem.Unavailable || p.RetryAfter != time.Second || !errors.Is(err, errExcess)) {
+			t.Errorf("%s: %v, want that it is listened to: %v", sae, err, want)
+		}
+	}
+	admitted("alice", true)
+	if err := k.spend(saeID(t, "alice"), 3000); err != nil {
+		t.Fatal(err)
+	}
+	admitted("alice", false)
+	admitted("bob", true)
+	c.step(499 * time.Millisecond)
+	admitted("alice", false)
+	c.step(2 * time.Millisecond)
+	for range 3 {
+		admitted("alice", true)
+	}
+	if err := k.spend(saeID(t, "alice"), 1); err != nil {
+		t.Errorf("the atom that is there: %v", err)
+	}
+	admitted("alice", false)
 }
 
 // TestTire: who is told again and again that it wants more than its share is told so more

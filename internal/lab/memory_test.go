@@ -121,7 +121,7 @@ func notInMemory(t *testing.T, l *Lab, marker []byte) {
 }
 
 // rounds are those of a pair of SAEs of which one asks for keys and the other takes them,
-// round after round, each over a connection of HTTP/1.1 that stays open.
+// round after round, each over a connection that stays open.
 type rounds struct {
 	mu   sync.Mutex
 	keys []keySet // of each round whose master has been answered
@@ -161,7 +161,7 @@ func (r *rounds) state() (over, answered int) {
 	return r.over, len(r.keys)
 }
 
-// onlyInFlight has pairs of SAEs go on and on, and looks into the memory of both kmeds
+// onlyInFlight has pairs of SAEs go on and on, half of them over HTTP/2, and looks into the memory of both kmeds
 // meanwhile, as a core image would show it at one moment: of all the keys that were handed
 // out only those are there whose answer is on its way, or was the last on its connection.
 // What the collector has not overwritten yet goes within seconds.
@@ -175,6 +175,9 @@ func onlyInFlight(t *testing.T, l *Lab, marker []byte) {
 		master, slave := sae(t, l, "alice"), sae(t, l, "bob")
 		if i%2 == 1 {
 			master, slave = slave, master
+		}
+		for _, p := range []*Person{master, slave} {
+			p.HTTP.Transport.(*http.Transport).ForceAttemptHTTP2 = i >= pairs/2
 		}
 		going.Go(func() { all[i].run(ctx, master, slave) })
 	}

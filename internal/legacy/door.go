@@ -29,7 +29,10 @@ type Config struct {
 }
 
 // Door serves the routes to SAEs.
-type Door struct{ Config }
+type Door struct {
+	Config
+	bodies saedoor.Bodies
+}
 
 // New returns a Door.
 func New(c Config) (*Door, error) {
@@ -40,7 +43,7 @@ func New(c Config) (*Door, error) {
 	if l.MinSize <= 0 || l.KeySize < l.MinSize || l.MaxSize < l.KeySize || l.TTL < time.Second || l.MaxTTL < l.TTL {
 		return nil, fmt.Errorf("configuring the legacy door: the limits %+v leave out their own defaults", l)
 	}
-	return &Door{c}, nil
+	return &Door{Config: c}, nil
 }
 
 // Mount adds the routes to r. Those of 014 may stand beside them: these have one
@@ -81,6 +84,14 @@ func (d *Door) serve(route string, act func(*exchange) (saedoor.Answer, error)) 
 	}
 }
 
+// body reads the request's body, unless its caller has spent its share.
+func (x *exchange) body() ([]byte, error) {
+	if err := x.d.Backend.Admit(x.Caller); err != nil {
+		return nil, err
+	}
+	return x.Body(&x.d.bodies)
+}
+
 func (d *Door) status(x *exchange) (saedoor.Answer, error) {
 	s, err := d.Backend.Service(x.R.Context(), x.Caller, x.ID)
 	if err != nil {
@@ -91,7 +102,7 @@ func (d *Door) status(x *exchange) (saedoor.Answer, error) {
 }
 
 func (d *Door) request(x *exchange) (saedoor.Answer, error) {
-	body, err := x.Body()
+	body, err := x.body()
 	if err != nil {
 		return saedoor.Answer{}, refusal{err}
 	}
@@ -121,7 +132,7 @@ func (d *Door) retrieve(x *exchange) (saedoor.Answer, error) {
 }
 
 func (d *Door) consume(x *exchange) (saedoor.Answer, error) {
-	body, err := x.Body()
+	body, err := x.body()
 	if err != nil {
 		return saedoor.Answer{}, refusal{err}
 	}

@@ -279,6 +279,30 @@ func TestKeysAreWiped(t *testing.T) {
 	}
 }
 
+// unread is a body that nobody may read.
+type unread struct{ t *testing.T }
+
+func (u unread) Read([]byte) (int, error) {
+	u.t.Error("the body was read")
+	return 0, errors.New("read")
+}
+
+// TestSpentIsNotHeard: whoever has spent its share is refused before its body is read, and
+// that is recorded once.
+func TestSpentIsNotHeard(t *testing.T) {
+	t.Parallel()
+	d := newDouble()
+	d.spent = &problem.Error{Kind: problem.Unavailable, Detail: "too many", RetryAfter: time.Second}
+	h := handler(t, d, caller(t, "alice"))
+	for _, path := range []string{"request", "consume"} {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest("POST", "/api/v1/keys/"+path, unread{t}))
+		if w.Code != 503 || d.events[w.Header().Get("X-Request-Id")] != 1 {
+			t.Errorf("%s: got %d %s, %d events", path, w.Code, w.Body, d.events[w.Header().Get("X-Request-Id")])
+		}
+	}
+}
+
 // failing is a connection that ends before the answer.
 type failing struct{ *httptest.ResponseRecorder }
 

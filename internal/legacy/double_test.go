@@ -25,6 +25,7 @@ type double struct {
 	events  map[string]int // outcome events, by request ID
 	lost    []error
 	fault   error // what every call ends with, if set
+	spent   error // what Admit says
 	service legacy.Service
 }
 
@@ -131,6 +132,8 @@ func (d *double) AnswerLost(_ context.Context, _ identity.Caller, rid string, er
 	defer d.mu.Unlock()
 	d.lost = append(d.lost, errors.Join(errors.New("request "+rid), err))
 }
+
+func (d *double) Admit(identity.Caller) error { return d.spent }
 
 // The rest makes it a Backend of 014's door.
 

@@ -74,6 +74,9 @@ type Backend interface {
 	// One that has ended already is as good as erased. problem.NotFound if there is
 	// none, problem.Forbidden if it is for somebody else.
 	ConsumeKey(ctx context.Context, c identity.Caller, rid string, id key.ID) error
+	// Admit says, before a request's body is read, why its caller is not listened to: it
+	// has spent its share. nil if it has not.
+	Admit(c identity.Caller) error
 	// Refused records what the door refused before it called any of the above, and
 	// returns what to answer: err, or another problem if err cannot be recorded.
 	// route is the method and the pattern of the path. c may be a stranger. ctx does

@@ -5,17 +5,22 @@
 package saedoor
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
 
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
+	"github.com/qutemail/kme/internal/registers"
 )
 
 // maxBody is the most that is read of a request's body, in bytes. 128 key IDs take
@@ -46,8 +51,54 @@ func Begin(w http.ResponseWriter, r *http.Request, route string, log *slog.Logge
 	return x
 }
 
-// Body reads the request's body. Its errors are problems: TooLarge or Invalid.
-func (x *Exchange) Body() ([]byte, error) {
+// Bodies bounds what the bodies of one caller's requests take in memory while they arrive,
+// which a client may draw out for as long as the server lets it (http.Server.ReadTimeout),
+// on as many connections as it has. The zero value has room.
+type Bodies struct {
+	mu       sync.Mutex
+	arriving map[string]int // bytes, of each caller that has any
+}
+
+// bodiesRoom is the most of it, in bytes, of one caller: all that 64 requests at a time can
+// be, or six hundred with 128 key IDs each.
+const bodiesRoom = 64 * maxBody
+
+// enter takes room for n bytes, if the caller may have so much more. Whoever has it leaves.
+func (b *Bodies) enter(caller string, n int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.arriving[caller]+n > bodiesRoom {
+		return false
+	}
+	if b.arriving == nil {
+		b.arriving = make(map[string]int)
+	}
+	b.arriving[caller] += n
+	return true
+}
+
+func (b *Bodies) leave(caller string, n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.arriving[caller] -= n; b.arriving[caller] == 0 {
+		delete(b.arriving, caller)
+	}
+}
+
+// Body reads the request's body, if its caller's others leave room for it. Its errors are
+// problems: TooLarge, Invalid or Unavailable.
+func (x *Exchange) Body(others *Bodies) ([]byte, error) {
+	most := maxBody // if it does not say how long it is
+	if n := x.R.ContentLength; n >= 0 {
+		most = int(min(n, maxBody))
+	}
+	if !others.enter(x.Caller.ID(), most) {
+		return nil, &problem.Error{
+			Kind: problem.Unavailable, Detail: "too many requests are on their way", RetryAfter: time.Second,
+			Err: fmt.Errorf("the bodies of %s that have not arrived are of %d bytes or more", x.Caller.ID(), bodiesRoom-most+1),
+		}
+	}
+	defer others.leave(x.Caller.ID(), most)
 	body, err := io.ReadAll(http.MaxBytesReader(x.W, x.R.Body, maxBody))
 	if _, large := errors.AsType[*http.MaxBytesError](err); large {
 		return nil, problem.Because(problem.TooLarge, err)
@@ -68,6 +119,7 @@ type Answer struct {
 
 // Succeed answers, wipes the answer's body, and says whether it may not have arrived.
 func (x *Exchange) Succeed(a Answer) (lost error) {
+	defer registers.Clear() // whoever put the body together has copied it, and so does Write
 	defer clear(a.Body)
 	gone := x.R.Context().Err()
 	lost = errors.Join(gone, x.Write(a))
@@ -94,19 +146,40 @@ func (x *Exchange) Refuse(realm identity.KME, status int, body []byte, after tim
 	x.Log(level, status, cause)
 }
 
+// Over HTTP/2 an answer passes through buffers of net/http that live as long as the
+// connection, or are handed on to others: the response's, of 4 KiB, and one in which each
+// frame is put together, from its start. So keys go piece by piece, each a frame of its
+// own, and blanks follow, which mean nothing in JSON: as long as the longest piece, they
+// stand in both buffers where that stood. (A client that has let its window run out gets
+// the blanks in shorter frames: then the end of a piece is left until the next long one.)
+// What a frame goes through on its way from there to TLS is the connection's to wipe.
+const pieceBytes = 4000 // with the frame's header it fits into net/http's buffers
+
+var blanks = bytes.Repeat([]byte{' '}, pieceBytes)
+
 // Write writes an answer. With keys in it an error also is that the connection has gone.
 func (x *Exchange) Write(a Answer) error {
+	pieces, length := [][]byte{a.Body}, len(a.Body)
+	if a.Keys && x.R.ProtoMajor == 2 {
+		after := blanks[:min(length, pieceBytes)]
+		pieces, length = append(slices.Collect(slices.Chunk(a.Body, pieceBytes)), after), length+len(after)
+	}
 	h := x.W.Header()
 	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", strconv.Itoa(len(a.Body)))
+	h.Set("Content-Length", strconv.Itoa(length))
 	x.W.WriteHeader(a.Status)
 	if x.R.Method == http.MethodHead {
 		return nil
 	}
-	if err := writeBody(x.W, a.Body, a.Point); err != nil || !a.Keys {
-		return err
+	for _, piece := range pieces {
+		if err := writeBody(x.W, piece, a.Point); err != nil || !a.Keys {
+			return err
+		}
+		if err := http.NewResponseController(x.W).Flush(); err != nil { // only that tells
+			return err
+		}
 	}
-	return http.NewResponseController(x.W).Flush() // only that tells
+	return nil
 }
 
 // Log writes a line of how the request ended.
