@@ -162,6 +162,9 @@ func TestPatroniRoles(t *testing.T) {
 			}
 		}
 	}
+	if want := "GRANT " + store.AppRole + " TO " + store.OwnerRole; !strings.Contains(read(t, "patroni/post_init.sh"), want) {
+		t.Errorf("post_init.sh does not say %s, without which kmed migrate refuses", want)
+	}
 }
 
 // TestPackage: the .deb is whole: its programs run, its units are well formed, and its

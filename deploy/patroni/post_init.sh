@@ -5,6 +5,7 @@ set -eu
 psql -v ON_ERROR_STOP=1 -q "$1" <<'SQL'
 CREATE ROLE kme_owner LOGIN;
 CREATE ROLE kme_app LOGIN;
+GRANT kme_app TO kme_owner;
 CREATE ROLE kme_seq LOGIN;
 CREATE ROLE kme_auditor LOGIN;
 CREATE DATABASE kme;

@@ -409,7 +409,7 @@ func TestRoles(t *testing.T) {
 	q := s.sequencer()
 	a.requests(s, 3)
 	s.step(q)
-	s.exec(s.name, `DO $$ BEGIN CREATE ROLE kme_node_a LOGIN IN ROLE kme_app; EXCEPTION WHEN duplicate_object THEN NULL; END $$`)
+	s.exec(s.name, `DO $$ BEGIN CREATE ROLE kme_node_a LOGIN IN ROLE kme_app ROLE kme_owner; EXCEPTION WHEN duplicate_object THEN NULL; END $$`)
 	insert := `INSERT INTO audit_d20260301 (day, node, seq, prev, body, at) SELECT '2026-03-01', '%s', 1000, decode(repeat('00', 32), 'hex'), '{}', now()`
 	for _, test := range []struct {
 		role, sql string

@@ -26,7 +26,7 @@ type sight struct {
 	alive   bool
 	quiet   bool // nothing has changed for deadAfter, or the run has stopped in order
 	settled bool // nothing is left of it that a takeover could free
-	cut     bool // its sessions at the database have been ended
+	cut     bool // it has no sessions at the database any more
 }
 
 // watch judges by this node's own clock which other nodes of the site live: times
@@ -163,14 +163,35 @@ func (k *KME) lookAround(ctx context.Context) error {
 		if _, ok := k.Policies().KMEs[k.Self].Node(s.Node); ok {
 			k.judgeNode(ctx, s)
 		}
-		if s.alive || !s.quiet || s.cut {
-			continue
-		}
-		if err := k.Store.Disconnect(ctx, s.Node, deadAfter); err != nil {
+		if err := k.cutOff(ctx, s); err != nil {
 			return err
 		}
-		k.watch.note(s.NodeRun, func(s *sight) { s.cut = true })
 	}
+	return nil
+}
+
+// cutOff ends the sessions of a dead node at the database, look by look until none is
+// left: a node that is only paused holds on to what it leads.
+func (k *KME) cutOff(ctx context.Context, s sight) error {
+	name := "node-sessions-" + s.Node
+	if s.alive || !s.quiet {
+		k.clear(ctx, name)
+		return nil
+	}
+	if s.cut {
+		return nil
+	}
+	left, err := k.Store.Disconnect(ctx, s.Node, deadAfter)
+	if err != nil {
+		return err
+	}
+	if left > 0 {
+		k.suspect(ctx, name, fmt.Sprintf("%d sessions of node %s, which shows no sign of life, cannot be ended at the database: they are at work, or its role was not granted to %s. What they lead and lock is nobody else's",
+			left, s.Node, store.OwnerRole))
+		return nil
+	}
+	k.clear(ctx, name)
+	k.watch.note(s.NodeRun, func(s *sight) { s.cut = true })
 	return nil
 }
 

@@ -1,8 +1,12 @@
 package kme
 
 import (
+	"context"
+	"slices"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/store"
 )
@@ -86,5 +90,61 @@ func TestSettled(t *testing.T) {
 	w.look(at, at, nil, []store.NodeBeat{{NodeRun: run}})
 	if w.others("a")[0].settled {
 		t.Error("the next run is settled")
+	}
+}
+
+// TestCutOff: a dead node is cut off once it has no sessions any more, and one whose
+// sessions cannot be ended is an alarm until they can. Not beside others: roles are the
+// server's.
+func TestCutOff(t *testing.T) {
+	s := newSite(t)
+	k := s.guarded()
+	s.exec(s.name, "CREATE ROLE kme_node_b LOGIN IN ROLE kme_app")
+	defer s.exec("postgres", "DROP ROLE kme_node_b")
+	paused, err := pgx.Connect(t.Context(), s.cluster.DSN("kme_node_b", s.name)+" application_name='kmed b'")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer paused.Close(context.Background())
+	if _, err := k.Store.BumpRun(t.Context(), "b", 0); err != nil {
+		t.Fatal(err)
+	}
+	look := func() sight {
+		t.Helper()
+		if err := k.lookAround(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		others := k.watch.others("a")
+		i := slices.IndexFunc(others, func(s sight) bool { return s.Node == "b" })
+		if i < 0 {
+			t.Fatalf("b is not among %+v", others)
+		}
+		return others[i]
+	}
+	alarmed := func() bool {
+		return slices.ContainsFunc(k.Alarms(), func(a Alarm) bool { return a.Name == "node-sessions-b" })
+	}
+	run := look().NodeRun
+	k.watch.note(run, func(s *sight) { s.alive, s.quiet = false, true }) // as if it had shown nothing for a while
+	if look().cut || alarmed() {
+		t.Error("it has a session, and is cut off, or an alarm at once")
+	}
+	s.step(patience)
+	if look().cut || !alarmed() {
+		t.Error("it has a session that nobody may end, and is cut off, or no alarm")
+	}
+	s.exec(s.name, "GRANT kme_node_b TO kme_owner")
+	eventually(t, "b to be cut off", func() bool { return look().cut })
+	if alarmed() {
+		t.Error("it is cut off, and the alarm stands")
+	}
+	s.exec(s.name, "REVOKE kme_node_b FROM kme_owner")
+	k.watch.note(run, func(s *sight) { s.cut = false })
+	look()
+	s.step(patience)
+	look()
+	k.watch.note(run, func(s *sight) { s.alive, s.quiet, s.since = true, false, time.Now().Add(time.Hour) })
+	if look(); alarmed() {
+		t.Error("it is back, and the alarm stands")
 	}
 }

@@ -77,8 +77,9 @@ func Migrate(ctx context.Context, dsn string, epochLength time.Duration, log *sl
 	return nil
 }
 
-// makeRoles makes what is missing of the roles and the schema. Roles belong to
-// the cluster, so another database's migration may make them at the same moment.
+// makeRoles makes what is missing of the roles, of their memberships and of the schema.
+// Roles belong to the cluster, so another database's migration may make them at the same
+// moment.
 func makeRoles(ctx context.Context, conn *pgx.Conn) error {
 	for _, role := range Roles {
 		var there bool
@@ -94,12 +95,54 @@ func makeRoles(ctx context.Context, conn *pgx.Conn) error {
 			return fmt.Errorf("%s, which is missing (have a superuser say CREATE ROLE %[1]s LOGIN): %w", role, err)
 		}
 	}
+	if err := joinRoles(ctx, conn); err != nil {
+		return err
+	}
 	var there bool
 	err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)", schemaName).Scan(&there)
 	if err == nil && !there {
 		_, err = conn.Exec(ctx, "CREATE SCHEMA "+schemaName+" AUTHORIZATION "+OwnerRole)
 	}
 	return err
+}
+
+// joinRoles has the owner be a member of the role of the daemon, and of those that nodes
+// have of their own, so that the function disconnect, which is the owner's, may end the
+// sessions of a dead node. The owner gains nothing else by it: it has the tables already,
+// and whose events a session may write goes by who has logged in.
+func joinRoles(ctx context.Context, conn *pgx.Conn) error {
+	rows, _ := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE (rolname = $1 OR rolname LIKE 'kme\_node\_%') AND NOT rolsuper AND NOT pg_has_role($2::name, oid, 'USAGE') ORDER BY rolname`,
+		AppRole, OwnerRole)
+	roles, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	for _, role := range roles {
+		grant := grantToOwner(role)
+		if _, err := conn.Exec(ctx, "DO $$ BEGIN "+grant+"; EXCEPTION WHEN unique_violation THEN NULL; END $$"); err != nil {
+			return fmt.Errorf("%s, whose sessions %s may not end (have a superuser say %s): %w", role, OwnerRole, grant, err)
+		}
+	}
+	return nil
+}
+
+// grantToOwner is the SQL by which the owner becomes a member of a role.
+func grantToOwner(role string) string {
+	return "GRANT " + pgx.Identifier{role}.Sanitize() + " TO " + OwnerRole
+}
+
+// checkRole refuses a role whose sessions the owner may not end: if this node is paused,
+// nobody could take from it what it leads and locks.
+func checkRole(ctx context.Context, conn *pgx.Conn) error {
+	var role string
+	var may bool
+	if err := conn.QueryRow(ctx, "SELECT session_user, pg_has_role($1::name, session_user, 'USAGE')", OwnerRole).Scan(&role, &may); err != nil {
+		return fmt.Errorf("reading what the role may do: %w", err)
+	}
+	if !may {
+		return fmt.Errorf("%s may not end the sessions of the role %s, which must be possible if this node hangs: have a superuser say %s", OwnerRole, role, grantToOwner(role))
+	}
+	return nil
 }
 
 // applyMigrations runs goose as the owner of the schema.
@@ -153,7 +196,7 @@ func checkEpochLength(ms int64, length time.Duration) error {
 }
 
 // checkSchema refuses a database that is not ours to use: of another schema
-// version, epoch length or site. The first daemon of a new one writes its site.
+// version, epoch length or site, or with a role that is not set up. The first daemon of a new one writes its site.
 func checkSchema(ctx context.Context, conn *pgx.Conn, cfg Config) error {
 	var there bool
 	if err := conn.QueryRow(ctx, "SELECT to_regclass('goose_db_version') IS NOT NULL").Scan(&there); err != nil {
@@ -171,6 +214,9 @@ func checkSchema(ctx context.Context, conn *pgx.Conn, cfg Config) error {
 	}
 	if version > schemaVersion {
 		return fmt.Errorf("the database has schema version %d, and this program needs %d", version, schemaVersion)
+	}
+	if err := checkRole(ctx, conn); err != nil {
+		return err
 	}
 	if _, err := conn.Exec(ctx, "UPDATE settings SET site = $1 WHERE site IS NULL", cfg.Site.String()); err != nil {
 		return fmt.Errorf("writing the site: %w", err)

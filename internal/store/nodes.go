@@ -84,20 +84,20 @@ func (db *DB) Depose(ctx context.Context, n NodeRun) (heir NodeRun, err error) {
 }
 
 // Disconnect ends what sessions a node that has been dead for so long has left at the
-// server, which still have its locks if it is paused. Younger ones are those of its
-// next process. One that is at work is left alone: it might be committing, and a
-// commit that waits for a standby must not be cut short.
-func (db *DB) Disconnect(ctx context.Context, node string, dead time.Duration) error {
-	_, err := db.pool.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-		WHERE usename = current_user AND datname = current_database() AND application_name = $1 AND state <> 'active'
-		AND backend_start <= clock_timestamp() - $2 * interval '1 millisecond'`, appName(node), dead.Milliseconds())
-	if err != nil {
-		return away("disconnecting "+node, err)
+// server, which still have its locks if it is paused, and returns how many there are: 0
+// once it has none any more. Younger ones are those of its next process. One that is at
+// work is left alone: it might be committing, and a commit that waits for a standby must
+// not be cut short. So are all of a node that has shown a sign of life in the meantime,
+// and of one whose role the schema's owner is not a member of, as checkSchema demands.
+func (db *DB) Disconnect(ctx context.Context, node string, dead time.Duration) (left int, err error) {
+	if err := db.pool.QueryRow(ctx, "SELECT disconnect($1, $2)", node, dead.Milliseconds()).Scan(&left); err != nil {
+		return 0, away("disconnecting "+node, err)
 	}
-	return nil
+	return left, nil
 }
 
-// appName is how a node's sessions are called at the server, which cuts longer names.
+// appName is how a node's sessions are called at the server, which cuts longer names. The
+// function disconnect knows them by it.
 func appName(node string) string {
 	name := "kmed " + node
 	return name[:min(len(name), 63)]

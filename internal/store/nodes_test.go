@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/pgdev"
 )
 
 // TestBeat: a run shows itself until it is over, and a run that is over shows nothing.
@@ -264,35 +266,160 @@ func TestTakeoverRaces(t *testing.T) {
 }
 
 // TestDisconnect: a node that is stopped in the middle of a transaction keeps its
-// locks until its sessions are ended.
+// locks until its sessions are ended, whatever role they are of.
 func TestDisconnect(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
+	for _, node := range []string{"d1", "d2"} {
+		s.makeRole("kme_node_"+node, "IN ROLE kme_app ROLE kme_owner") // as deploy/AUDIT.md says
+	}
+	for name, roles := range map[string]struct{ dead, survivor string }{
+		"one role":      {AppRole, AppRole},
+		"roles of own":  {"kme_node_d1", "kme_node_d2"},
+		"some have one": {AppRole, "kme_node_d2"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t)
+			cfg := s.config("d2")
+			cfg.DSN = s.dsn(roles.survivor)
+			db := s.openWith(cfg)
+			s.fill(db, 64, mine)
+			paused, psql := s.session(roles.dead, appName("d1")), s.session(roles.dead, "psql")
+			exec(t, paused, "BEGIN; SELECT FROM chunk FOR UPDATE")
+			disconnect := func(dead time.Duration, want int) {
+				t.Helper()
+				if left, err := db.Disconnect(t.Context(), "d1", dead); err != nil || left != want {
+					t.Fatalf("%d sessions are left, %v; want %d", left, err, want)
+				}
+			}
+			disconnect(time.Minute, 0) // it is younger than its node is dead
+			beat := func(at string) {
+				s.super(func(conn *pgx.Conn) error {
+					_, err := conn.Exec(t.Context(), "ALTER TABLE node_beat DISABLE TRIGGER stamp; DELETE FROM node_beat; INSERT INTO node_beat VALUES ('d1', 1, 1, "+at+"); ALTER TABLE node_beat ENABLE TRIGGER stamp")
+					return err
+				})
+			}
+			beat("now() + interval '1 hour'")
+			disconnect(0, 1) // it lives
+			exec(t, paused, "SELECT")
+			exec(t, paused, "COMMIT; UPDATE node_beat SET at = 'epoch', beat = 0") // nobody makes another look dead
+			if ask[bool](s, "SELECT at < '2001-01-01' FROM node_beat") {
+				t.Error("a sign of life is of when its writer says")
+			}
+			exec(t, paused, "BEGIN; SELECT FROM chunk FOR UPDATE")
+
+			busy, worked := s.session(roles.dead, appName("d1")), make(chan error, 1)
+			go func() {
+				_, err := busy.Exec(context.Background(), "BEGIN; SELECT FROM chunk FOR UPDATE")
+				worked <- err
+			}()
+			s.awaitLock()
+			beat("now() - interval '1 hour'")
+			disconnect(0, 2)
+			if err := <-worked; err != nil {
+				t.Errorf("a session that was at work: %v", err)
+			}
+			s.await("no session to be left", func() bool {
+				left, err := db.Disconnect(t.Context(), "d1", 0)
+				return err == nil && left == 0
+			})
+			leases, err := db.Lease(t.Context(), linkName, 1)
+			if err != nil || len(leases) != 1 {
+				t.Errorf("%d leases, %v: the lock is not free", len(leases), err)
+			}
+			for name, conn := range map[string]*pgx.Conn{"paused": paused, "busy": busy} {
+				if err := conn.Ping(t.Context()); err == nil {
+					t.Errorf("the %s session lives", name)
+				}
+			}
+			exec(t, psql, "SELECT") // a session by hand is not the node's
+			if err := db.Beat(t.Context()); err != nil {
+				t.Errorf("our own sessions: %v", err)
+			}
+		})
+	}
+}
+
+// TestRoleNotGranted: a role whose sessions nobody could end is found out by migrate, by
+// the node's start and, if it is taken away later, by whoever disconnects the node. Not
+// beside others: roles are the server's, and so are what they are members of.
+func TestRoleNotGranted(t *testing.T) {
+	s := newSite(t)
+	s.makeRole("kme_node_lone", "IN ROLE kme_app")
+	const want = `GRANT "kme_node_lone" TO kme_owner`
+	if err := Migrate(t.Context(), s.dsn(OwnerRole), hour, quiet); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("migrate: %v, want %q", err, want)
+	}
+	cfg := s.config("lone")
+	cfg.DSN = s.dsn("kme_node_lone")
+	if db, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("Open: %v, want %q", err, want)
+		if err == nil {
+			db.Close()
+		}
+	}
 	db := s.open("n2")
-	s.fill(db, 64, mine)
-	paused, err := pgx.Connect(t.Context(), s.dsn(AppRole)+" search_path=kme application_name='"+appName("n1")+"'")
-	if err != nil {
-		t.Fatal(err)
+	paused := s.session("kme_node_lone", appName("lone"))
+	disconnect := func() int {
+		t.Helper()
+		left, err := db.Disconnect(t.Context(), "lone", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return left
 	}
-	defer paused.Close(context.Background())
-	if _, err := paused.Exec(t.Context(), "BEGIN; SELECT FROM chunk FOR UPDATE"); err != nil {
-		t.Fatal(err)
+	if left := disconnect(); left != 1 {
+		t.Errorf("%d sessions are said to be left, want 1", left)
 	}
-	if err := errors.Join(db.Disconnect(t.Context(), "n1", time.Minute), paused.Ping(t.Context())); err != nil {
-		t.Fatalf("a session that is younger than its node is dead: %v", err)
-	}
-	if err := db.Disconnect(t.Context(), "n1", 0); err != nil {
-		t.Fatal(err)
-	}
-	s.await("the lock to be free", func() bool {
-		leases, err := db.Lease(t.Context(), linkName, 1)
-		return err == nil && len(leases) == 1
+	s.super(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(t.Context(), "GRANT pg_read_all_stats TO kme_owner")
+		return err
 	})
-	if err := paused.Ping(t.Context()); err == nil {
-		t.Error("the paused session lives")
+	left := disconnect() // it sees what it may not end
+	s.super(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(t.Context(), "REVOKE pg_read_all_stats FROM kme_owner")
+		return err
+	})
+	if left != 1 {
+		t.Errorf("%d sessions that it sees are said to be left, want 1", left)
 	}
-	if err := db.Beat(t.Context()); err != nil {
-		t.Errorf("our own sessions: %v", err)
+	exec(t, paused, "SELECT")
+
+	if err := Migrate(t.Context(), s.dsn(pgdev.Superuser), hour, quiet); err != nil {
+		t.Fatal(err)
+	}
+	s.openWith(cfg)
+	s.await("no session to be left", func() bool { return disconnect() == 0 })
+	if err := paused.Ping(t.Context()); err == nil {
+		t.Error("the session lives")
+	}
+}
+
+// makeRole makes a role that may log in, until the test ends.
+func (s *site) makeRole(name, options string) {
+	s.t.Helper()
+	do := func(sql string) {
+		s.super(func(conn *pgx.Conn) error { _, err := conn.Exec(context.Background(), sql); return err })
+	}
+	do("CREATE ROLE " + name + " LOGIN " + options)
+	s.t.Cleanup(func() { do("DROP ROLE " + name) })
+}
+
+// session is one at the server, of a role and by a name.
+func (s *site) session(role, name string) *pgx.Conn {
+	s.t.Helper()
+	conn, err := pgx.Connect(s.t.Context(), s.dsn(role)+" search_path=kme application_name='"+name+"'")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn
+}
+
+func exec(t *testing.T, conn *pgx.Conn, sql string) {
+	t.Helper()
+	if _, err := conn.Exec(t.Context(), sql); err != nil {
+		t.Fatalf("%s: %v", sql, err)
 	}
 }
 
@@ -341,7 +468,7 @@ func TestLead(t *testing.T) {
 	stopOne()
 	want(word{"n1", false})
 	want(word{"n2", true})
-	if err := one.Disconnect(ctx, "n2", 0); err != nil { // as if it were paused
+	if _, err := one.Disconnect(ctx, "n2", 0); err != nil { // as if it were paused
 		t.Fatal(err)
 	}
 	want(word{"n2", false})
