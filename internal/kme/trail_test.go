@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -586,6 +587,80 @@ func TestOtherWitness(t *testing.T) {
 	if why := k.distrusted(); why == "" || k.trailWell() == nil {
 		t.Errorf("a witness that has seen another tree: distrusted %q", why)
 	}
+}
+
+// TestStaleCheckpoint: a checkpoint that the database shows, and does not prove to have, as
+// an old primary does not, is shown to nobody, and nothing is held against the log for it.
+func TestStaleCheckpoint(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	fold := func() {
+		t.Helper()
+		k.note(t.Context(), k.own(audit.Alarm))
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	prove := func(can bool) {
+		const function = "EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text)"
+		if can {
+			s.exec(s.name, "GRANT "+function+" TO PUBLIC")
+		} else {
+			s.exec(s.name, "REVOKE "+function+" FROM PUBLIC")
+		}
+	}
+	var p published
+	published := func(want int) {
+		t.Helper()
+		k.publishNew(t.Context(), &p)
+		text, err := os.ReadFile(filepath.Join(s.data, "checkpoints", "2026-03-01"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		if n := strings.Count(string(text), "qutemail.example/km1/audit/1\n"); n != want {
+			t.Errorf("%d checkpoints were given out, want %d:\n%s", n, want, text)
+		}
+	}
+	trusted := func(want bool) {
+		t.Helper()
+		if why := k.distrusted(); (why == "") != want {
+			t.Errorf("distrusted: %q", why)
+		}
+	}
+	fold()
+	prove(false)
+	published(0)
+	prove(true)
+	published(1)
+	first := p.last
+	fold()
+	published(2)
+	last := p.last
+
+	prove(false)
+	published(2) // what was proven before is not asked about again
+	fold()
+	published(2)
+	if p.last != last {
+		t.Errorf("%d leaves count as given out, want %d", p.last.Size, last.Size)
+	}
+	s.change("UPDATE audit_log SET size = $1", first.Size) // as an old primary has it
+	published(2)
+	k.judgeRewound(t.Context(), "witness.example", last, last.Size)
+	trusted(true)
+	prove(true)
+	s.change("UPDATE audit_log SET size = $1", last.Size)
+	k.judgeRewound(t.Context(), "witness.example", last, last.Size)
+	published(2)
+	trusted(true)
+
+	s.change("UPDATE audit_log SET size = $1", first.Size) // and now it was cut
+	k.judgeRewound(t.Context(), "witness.example", last, last.Size)
+	trusted(false)
+	k.trail.broken = atomic.Value{}
+	published(2)
+	trusted(false)
 }
 
 // The checkpoints of a day are in a file, each whole.

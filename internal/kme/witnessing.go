@@ -40,41 +40,63 @@ const loudEvery = time.Minute
 // publish gives out each new checkpoint, as long as this node is the one of its site
 // that does.
 func (k *KME) publish(ctx context.Context) error {
-	var last store.Signed
-	var loud time.Time
-	return k.every(ctx, time.Second, nil, func(ctx context.Context) {
-		if k.Store.Healthy() != nil {
-			return
+	var p published
+	return k.every(ctx, time.Second, nil, func(ctx context.Context) { k.publishNew(ctx, &p) })
+}
+
+// published is what a node has given out.
+type published struct {
+	last store.Signed
+	loud time.Time // when the daemon's log was told of one
+}
+
+// publishNew gives out the last checkpoint, if it is new or a witness has not signed it.
+//
+// An old primary knows of less than was given out, and one that was never more than on
+// its way to the standby may be lost: so a new one is read again, for sure, before it is
+// shown to anybody or held against the log. That is a commit for each checkpoint, beside
+// the one that each witness's signature takes, and none while the log rests.
+func (k *KME) publishNew(ctx context.Context, p *published) {
+	if k.Store.Healthy() != nil {
+		return
+	}
+	asking, cancel := context.WithTimeout(ctx, publishTime)
+	defer cancel()
+	now, err := k.Store.LastCheckpoint(asking)
+	if err == nil && now != p.last {
+		now, err = k.Store.SurelyLastCheckpoint(asking)
+	}
+	if err != nil {
+		k.Log.Debug("reading the last checkpoint", "err", err)
+		return
+	}
+	if now.Origin == 0 {
+		return
+	}
+	if now.Origin == p.last.Origin && now.Size < p.last.Size {
+		k.distrust(ctx, fmt.Sprintf("the log has %d leaves, and had %d", now.Size, p.last.Size))
+		return
+	}
+	if now.Note != p.last.Note {
+		if err := k.keepCheckpoint(now.Note); err != nil {
+			k.raise(ctx, "audit-file", err.Error())
+		} else {
+			k.clear(ctx, "audit-file")
 		}
-		now, err := k.Store.LastCheckpoint(ctx)
-		if err != nil || now.Origin == 0 {
-			return
+		if k.Now().Sub(p.loud) >= loudEvery {
+			k.Log.Info("audit checkpoint", "checkpoint", now.Note)
+			p.loud = k.Now()
 		}
-		if now.Origin == last.Origin && now.Size < last.Size {
-			k.distrust(ctx, fmt.Sprintf("the log has %d leaves, and had %d", now.Size, last.Size))
-			return
-		}
-		if now.Note != last.Note {
-			if err := k.keepCheckpoint(now.Note); err != nil {
-				k.raise(ctx, "audit-file", err.Error())
-			} else {
-				k.clear(ctx, "audit-file")
-			}
-			if k.Now().Sub(loud) >= loudEvery {
-				k.Log.Info("audit checkpoint", "checkpoint", now.Note)
-				loud = k.Now()
-			}
-			last = now
-		}
-		for id, client := range k.Peers {
-			k.submit(ctx, id.String(), now, func(ctx context.Context, s audit.Submission) (audit.Cosigned, error) {
-				return client.Checkpoint(ctx, s)
-			})
-		}
-		for _, w := range k.Trail.Witnesses {
-			k.submit(ctx, w.Key.Name(), now, w.add)
-		}
-	})
+		p.last = now
+	}
+	for id, client := range k.Peers {
+		k.submit(ctx, id.String(), now, func(ctx context.Context, s audit.Submission) (audit.Cosigned, error) {
+			return client.Checkpoint(ctx, s)
+		})
+	}
+	for _, w := range k.Trail.Witnesses {
+		k.submit(ctx, w.Key.Name(), now, w.add)
+	}
 }
 
 // submit has a witness sign a checkpoint that it has not signed yet.
@@ -114,10 +136,10 @@ func (k *KME) submit(ctx context.Context, witness string, s store.Signed, ask fu
 	}
 }
 
-// judgeRewound looks again: another node of the site may have published more. If the
-// log is shorter than what a witness has signed, it was cut.
+// judgeRewound looks again, for sure: another node of the site may have published more.
+// If the log is shorter than what a witness has signed, it was cut.
 func (k *KME) judgeRewound(ctx context.Context, witness string, s store.Signed, size int64) {
-	now, err := k.Store.LastCheckpoint(ctx)
+	now, err := k.Store.SurelyLastCheckpoint(ctx)
 	if err == nil && now.Origin == s.Origin && now.Size < size {
 		k.distrust(ctx, fmt.Sprintf("the log has %d leaves, and %s has witnessed %d", now.Size, witness, size))
 	}

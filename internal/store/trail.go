@@ -23,14 +23,36 @@ type Signed struct {
 	Note   string // as the log has signed it
 }
 
-// LastCheckpoint is the newest of the site's log; of origin 0 if there is none yet.
+// LastCheckpoint is the newest of the site's log; of origin 0 if there is none yet. After
+// a failover it may be one of before, or one that is lost: it tells whether there is
+// another than was known, and nobody is shown it.
 func (db *DB) LastCheckpoint(ctx context.Context) (s Signed, err error) {
-	err = db.pool.QueryRow(ctx, `SELECT c.origin, c.size, c.note FROM audit_log l JOIN audit_checkpoint c ON c.origin = l.origin AND c.size = l.size
-		WHERE l.origin = (SELECT origin FROM settings)`).Scan(&s.Origin, &s.Size, &s.Note)
-	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+	if s, err = readCheckpoint(ctx, db.pool); err != nil {
 		return s, away("reading the last checkpoint", err)
 	}
 	return s, nil
+}
+
+// SurelyLastCheckpoint is LastCheckpoint as it stands: see proven.
+func (db *DB) SurelyLastCheckpoint(ctx context.Context) (s Signed, err error) {
+	err = db.proven(ctx, func(tx pgx.Tx) error {
+		s, err = readCheckpoint(ctx, tx)
+		return err
+	})
+	if err != nil {
+		return Signed{}, away("reading the last checkpoint for sure", err)
+	}
+	return s, nil
+}
+
+func readCheckpoint(ctx context.Context, from querier) (Signed, error) {
+	rows, _ := from.Query(ctx, `SELECT c.origin, c.size, c.note FROM audit_log l JOIN audit_checkpoint c ON c.origin = l.origin AND c.size = l.size
+		WHERE l.origin = (SELECT origin FROM settings)`)
+	s, err := pgx.CollectOneRow(rows, pgx.RowToStructByPos[Signed])
+	if errors.Is(err, pgx.ErrNoRows) {
+		return Signed{}, nil
+	}
+	return s, err
 }
 
 // LogTiles are the tiles of the site's log of an origin.
