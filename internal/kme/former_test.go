@@ -12,14 +12,18 @@ import (
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/store"
+	"github.com/qutemail/kme/policies"
 )
 
 // What a pool holds from before its link was another's is judged for what it is.
 
+// noLight is a rule against keys of simulated light.
+const noLight = `@id("no-light") forbid (principal is SAE, action, resource is SAE) when { context.provenance == "simulated" };`
+
 // TestFormerPolicy: policy is asked about the provenance of the very atoms, at both ends.
 func TestFormerPolicy(t *testing.T) {
 	t.Parallel()
-	k, l := coreOf(t, rules+`@id("no-light") forbid (principal is SAE, action, resource is SAE) when { context.provenance == "simulated" };`)
+	k, l := coreOf(t, rules+noLight)
 	l.Provenance = key.Upstream
 	c := k.callOf(t, "alice", audit.EncKeys)
 	o := order{slaves: names2(t, "bob"), number: 1, bits: 256}
@@ -36,6 +40,39 @@ func TestFormerPolicy(t *testing.T) {
 		if why := l.fits(r, p); (why == "") != allowed {
 			t.Errorf("the peer's %s atoms: %q", p, why)
 		}
+	}
+}
+
+// TestFormerOrder: who asks for keys gets none of what came before the link was another's
+// if policy is against it, or if they asked for others; and it stays in the pool.
+func TestFormerOrder(t *testing.T) {
+	t.Parallel()
+	dir := tokenDir(t)
+	s := newSite(t)
+	judge, _ := coreOf(t, rules+noLight)
+	k := s.withToken(dir, func(c *Config) { c.Policies, c.Live = judge.Policies, policies.NewCurrent(judge.Policies()) })
+	l := litLink(t, k)
+	const atoms = key.ChunkAtoms
+	b := qlink.Block{Provenance: key.Simulated, Outcome: distill.Outcome{
+		Session: 1, Block: 1, Terms: distill.Terms{Epoch: int64(key.EpochAt(s.now(), k.EpochLength)), Owners: "a"},
+		Bits: make([]byte, atoms*key.AtomBytes), Length: atoms * key.AtomBits,
+	}}
+	if err := l.intake(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	l.Provenance = key.Upstream
+	s.change("UPDATE block SET state = 'ready'")
+	for _, wanted := range []struct {
+		provenance key.Provenance
+		kind       problem.Kind
+	}{{"", problem.Unauthorized}, {key.Upstream, problem.Invalid}} {
+		o := order{slaves: names2(t, "bob"), number: 1, bits: 256, provenance: wanted.provenance}
+		if _, err := k.initiate(t.Context(), k.callOf(t, "alice", audit.EncKeys), o); problem.KindOf(err) != wanted.kind {
+			t.Errorf("of provenance %q: %v, want %v", wanted.provenance, err, wanted.kind)
+		}
+	}
+	if got, err := l.pool.take(t.Context(), atoms, 1); err != nil || len(got) != atoms {
+		t.Errorf("%d atoms are in the pool, %v; want %d", len(got), err, atoms)
 	}
 }
 
