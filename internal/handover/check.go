@@ -27,6 +27,10 @@ const (
 	MaxNameBytes  = 64      // node names and link IDs, in bytes
 	MaxRequestID  = 128     // in bytes
 	MaxTTL        = 366 * 24 * time.Hour
+
+	// MaxNumber bounds runs and sessions, each of which is one above another that the
+	// peer may have named: at one a millisecond it is 8,900 years away.
+	MaxNumber = 1 << 48
 )
 
 // Check says what is wrong with h, nil if nothing is.
@@ -49,8 +53,11 @@ func (h Hello) Check() error {
 			return fmt.Errorf("hello names link %s twice", l.Link)
 		}
 		seen[l.Link] = true
-		if l.Session < 0 || l.TTL < 0 || l.Pool < 0 {
+		if l.TTL < 0 || l.Pool < 0 {
 			return fmt.Errorf("hello: a figure of link %s is negative", l.Link)
+		}
+		if err := CheckSession(l.Session); err != nil {
+			return fmt.Errorf("hello: link %s: %w", l.Link, err)
 		}
 	}
 	if len(h.Acked) > MaxNodes {
@@ -92,7 +99,7 @@ func (r BlockRef) Check() error {
 	if r.Session < 1 || r.Block < 0 {
 		return fmt.Errorf("session %d, block %d of link %s: sessions start at 1, blocks at 0", r.Session, r.Block, r.Link)
 	}
-	return nil
+	return CheckSession(r.Session)
 }
 
 // Check says what is wrong with h, nil if nothing is.
@@ -265,8 +272,8 @@ func (a BurnedAnswer) Check() error {
 		if err := checkName("link", l.Link); err != nil {
 			return fmt.Errorf("answer to burned: %w", err)
 		}
-		if l.Session < 0 {
-			return fmt.Errorf("answer to burned: session %d of link %s", l.Session, l.Link)
+		if err := CheckSession(l.Session); err != nil {
+			return fmt.Errorf("answer to burned: link %s: %w", l.Link, err)
 		}
 	}
 	return nil
@@ -291,6 +298,15 @@ func (a Assigned) Check() error {
 	return nil
 }
 
+// CheckSession says what is wrong with the number of the last session that an end has
+// opened, 0 if it has opened none.
+func CheckSession(session int64) error {
+	if session < 0 || session > MaxNumber {
+		return fmt.Errorf("session %d: sessions start at 1, and no link comes to %d", session, int64(MaxNumber))
+	}
+	return nil
+}
+
 func checkBatch(node string, run, batch int64) error {
 	if batch < 1 {
 		return fmt.Errorf("batch %d: batches start at 1", batch)
@@ -299,8 +315,8 @@ func checkBatch(node string, run, batch int64) error {
 }
 
 func checkRun(node string, run int64) error {
-	if run < 1 {
-		return fmt.Errorf("run %d: runs start at 1", run)
+	if run < 1 || run > MaxNumber {
+		return fmt.Errorf("run %d: runs start at 1, and no site comes to %d", run, int64(MaxNumber))
 	}
 	return checkName("node", node)
 }

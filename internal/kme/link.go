@@ -171,17 +171,21 @@ func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
 	if err != nil {
 		return sessionFrame{}, err
 	}
-	var f sessionFrame
 	if got != kind {
-		return f, fmt.Errorf("frame of kind %d, want %d", got, kind)
+		return sessionFrame{}, fmt.Errorf("frame of kind %d, want %d", got, kind)
 	}
-	if err := json.Unmarshal(body, &f); err != nil {
-		return f, fmt.Errorf("frame of kind %d does not parse: %w", kind, err)
-	}
-	if f.Session < 0 {
-		return f, fmt.Errorf("frame of kind %d names session %d", kind, f.Session)
+	f, err := parseSession(body)
+	if err != nil {
+		return f, fmt.Errorf("frame of kind %d: %w", kind, err)
 	}
 	return f, nil
+}
+
+func parseSession(body []byte) (f sessionFrame, err error) {
+	if err := json.Unmarshal(body, &f); err != nil {
+		return f, fmt.Errorf("it does not parse: %w", err)
+	}
+	return f, handover.CheckSession(f.Session)
 }
 
 // alice leads one session: she dials, opens a session with a number higher than
@@ -212,6 +216,9 @@ func (l *link) alice(ctx context.Context) error {
 		return l.k.found(ctx, l.Peer, fmt.Sprintf("session %d of link %s is open there, and %d is the last that is known here", theirs.Session, l.ID, mine))
 	}
 	session := mine + 1
+	if err := handover.CheckSession(session); err != nil {
+		return fmt.Errorf("opening a session of link %s: %w", l.ID, err)
+	}
 	if err := l.openHere(ctx, session); err != nil {
 		return err
 	}

@@ -127,6 +127,25 @@ func TestAccept(t *testing.T) {
 	}
 }
 
+// TestSessionFrame: a session that no next one could be above is not heard of.
+func TestSessionFrame(t *testing.T) {
+	t.Parallel()
+	for body, ok := range map[string]bool{
+		`{"link":"fibre","session":0}`:                   true,
+		`{"link":"fibre","session":281474976710656}`:     true,
+		`{"link":"fibre","session":281474976710657}`:     false,
+		`{"link":"fibre","session":9223372036854775807}`: false,
+		`{"link":"fibre","session":9223372036854775808}`: false,
+		`{"link":"fibre","session":-1}`:                  false,
+		`{"link":"fibre","session":"1"}`:                 false,
+		`{`:                                              false,
+	} {
+		if f, err := parseSession([]byte(body)); (err == nil) != ok {
+			t.Errorf("%s: %+v, %v; want it taken: %t", body, f, err, ok)
+		}
+	}
+}
+
 func terms(e key.Epoch, owners string) distill.Terms {
 	return distill.Terms{Epoch: int64(e), Owners: owners}
 }
