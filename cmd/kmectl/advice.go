@@ -36,6 +36,7 @@ func advise(err error, next string, args ...any) error {
 func (p party) explain(err error, denied string) error {
 	var unknown x509.UnknownAuthorityError
 	var host x509.HostnameError
+	var invalid x509.CertificateInvalidError
 	if answer, ok := errors.AsType[*etsi014.APIError](err); ok {
 		return explainStatus(err, answer.Status, answer.RetryAfter.String(), denied)
 	}
@@ -55,6 +56,8 @@ func (p party) explain(err error, denied string) error {
 		return advise(err, "the KME at %s does not chain to %s: name its root by --ca", p.kme, p.ca)
 	case errors.As(err, &host):
 		return advise(err, "use in --kme a name that the KME's certificate holds for")
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return advise(err, "the certificate of the KME at %s has ended, or this machine's clock is wrong: runbooks/certificates.md", p.kme)
 	case op != nil && op.Op == "remote error":
 		return advise(err, "the KME does not take the certificate %s: this door may be another role's, or its CA another", p.cert)
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF):

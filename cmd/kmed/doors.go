@@ -41,7 +41,12 @@ func timed(seconds prometheus.Observer, who identify) identify {
 
 // examine looks at what the core does not see.
 func (n *node) examine() []admin.Finding {
-	return []admin.Finding{kme.JudgeCertificate("certificate", n.credential.Leaf().NotAfter, failpoint.Now())}
+	now := failpoint.Now()
+	found := []admin.Finding{kme.JudgeCertificate("certificate", n.credential.Leaf().NotAfter, now)}
+	for _, role := range roles {
+		found = append(found, kme.JudgeCRL(string(role), n.revoked[string(role)].Trouble(now)))
+	}
+	return found
 }
 
 // collectors are the metrics of the node: each package that has some exports them,

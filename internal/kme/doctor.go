@@ -2,7 +2,11 @@ package kme
 
 import (
 	"context"
+	"errors"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -25,7 +29,8 @@ func (d OperatorDoor) Doctor(ctx context.Context, c identity.Caller, rid string)
 	var fs syscall.Statfs_t
 	err = syscall.Statfs(k.DataDir, &fs)
 	found = append(found, judgeDisk(k.DataDir, fs.Bavail*uint64(fs.Bsize), fs.Blocks*uint64(fs.Bsize), err))
-	found = append(found, judgeWitness(k.keepTallies()))
+	found = append(found, judgeWitness(errors.Join(k.keepTallies(), k.tryDataFolder())))
+	found = append(found, k.examineTrail(ctx))
 	answers := make(map[identity.KME]bool)
 	for id, client := range k.Peers {
 		peer := k.examinePeer(ctx, id, client)
@@ -54,6 +59,32 @@ func (k *KME) examineDatabase(ctx context.Context) []admin.Finding {
 		_, err = k.Store.Standing(ctx) // a commit, which waits for the disk and the standby
 	}
 	return []admin.Finding{judgeDatabase(time.Since(began), err), judgeSchema(version, wanted, err), judgeSuspended(k.suspended())}
+}
+
+// tryDataFolder writes a file there, as what counts does, and takes it away again.
+func (k *KME) tryDataFolder() error {
+	file := filepath.Join(k.DataDir, "doctor")
+	err := writeDurably(file, []byte("written by kmectl doctor\n"))
+	if gone := os.Remove(file); err == nil {
+		err = gone
+	}
+	return err
+}
+
+// examineTrail looks how the site's audit log is kept.
+func (k *KME) examineTrail(ctx context.Context) admin.Finding {
+	seen, err := k.lookAtTrail(ctx)
+	if err != nil {
+		return judgeTrail(0, 0, "", nil, err)
+	}
+	var trouble []string
+	for _, a := range k.Alarms() {
+		if strings.HasPrefix(a.Name, trailAlarm) {
+			trouble = append(trouble, a.Name+": "+a.Text)
+		}
+	}
+	slices.Sort(trouble)
+	return judgeTrail(seen.Events, k.Now().Sub(seen.folded), k.distrusted(), trouble, nil)
 }
 
 func (k *KME) examinePeer(ctx context.Context, id identity.KME, client *peer.Client) []admin.Finding {
@@ -142,6 +173,22 @@ func judgeTakeover(id identity.KME) admin.Finding {
 		"it has not said yet what it assigned for this node's earlier runs: none of its links' keys is handed out here")
 }
 
+// judgeTrail judges the audit log: how many events are not in its tree, for how long
+// there was no checkpoint, and what was found wrong with the log or with its keeping.
+func judgeTrail(waiting int64, late time.Duration, distrusted string, trouble []string, err error) admin.Finding {
+	switch {
+	case err != nil:
+		return admin.Bad("audit", "the database has to answer first", "not known")
+	case distrusted != "":
+		return admin.Bad("audit", "kmectl audit verify names the first bad leaf: runbooks/tampering.md", "the log is not what was signed: %s", distrusted)
+	case len(trouble) > 0:
+		return admin.Bad("audit", "runbooks/audit.md, and for each of these alarms DEGRADED.md", "%s", strings.Join(trouble, "; "))
+	case late > lagAlarm:
+		return admin.Bad("audit", "is the sequencer running (audit.sequencer, or kmed sequencer)? runbooks/audit.md", "%d events wait, and for %v there was no checkpoint", waiting, late.Round(time.Second))
+	}
+	return admin.Good("audit", "%d events wait to be folded into the log's tree", waiting)
+}
+
 func judgePeer(id identity.KME, took time.Duration, err error) admin.Finding {
 	about := "peer " + id.String()
 	switch {
@@ -210,4 +257,14 @@ func JudgeCertificate(about string, end, now time.Time) admin.Finding {
 		return admin.Bad(about, "does the CA answer? The node renews by itself: runbooks/certificates.md", "it ends in %v", left.Round(time.Minute))
 	}
 	return admin.Good(about, "it ends in %v", left.Round(time.Minute))
+}
+
+// JudgeCRL says whether the CRLs of a role's CAs count; trouble is what is wrong with
+// them, "" if nothing is.
+func JudgeCRL(role, trouble string) admin.Finding {
+	about := "CRL of role " + role
+	if trouble != "" {
+		return admin.Bad(about, "is that CA up, and can this node reach certificates.crls? runbooks/certificates.md", "%s", trouble)
+	}
+	return admin.Good(about, "there is a late one of each CA")
 }

@@ -245,26 +245,35 @@ func (k *KME) watchTrail(ctx context.Context) {
 	}
 	asking, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
-	lag, err := k.Store.TrailLag(asking)
+	seen, err := k.lookAtTrail(asking)
 	if err != nil {
 		return
+	}
+	if late := k.Now().Sub(seen.folded); late > lagAlarm && k.Now().Sub(k.started) > lagAlarm {
+		k.raise(ctx, "audit-lag", fmt.Sprintf("%d events are not in the audit log's tree, and for %v there was no checkpoint", seen.Events, late.Round(time.Second)))
+	} else {
+		k.clear(ctx, "audit-lag")
+	}
+}
+
+// lookAtTrail reads how far the tree is behind the events, and whether one was found forged.
+func (k *KME) lookAtTrail(ctx context.Context) (*trailLag, error) {
+	lag, err := k.Store.TrailLag(ctx)
+	if err != nil {
+		return nil, err
 	}
 	if lag.Forged != "" { // by another node's sequencer, perhaps, or one that is no node's
 		k.distrust(ctx, lag.Forged)
 	}
-	seen := trailLag{lag, k.Now()}
+	seen := &trailLag{lag, k.Now()}
 	if lag.Events > 0 {
 		seen.folded = lag.Newest
 		if before := k.lag.Load(); before != nil && before.folded.After(lag.Newest) {
 			seen.folded = before.folded
 		}
 	}
-	k.lag.Store(&seen)
-	if late := k.Now().Sub(seen.folded); late > lagAlarm && k.Now().Sub(k.started) > lagAlarm {
-		k.raise(ctx, "audit-lag", fmt.Sprintf("%d events are not in the audit log's tree, and for %v there was no checkpoint", lag.Events, late.Round(time.Second)))
-	} else {
-		k.clear(ctx, "audit-lag")
-	}
+	k.lag.Store(seen)
+	return seen, nil
 }
 
 // openDays opens the audit log's days, a week ahead.
