@@ -55,7 +55,7 @@ func TestTrail(t *testing.T) {
 	openingsAddUp(t, l)
 	handshakesAddUp(t, l.KM1, refused)
 
-	keys := make(map[string]string) // by site
+	keys, witness := make(map[string]string), "" // by site; of KM2
 	for _, s := range []*Site{l.KM1, l.KM2} {
 		eventually(t, "a cosigned checkpoint of "+s.Name, func(ctx context.Context) error {
 			trail, err := operator(t, s).Trail(ctx)
@@ -65,7 +65,7 @@ func TestTrail(t *testing.T) {
 			if len(trail.Logs) != 1 || !strings.Contains(trail.Logs[0].Checkpoint, "/witness ") {
 				return errors.New("no checkpoint is cosigned")
 			}
-			keys[s.Name] = trail.Logs[0].Key
+			keys[s.Name], witness = trail.Logs[0].Key, trail.Witness
 			return nil
 		})
 	}
@@ -75,12 +75,13 @@ func TestTrail(t *testing.T) {
 		args string
 		want string
 	}{
+		{"audit verify --vkey " + keys["km1"] + " --witness " + witness, ", signed by "},
 		{"audit verify --vkey " + keys["km1"] + " --also " + l.KM2.Nodes[0].OperatorURL(), "verified: leaves 0 to "},
 		{"--kme " + l.KM2.Nodes[0].OperatorURL() + " audit verify --vkey " + keys["km2"], "verified: leaves 0 to "},
 		{"audit export " + bundle, ""},
-		{"audit verify --offline " + bundle + " --vkey " + keys["km1"], "verified: leaves 0 to "},
+		{"audit verify --offline " + bundle + " --vkey " + keys["km1"] + " --witness " + witness, "verified: leaves 0 to "},
 		{"audit prove 7 --out " + proof, ""},
-		{"audit check " + proof + " --vkey " + keys["km1"], `"node":"km1-a"`},
+		{"audit check " + proof + " --vkey " + keys["km1"] + " --witness " + witness, `"node":"km1-a"`},
 		{"audit show 0 --vkey " + keys["km1"], `"action":"start"`},
 		{"audit search --action enc_keys --sae bob --limit 3", "enc_keys by sae alice with bob"},
 		{"audit log", keys["km1"]},
