@@ -12,15 +12,23 @@ import (
 )
 
 // Where is q as it would be asked at a KME at which the caller is at home: over which
-// link the keys come, if over any. provenance is that of the links. It is false if no
-// way leads from one SAE to the other.
+// link the keys come, if over any; of several, over the first on which it is allowed.
+// provenance is that of the links. It is false if no way leads from one SAE to the other.
 func (s *Set) Where(q Question, provenance key.Provenance) (Question, bool) {
 	for _, mine := range s.SAEs[q.Caller].Homes {
 		for _, theirs := range s.SAEs[q.Other].Homes {
-			if l, ok := s.LinkBetween(mine, theirs); ok {
-				q.Link, q.Provenance, q.SameKME = l.ID, provenance, false
-				return q, true
+			links := s.LinksBetween(mine, theirs)
+			if len(links) == 0 {
+				continue
 			}
+			q.Provenance, q.SameKME = provenance, false
+			for _, l := range links {
+				if q.Link = l.ID; s.Decide(q).Allow {
+					return q, true
+				}
+			}
+			q.Link = links[0].ID
+			return q, true
 		}
 	}
 	for _, mine := range s.SAEs[q.Caller].Homes {

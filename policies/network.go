@@ -254,10 +254,6 @@ func (b *networkBuilder) addLink(l linkDoc) error {
 		if other.ID == link.ID {
 			return b.at(l.ID).errorf("link %s is there twice", link.ID)
 		}
-		ends := other.Alice == link.Alice && other.Bob == link.Bob || other.Alice == link.Bob && other.Bob == link.Alice
-		if ends {
-			return b.at(l.ID).errorf("link %s joins the KMEs of link %s: one link a pair", link.ID, other.ID)
-		}
 	}
 	b.net.Links = append(b.net.Links, link)
 	return nil

@@ -142,12 +142,14 @@ func (s *Set) Homed(sae identity.SAE, kme identity.KME) bool {
 	return slices.Contains(s.SAEs[sae].Homes, kme)
 }
 
-// LinkBetween is the link that joins two KMEs, whichever of them is Alice's.
-func (s *Set) LinkBetween(a, b identity.KME) (Link, bool) {
+// LinksBetween are the links that join two KMEs, whichever of them is Alice's, in the order
+// of network.yaml.
+func (s *Set) LinksBetween(a, b identity.KME) []Link {
+	var links []Link
 	for _, l := range s.Links {
 		if l.Alice == a && l.Bob == b || l.Alice == b && l.Bob == a {
-			return l, true
+			links = append(links, l)
 		}
 	}
-	return Link{}, false
+	return links
 }

@@ -462,7 +462,7 @@ func (c *AuditConfig) check(k *checker) {
 }
 
 func (c *Config) checkLinks(k *checker) {
-	seen := make(map[string]bool)
+	seen, sockets := make(map[string]bool), make(map[string]bool)
 	for i, l := range c.Links {
 		at := fmt.Sprintf("links[%d].", i)
 		if k.has(at+"id", l.ID) {
@@ -473,7 +473,10 @@ func (c *Config) checkLinks(k *checker) {
 			u.check(k, at+"upstream.")
 			k.must(l.Filler == 0, at+"filler", "goes not with upstream")
 		} else {
-			k.has(at+"socket", l.Socket)
+			if k.has(at+"socket", l.Socket) {
+				k.must(!sockets[l.Socket], at+"socket", "is that of another link")
+				sockets[l.Socket] = true
+			}
 			k.has(at+"secret_file", l.SecretFile)
 			k.must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
 			k.must(u.TLS == "" && u.Peer == "" && u.Keys == 0, at+"upstream", "has no url")

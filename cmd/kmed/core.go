@@ -57,6 +57,9 @@ func (n *node) core() (*kme.KME, error) {
 			return nil, err
 		}
 		cfg.Links = append(cfg.Links, link)
+		if cfg.Peers[link.Peer] != nil {
+			continue // another link leads there too
+		}
 		tls, still := n.towards(link.Peer)
 		cfg.Peers[link.Peer], err = peer.NewClient(peer.ClientConfig{Addresses: n.doorsOf(link.Peer, assignDoor), TLS: tls, Still: still, Log: n.log})
 		if err != nil {

@@ -277,7 +277,7 @@ func (s *tables) Do(node string, run int64, verb any) {
 		s.same("chunks given", v.Given, b.Given)
 	case handover.DoTakeGrant:
 		g := handover.Grant{Chunks: []handover.Granted{v.Granted}}
-		answer, err := db.TakeGrant(ctx, s.over(v.Link), g, func([]audit.Atoms) audit.Event { return event(audit.TakeChunks) })
+		answer, err := db.TakeGrant(ctx, s.over(v.Link), g, func(string, []audit.Atoms) audit.Event { return event(audit.TakeChunks) })
 		s.must(err)
 		s.same("grants acknowledged", g.Chunks, answer.Chunks)
 	case handover.DoAckGrant:

@@ -7,10 +7,12 @@ import (
 	"net/http/httptrace"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/peer"
 )
@@ -23,14 +25,24 @@ const (
 	repeatMax      = 2 * time.Second
 )
 
-// announcer has what a link's requests wait for assigned by the peer, batch after
-// batch, several in flight. One goroutine (run) owns it and its Sender; each flight
-// has a goroutine that says its batch, again if need be, and brings the answer home.
+// announcer has what requests wait for assigned by a peer, batch after batch, several in
+// flight. Batches are numbered per peer, and so all links to a peer share one announcer: a
+// batch may name keys of each of them. One goroutine (run) owns what is not said to be
+// everybody's, and the Sender; each flight has a goroutine that says its batch, again if
+// need be, and brings the answer home.
 //
 // If the process dies, the takeover of its run does for each flight what the answer
 // would have asked for.
 type announcer struct {
-	l       *link
+	k    *KME
+	peer identity.KME
+
+	// Everybody's.
+	asks       chan *ask
+	doubt      atomic.Bool   // an announce is unanswered: new requests are refused
+	committing atomic.Int64  // requests that the peer has assigned and that are being committed here
+	committed  chan struct{} // one of them has ended
+
 	sender  *handover.Sender
 	waiting []*ask
 	atoms   int // of waiting, as ask.weight counts them
@@ -54,29 +66,44 @@ type flight struct {
 	err    error
 }
 
-// announce runs the link's announcer until ctx ends.
-func (l *link) announce(ctx context.Context) error {
-	a := newAnnouncer(l)
+// askQueue is how many requests may wait for an announce to a peer: what the request
+// deadline allows, and no more.
+const askQueue = 512
+
+func newAnnouncer(k *KME, peer identity.KME) *announcer {
+	return &announcer{
+		k: k, peer: peer, asks: make(chan *ask, askQueue), committed: make(chan struct{}, 1),
+		most: handover.MaxAtoms, flying: make(map[*flight]bool), landed: make(chan *flight),
+	}
+}
+
+// announcerTo is the one that the links to a peer share. It is made with the first of them.
+func (k *KME) announcerTo(peer identity.KME) *announcer {
+	if k.announcers == nil {
+		k.announcers = make(map[identity.KME]*announcer)
+	}
+	if k.announcers[peer] == nil {
+		k.announcers[peer] = newAnnouncer(k, peer)
+	}
+	return k.announcers[peer]
+}
+
+// announce runs the announcer until ctx ends.
+func (a *announcer) announce(ctx context.Context) error {
 	defer a.drain()
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-l.k.takenOver[l.Peer]:
+	case <-a.k.takenOver[a.peer]:
 	}
+	a.sender = handover.NewSender(a.k.Node, a.k.run.Load(), announceWindow)
 	return a.run(ctx)
-}
-
-func newAnnouncer(l *link) *announcer {
-	return &announcer{
-		l: l, sender: handover.NewSender(l.k.Node, l.k.run.Load(), announceWindow), most: handover.MaxAtoms,
-		flying: make(map[*flight]bool), landed: make(chan *flight),
-	}
 }
 
 func (a *announcer) run(ctx context.Context) error {
 	defer a.flights.Wait()
 	for {
-		asks := a.l.asks
+		asks := a.asks
 		if a.full() {
 			asks = nil
 		}
@@ -87,12 +114,12 @@ func (a *announcer) run(ctx context.Context) error {
 			a.add(x)
 		case f := <-a.landed:
 			a.land(ctx, f)
-		case <-a.l.committed:
+		case <-a.committed:
 		}
 		runtime.Gosched() // whoever is about to ask, woken together with the first, does so now
 		a.gather()
 		if a.doubts > 0 {
-			a.refuse(a.l.unreachable(errors.New("an earlier announce is still unanswered")))
+			a.refuse(a.unreachable(errors.New("an earlier announce is still unanswered")))
 		}
 		for a.ready() {
 			a.depart(ctx)
@@ -114,7 +141,7 @@ func (a *announcer) add(x *ask) {
 func (a *announcer) gather() {
 	for !a.full() {
 		select {
-		case x := <-a.l.asks:
+		case x := <-a.asks:
 			a.add(x)
 		default:
 			return
@@ -130,7 +157,7 @@ func (a *announcer) ready() bool {
 	if len(a.waiting) == 0 || !a.sender.Free() {
 		return false
 	}
-	busy := a.asking + int(a.l.committing.Load())
+	busy := a.asking + int(a.committing.Load())
 	return busy <= len(a.waiting) || a.full()
 }
 
@@ -149,7 +176,7 @@ func (a *announcer) depart(ctx context.Context) {
 	a.flying[f] = true
 	a.asking += len(f.asks)
 	a.flights.Go(func() {
-		f.answer, f.err = a.l.tell(ctx, f.batch)
+		f.answer, f.err = a.tell(ctx, f.batch)
 		a.bringHome(ctx, f)
 	})
 }
@@ -164,7 +191,7 @@ func (a *announcer) next() (asks []*ask) {
 		}
 		taken++
 		a.atoms -= x.weight()
-		if a.l.begins(x) {
+		if x.begins() {
 			asks = append(asks, x)
 			atoms += x.weight()
 		}
@@ -174,11 +201,11 @@ func (a *announcer) next() (asks []*ask) {
 }
 
 // begins says whether an ask goes into a batch: not when its client or its asker has left.
-func (l *link) begins(x *ask) bool {
+func (x *ask) begins() bool {
 	if x.client.Err() == nil && !x.left.Load() {
 		return true
 	}
-	l.pool.give(x.lends)
+	x.link.pool.give(x.lends)
 	x.settle(fate{err: unavailable(0, "", errors.New("the client left before its request began"))})
 	return false
 }
@@ -191,17 +218,17 @@ func (a *announcer) bringHome(ctx context.Context, f *flight) {
 }
 
 // tell says a batch until it is judged, up to the announce deadline.
-func (l *link) tell(ctx context.Context, batch handover.Announce) (handover.AnnounceAnswer, error) {
+func (a *announcer) tell(ctx context.Context, batch handover.Announce) (handover.AnnounceAnswer, error) {
 	ctx, cancel := context.WithTimeout(ctx, announceTime)
 	defer cancel()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		WroteRequest: func(httptrace.WroteRequestInfo) { failpoint.Hit(failpoint.EncAnnounceSent) },
 	})
 	for wait := time.Millisecond; ; wait *= 2 {
-		origin := l.k.past.originOf(l.Peer)
-		answer, err := l.client.Announce(ctx, batch)
+		origin := a.k.past.originOf(a.peer)
+		answer, err := a.k.Peers[a.peer].Announce(ctx, batch)
 		if err == nil && len(answer.Results) > 0 {
-			l.k.past.answered(l.Peer, origin, batch.Run, batch.Batch)
+			a.k.past.answered(a.peer, origin, batch.Run, batch.Batch)
 		}
 		if err != nil || answer.Standing != handover.Ahead {
 			return answer, err
@@ -229,7 +256,7 @@ func (a *announcer) land(ctx context.Context, f *flight) {
 			a.pace(f)
 			a.remove(ctx, f)
 			for i, s := range settled {
-				a.l.settle(ctx, f.asks[i], s)
+				f.asks[i].link.settle(ctx, f.asks[i], s)
 			}
 			return
 		}
@@ -237,8 +264,8 @@ func (a *announcer) land(ctx context.Context, f *flight) {
 	if untold(err) && a.sender.Unsent(f.batch.Batch) {
 		a.remove(ctx, f)
 		for _, x := range f.asks {
-			a.l.pool.give(x.lends)
-			x.settle(fate{err: a.l.unreachable(err)})
+			x.link.pool.give(x.lends)
+			x.settle(fate{err: a.unreachable(err)})
 		}
 		return
 	}
@@ -253,10 +280,10 @@ func (a *announcer) remove(ctx context.Context, f *flight) {
 		return
 	}
 	if a.doubts--; a.doubts == 0 {
-		a.l.doubt.Store(false)
+		a.doubt.Store(false)
 		a.flights.Go(func() {
-			if !a.l.doubt.Load() {
-				a.l.k.clear(ctx, a.l.doubtAlarm())
+			if !a.doubt.Load() {
+				a.k.clear(ctx, a.doubtAlarm())
 			}
 		})
 	}
@@ -282,33 +309,33 @@ func (a *announcer) insist(ctx context.Context, f *flight, cause error) {
 		f.doubt = true
 		a.sender.Doubt(f.batch.Batch)
 		a.doubts++
-		a.l.doubt.Store(true)
+		a.doubt.Store(true)
 		for _, x := range f.asks {
-			x.settle(fate{err: a.l.unreachable(fmt.Errorf("outcome unknown: %w", cause))})
+			x.settle(fate{err: a.unreachable(fmt.Errorf("outcome unknown: %w", cause))})
 		}
 	} else {
 		// Stale among others: if our run was really taken over, our own run row says
 		// so and ends the process; a peer's word alone does not.
-		a.l.k.Log.Warn("repeating an announce", "link", a.l.ID, "batch", f.batch.Batch, "err", cause)
+		a.k.Log.Warn("repeating an announce", "peer", a.peer.String(), "batch", f.batch.Batch, "err", cause)
 	}
 	a.flights.Go(func() {
 		if first {
-			a.l.park(ctx, f, cause)
+			a.park(ctx, f, cause)
 		}
-		if a.l.repeat(ctx, f) == nil {
+		if a.repeat(ctx, f) == nil {
 			a.bringHome(ctx, f)
 		}
 	})
 }
 
-func (l *link) doubtAlarm() string { return "announce-" + l.ID }
+func (a *announcer) doubtAlarm() string { return "announce-" + a.peer.String() }
 
 // park writes down which keys are in doubt. The rows are for operators: the lease
 // keeps the keys from other nodes, and the flight keeps them from us.
-func (l *link) park(ctx context.Context, f *flight, cause error) {
-	l.k.raise(ctx, l.doubtAlarm(), fmt.Sprintf("batch %d to %s is unanswered, %d keys are parked: %v", f.batch.Batch, l.Peer, len(f.keys()), cause))
-	if err := l.k.Store.Park(ctx, f.keys(), f.batch.Batch); err != nil {
-		l.k.Log.Warn("parking keys", "link", l.ID, "err", err)
+func (a *announcer) park(ctx context.Context, f *flight, cause error) {
+	a.k.raise(ctx, a.doubtAlarm(), fmt.Sprintf("batch %d to %s is unanswered, %d keys are parked: %v", f.batch.Batch, a.peer, len(f.keys()), cause))
+	if err := a.k.Store.Park(ctx, f.keys(), f.batch.Batch); err != nil {
+		a.k.Log.Warn("parking keys", "peer", a.peer.String(), "err", err)
 	}
 }
 
@@ -322,7 +349,7 @@ func (f *flight) keys() []key.ID {
 }
 
 // repeat says a batch again until the peer has judged it. An error is that ctx ended.
-func (l *link) repeat(ctx context.Context, f *flight) error {
+func (a *announcer) repeat(ctx context.Context, f *flight) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -330,13 +357,13 @@ func (l *link) repeat(ctx context.Context, f *flight) error {
 		case <-time.After(f.wait):
 		}
 		f.wait = min(2*f.wait, repeatMax)
-		if f.answer, f.err = l.tell(ctx, f.batch); f.err != nil {
+		if f.answer, f.err = a.tell(ctx, f.batch); f.err != nil {
 			continue
 		}
 		switch f.answer.Standing {
 		case handover.Fresh, handover.Repeat:
-			if err := l.k.Store.Unpark(ctx, f.keys()); err != nil {
-				l.k.Log.Warn("unparking keys", "link", l.ID, "err", err)
+			if err := a.k.Store.Unpark(ctx, f.keys()); err != nil {
+				a.k.Log.Warn("unparking keys", "peer", a.peer.String(), "err", err)
 			}
 			return nil
 		case handover.Ahead, handover.Declined:
@@ -350,9 +377,9 @@ func (l *link) repeat(ctx context.Context, f *flight) error {
 func (l *link) settle(ctx context.Context, x *ask, s handover.Settlement) {
 	switch s.Verb {
 	case handover.Commit:
-		l.committing.Add(1)
+		l.announcer.committing.Add(1)
 		if !x.settle(fate{batch: s.Batch}) {
-			l.committing.Add(-1)
+			l.announcer.committing.Add(-1)
 			l.reclaim(x, s.Batch)
 		}
 	case handover.Reclaim:
@@ -365,13 +392,22 @@ func (l *link) settle(ctx context.Context, x *ask, s handover.Settlement) {
 // refuse answers what waits, whose atoms go back to the pool.
 func (a *announcer) refuse(err error) {
 	for _, x := range a.waiting {
-		a.l.pool.give(x.lends)
+		x.link.pool.give(x.lends)
 		x.settle(fate{err: err})
 	}
 	a.waiting, a.atoms = nil, 0
 }
 
-// drain answers what still waits when the link stops.
+// ended says that a commit has come to its end, however it did.
+func (a *announcer) ended() {
+	a.committing.Add(-1)
+	select {
+	case a.committed <- struct{}{}:
+	default: // the announcer has yet to look at the one before
+	}
+}
+
+// drain answers what still waits when the node stops.
 func (a *announcer) drain() {
 	for {
 		a.gather()

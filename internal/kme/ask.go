@@ -14,6 +14,7 @@ import (
 
 // ask is a request that waits for its announce.
 type ask struct {
+	link    *link // whose the lends are
 	request handover.Request
 	lends   []lent
 	client  context.Context // the caller's: consulted once, before its batch begins
@@ -35,13 +36,14 @@ type fate struct {
 
 // ask has the peer assign the request's keys and waits for the outcome.
 func (l *link) ask(ctx, client context.Context, r handover.Request, lends []lent) fate {
-	if l.doubt.Load() {
+	to := l.announcer
+	if to.doubt.Load() {
 		l.pool.give(lends)
-		return fate{err: l.unreachable(errors.New("an earlier announce is still unanswered"))}
+		return fate{err: to.unreachable(errors.New("an earlier announce is still unanswered"))}
 	}
-	a := &ask{request: r, lends: lends, client: client, fate: make(chan fate, 1)}
+	a := &ask{link: l, request: r, lends: lends, client: client, fate: make(chan fate, 1)}
 	select {
-	case l.asks <- a:
+	case to.asks <- a:
 	default:
 		l.pool.give(lends)
 		return fate{err: unavailable(time.Second, "too many requests are waiting", errors.New("the announce queue is full"))}
@@ -51,14 +53,14 @@ func (l *link) ask(ctx, client context.Context, r handover.Request, lends []lent
 		return f
 	case <-ctx.Done():
 		if a.left.CompareAndSwap(false, true) {
-			return fate{err: l.unreachable(ctx.Err())} // the announcer deals with the atoms when it learns their fate
+			return fate{err: to.unreachable(ctx.Err())} // the announcer deals with the atoms when it learns their fate
 		}
 		return <-a.fate
 	}
 }
 
-func (l *link) unreachable(cause error) error {
-	return unavailable(2*time.Second, "the other KME does not answer", fmt.Errorf("announcing to %s: %w", l.Peer, cause))
+func (a *announcer) unreachable(cause error) error {
+	return unavailable(2*time.Second, "the other KME does not answer", fmt.Errorf("announcing to %s: %w", a.peer, cause))
 }
 
 // settle tells the asker, unless it has gone.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/problem"
 )
@@ -17,7 +18,7 @@ import (
 func newAskLink() *link {
 	f := newFibre()
 	f.grow(1, ^uint64(0))
-	l := &link{LinkConfig: LinkConfig{ID: "fibre"}, asks: make(chan *ask, askQueue)}
+	l := &link{LinkConfig: LinkConfig{ID: "fibre"}, announcer: newAnnouncer(nil, identity.KME{})}
 	l.pool.lease, l.pool.free, l.pool.fresh, l.pool.nodes = f.lease, f.free, f.fresh, one
 	return l
 }
@@ -73,7 +74,7 @@ func TestAskGivesUp(t *testing.T) {
 		l := newAskLink()
 		began := time.Now()
 		answered := l.asking(t, t.Context())
-		a := <-l.asks
+		a := <-l.announcer.asks
 		wait(t, requestTime)
 		wants503(t, answered, 2*time.Second)
 		if took := time.Since(began); took != requestTime {
@@ -91,7 +92,7 @@ func TestAskIsSettledOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newAskLink()
 		answered := l.asking(t, t.Context())
-		a := <-l.asks
+		a := <-l.announcer.asks
 		if !a.settle(fate{batch: 7}) || a.settle(fate{batch: 8}) {
 			t.Error("not settled exactly once")
 		}
@@ -107,11 +108,11 @@ func TestAskWhileInDoubt(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newAskLink()
-		l.doubt.Store(true)
+		l.announcer.doubt.Store(true)
 		wants503(t, l.asking(t, t.Context()), 2*time.Second)
-		l.doubt.Store(false)
+		l.announcer.doubt.Store(false)
 		for range askQueue {
-			l.asks <- nil
+			l.announcer.asks <- nil
 		}
 		wants503(t, l.asking(t, t.Context()), time.Second)
 		if l.inPool() != key.ChunkAtoms {
@@ -130,7 +131,7 @@ func TestGather(t *testing.T) {
 		leave()
 		gone := l.asking(t, left)
 		first, second := l.asking(t, t.Context()), l.asking(t, t.Context())
-		a := &announcer{l: l, most: handover.MaxAtoms}
+		a := l.announcer
 		a.gather()
 		asks := a.next()
 		if len(asks) != 2 || l.inPool() != key.ChunkAtoms-2 {
@@ -144,15 +145,15 @@ func TestGather(t *testing.T) {
 		<-second
 
 		for range handover.MaxRequests + 1 {
-			l.asks <- &ask{client: t.Context()}
+			a.asks <- &ask{client: t.Context()}
 		}
 		a.gather()
-		if asks = a.next(); len(asks) != handover.MaxRequests || len(l.asks) != 1 {
-			t.Errorf("gathered %d requests, want %d; %d in the queue", len(asks), handover.MaxRequests, len(l.asks))
+		if asks = a.next(); len(asks) != handover.MaxRequests || len(a.asks) != 1 {
+			t.Errorf("gathered %d requests, want %d; %d in the queue", len(asks), handover.MaxRequests, len(a.asks))
 		}
-		<-l.asks
+		<-a.asks
 		for range 3 {
-			l.asks <- &ask{client: t.Context(), lends: make([]lent, askAtoms)}
+			a.asks <- &ask{client: t.Context(), lends: make([]lent, askAtoms)}
 		}
 		a.gather()
 		if asks = a.next(); len(asks)*askAtoms != handover.MaxAtoms || a.atoms != 0 || len(a.waiting) != 0 {
@@ -180,8 +181,8 @@ func TestReady(t *testing.T) {
 		{2, 2 * askAtoms, 32, 0, 3, true},
 		{handover.MaxRequests, handover.MaxRequests, 9999, 0, 3, true},
 	} {
-		a := &announcer{l: &link{}, sender: handover.NewSender("a1", 1, announceWindow), waiting: make([]*ask, tt.waiting), atoms: tt.atoms, asking: tt.asking}
-		a.l.committing.Store(int64(tt.committing))
+		a := &announcer{sender: handover.NewSender("a1", 1, announceWindow), waiting: make([]*ask, tt.waiting), atoms: tt.atoms, asking: tt.asking}
+		a.committing.Store(int64(tt.committing))
 		for range tt.flights {
 			a.sender.Next(nil)
 		}
@@ -263,10 +264,10 @@ func TestWhatWaitsIsAnswered(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := newAskLink()
-		a := &announcer{l: l}
+		a := l.announcer
 		waits := l.asking(t, t.Context())
 		a.gather()
-		a.refuse(l.unreachable(errors.New("in doubt")))
+		a.refuse(a.unreachable(errors.New("in doubt")))
 		wants503(t, waits, 2*time.Second)
 		waiting := l.asking(t, t.Context())
 		a.drain()

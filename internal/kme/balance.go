@@ -18,6 +18,7 @@ import (
 // besides, the end that has much more gives it chunks (handover.Surplus). Each end
 // sees from its own tables what the other has used, and needs no question for it.
 type balance struct {
+	here         atomic.Int64 // atoms that this end may assign, about: those of the last look, less what this node has lent since
 	calm         atomic.Int64 // atoms that the other end may use before it is worth looking again
 	given, taken atomic.Int64 // chunks, since the node started
 
@@ -87,6 +88,7 @@ func (l *link) even(ctx context.Context) error {
 			return err
 		}
 	}
+	mine.here.Store(int64(b.Here))
 	if b.Given > 0 {
 		failpoint.Hit(failpoint.GrantCommitted)
 		mine.given.Add(int64(b.Given))
@@ -107,10 +109,8 @@ func (l *link) givenEvent(chunks []audit.Atoms) audit.Event {
 
 // Grant makes chunks this end's. It is answered alike however often it comes.
 func (d PeerDoor) Grant(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error) {
-	var l *link
 	for _, c := range g.Chunks {
-		var err error
-		if l, err = d.link(c.Link, from); err != nil {
+		if _, err := d.link(c.Link, from); err != nil {
 			return handover.GrantAnswer{}, d.refuse(ctx, from, err)
 		}
 	}
@@ -119,16 +119,18 @@ func (d PeerDoor) Grant(ctx context.Context, from identity.KME, g handover.Grant
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
-	taken := 0
-	answer, err := d.k.Store.TakeGrant(ctx, from, g, func(chunks []audit.Atoms) audit.Event {
-		taken = len(chunks)
+	taken := make(map[string]int) // chunks, by link
+	answer, err := d.k.Store.TakeGrant(ctx, from, g, func(link string, chunks []audit.Atoms) audit.Event {
+		taken[link] = len(chunks)
 		return audit.Event{
 			Action: audit.TakeChunks, Outcome: audit.Done, Actor: audit.Actor{Role: string(identity.RoleKME), ID: from.String()},
-			Link: l.ID, Peer: from.String(), Atoms: chunks, Count: taken,
+			Link: link, Peer: from.String(), Atoms: chunks, Count: len(chunks),
 		}
 	})
 	if err == nil {
-		l.balance.taken.Add(int64(taken))
+		for link, n := range taken {
+			d.k.links[link].balance.taken.Add(int64(n))
+		}
 	}
 	return answer, err
 }

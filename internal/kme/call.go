@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -65,28 +66,62 @@ func (c *call) atHome() error {
 }
 
 // judge decides whether the caller may do this with each of the others, here, and
-// finds the way to them. An unknown SAE and a forbidden one look alike; only who
-// may ask is told that there is no way.
-func (c *call) judge(others []identity.SAE, number, bits int) (way, error) {
+// finds the ways to them, the best first. An unknown SAE and a forbidden one look alike;
+// only who may ask is told that there is no way.
+func (c *call) judge(others []identity.SAE, number, bits int) ([]way, error) {
 	defer since(c.k.metrics.policy, time.Now())
 	if err := c.atHome(); err != nil {
-		return way{}, err
+		return nil, err
 	}
-	set := c.k.Policies()
-	w, none := c.k.route(others...)
-	for _, other := range others {
-		if none != nil { // then each is judged as if it were alone
-			w, _ = c.k.route(other)
+	ways, none := c.k.route(others...)
+	if none == nil {
+		return c.allowed(ways, others, number, bits)
+	}
+	for _, other := range others { // each is judged as if it were alone
+		alone, err := c.k.route(other)
+		if err != nil {
+			alone = []way{{}}
 		}
-		if err := c.decide(set, w, other, number, bits, w.provenance()); err != nil {
-			return way{}, err
+		if _, err := c.allowed(alone, []identity.SAE{other}, number, bits); err != nil {
+			return nil, err
 		}
 	}
-	return w, none
+	return nil, none
 }
 
-// decide asks the policies about keys of a provenance for one other SAE, on a way.
-func (c *call) decide(set *policies.Set, w way, other identity.SAE, number, bits int, p key.Provenance) error {
+// allowed are those of ways on which policy lets the caller do this with each of the
+// others: it may ask about the link. The error is why it does not on the best of them.
+func (c *call) allowed(ways []way, others []identity.SAE, number, bits int) ([]way, error) {
+	set := c.k.Policies()
+	allowed := make([]way, 0, len(ways))
+	var denied error
+	var by []string // policies that deny it
+	for _, w := range ways {
+		if err := c.decide(set, &w, others, number, bits, w.provenance()); err != nil {
+			denied, by = cmp.Or(denied, err), union(by, w.policies)
+			continue
+		}
+		allowed = append(allowed, w)
+	}
+	if len(allowed) == 0 {
+		c.ev.Policy = union(c.ev.Policy, by)
+		return nil, denied
+	}
+	c.ev.Policy = union(c.ev.Policy, allowed[0].policies)
+	return allowed, nil
+}
+
+// decide asks the policies about keys of a provenance on a way, for each of the others.
+func (c *call) decide(set *policies.Set, w *way, others []identity.SAE, number, bits int, p key.Provenance) error {
+	for _, other := range others {
+		if err := c.decideOne(set, w, other, number, bits, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *call) decideOne(set *policies.Set, w *way, other identity.SAE, number, bits int, p key.Provenance) error {
 	q := policies.Question{
 		Action: string(c.ev.Action), Caller: c.sae, Other: other, Number: number, Bits: bits,
 		Provenance: p, SameKME: slices.Contains(w.here, other),
@@ -95,7 +130,7 @@ func (c *call) decide(set *policies.Set, w way, other identity.SAE, number, bits
 		q.Link = w.link.ID
 	}
 	d := set.Decide(c.asked(q))
-	c.ev.Policy = union(c.ev.Policy, d.Policies)
+	w.policies = union(w.policies, d.Policies)
 	if !d.Allow {
 		return problem.Because(problem.Unauthorized, fmt.Errorf("policy (%s) does not let %s do %s with %s", d.Reason, c.sae, c.ev.Action, other))
 	}
@@ -105,7 +140,7 @@ func (c *call) decide(set *policies.Set, w way, other identity.SAE, number, bits
 // fit is nil if an order may have atoms that are lent for it. The pool may hold what came
 // before the link was another's: then policy, which was asked about the link's keys, is
 // asked about these.
-func (c *call) fit(lends []lent, o order, w way) error {
+func (c *call) fit(lends []lent, o order, w *way) error {
 	judged := w.provenance()
 	for _, a := range lends {
 		p := a.from.Provenance
@@ -115,10 +150,8 @@ func (c *call) fit(lends []lent, o order, w way) error {
 		if p == judged {
 			continue
 		}
-		for _, other := range o.slaves {
-			if err := c.decide(c.k.Policies(), w, other, o.number, o.bits, p); err != nil {
-				return err
-			}
+		if err := c.decide(c.k.Policies(), w, o.slaves, o.number, o.bits, p); err != nil {
+			return err
 		}
 		judged = p
 	}

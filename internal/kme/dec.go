@@ -158,8 +158,8 @@ func (k *KME) entitled(c *call, master identity.SAE, ids []key.ID, rows map[key.
 			Action: string(audit.DecKeys), Caller: c.sae, Other: d.Master, Number: len(ids), Bits: d.Bits, Provenance: d.Provenance,
 			SameKME: d.Peer == (identity.KME{}),
 		}
-		if l := k.linkTo(d.Peer); l != nil {
-			q.Link = l.ID
+		if !q.SameKME {
+			q.Link = d.Link
 		}
 		if q == asked {
 			continue // the question was just answered
@@ -196,7 +196,7 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 	defer cancel()
 	call := k.begin(c, rid, audit.Status, slave)
 	defer func() { k.counted(call, err) }()
-	w, err := call.judge([]identity.SAE{slave}, 0, 0)
+	ways, err := call.judge([]identity.SAE{slave}, 0, 0)
 	if err != nil {
 		return etsi014.Status{}, call.refuse(ctx, err)
 	}
@@ -209,14 +209,18 @@ func (k *KME) Status(ctx context.Context, c identity.Caller, rid string, slave i
 		KeySize: limits.KeySize, MaxPerRequest: limits.MaxPerRequest, MaxSize: limits.MaxSize, MinSize: limits.MinSize, MaxSAEs: limits.MaxSAEs,
 		Max: k.PoolLimit,
 	}
-	if l := w.link; l != nil {
-		s.TargetKME = l.Peer.String()
-		if s.Stored, err = k.Store.Stored(ctx, l.ID); err != nil {
-			return etsi014.Status{}, call.refuse(ctx, fmt.Errorf("counting the pool: %w", err))
+	if ways[0].link == nil {
+		s.Stored = k.PoolLimit // made at request time: as many as are asked for
+	} else {
+		s.TargetKME, s.Max = ways[0].link.Peer.String(), len(ways)*k.PoolLimit
+		for _, w := range ways {
+			n, err := k.Store.Stored(ctx, w.link.ID)
+			if err != nil {
+				return etsi014.Status{}, call.refuse(ctx, fmt.Errorf("counting the pool: %w", err))
+			}
+			s.Stored += n
 		}
 		s.Max = max(s.Max, s.Stored)
-	} else {
-		s.Stored = k.PoolLimit // made at request time: as many as are asked for
 	}
 	done := call.ev
 	done.Outcome = audit.Done

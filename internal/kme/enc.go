@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/qutemail/kme/internal/audit"
@@ -27,6 +29,20 @@ type order struct {
 	provenance key.Provenance // that the keys must have; "" for any
 }
 
+// suitable are those of ways whose keys are what o wants.
+func (o order) suitable(ways []way) ([]way, error) {
+	var unmet error
+	ways = slices.DeleteFunc(ways, func(w way) bool {
+		err := o.met(w.provenance())
+		unmet = cmp.Or(unmet, err)
+		return err != nil
+	})
+	if len(ways) == 0 {
+		return nil, unmet
+	}
+	return ways, nil
+}
+
 // met is nil if keys of p are what o wants.
 func (o order) met(p key.Provenance) error {
 	if o.provenance == "" || o.provenance == p {
@@ -34,6 +50,9 @@ func (o order) met(p key.Provenance) error {
 	}
 	return etsi014.Unmet(fmt.Errorf("the keys would be %s, not %s", p, o.provenance))
 }
+
+// atoms is how many make a key.
+func (o order) atoms() int { return (o.bits + key.AtomBits - 1) / key.AtomBits }
 
 // issue is what it gets.
 type issue struct {
@@ -55,20 +74,14 @@ func (k *KME) EncKeys(ctx context.Context, c identity.Caller, rid string, slave 
 // initiate judges an order and fills it. On an error nothing was handed out.
 func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	c.ev.Master, c.ev.Slaves, c.ev.Bits = c.sae.String(), names(o.slaves), o.bits
-	w, err := c.judge(o.slaves, o.number, o.bits)
+	ways, err := c.judge(o.slaves, o.number, o.bits)
 	if err == nil {
-		err = o.met(w.provenance())
+		ways, err = o.suitable(ways)
 	}
 	if err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
-	if o.ttl == 0 {
-		o.ttl = k.DefaultTTL
-		if w.link != nil {
-			o.ttl = cmp.Or(w.link.TTL, k.DefaultTTL)
-		}
-	}
-	if err := k.spend(c.sae, o.number*((o.bits+key.AtomBits-1)/key.AtomBits)); err != nil {
+	if err := k.spend(c.sae, o.number*o.atoms()); err != nil {
 		return issue{}, c.refuse(ctx, err)
 	}
 	if err := k.able(); err != nil {
@@ -84,10 +97,10 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 		return issue{}, c.refuse(ctx, err)
 	}
 	var got issue
-	if w.link == nil {
+	if ways[0].link == nil {
 		got, err = k.initiateHere(ctx, c, o)
 	} else {
-		got, err = w.link.initiate(ctx, client, c, o, w)
+		got, err = k.initiateThere(ctx, client, c, o, ways)
 	}
 	if err != nil {
 		if !c.pending { // else they may yet be handed out
@@ -100,33 +113,65 @@ func (k *KME) initiate(ctx context.Context, c *call, o order) (issue, error) {
 	return got, nil
 }
 
+// initiateThere hands out keys of a link to the peer where slaves are served.
+func (k *KME) initiateThere(ctx, client context.Context, c *call, o order, ways []way) (issue, error) {
+	to := ways[0].link.Peer
+	c.ev.Link = ways[0].link.ID
+	if err := k.servingPeer(to); err != nil {
+		return issue{}, err
+	}
+	if !k.hasTakenOver(to) {
+		return issue{}, unavailable(time.Second, "the other KME has yet to answer", fmt.Errorf("%s has not said yet what it assigned for this node's earlier runs", to))
+	}
+	w, lends, err := c.lend(ctx, o, ways)
+	if err != nil {
+		return issue{}, err
+	}
+	return w.link.initiate(ctx, client, c, o, w, lends)
+}
+
+// lend takes the atoms of an order, all out of one link's pool: the best one's that has
+// them, and has such that the order may have.
+func (c *call) lend(ctx context.Context, o order, ways []way) (way, []lent, error) {
+	var unfit error
+	var short []string
+	for _, w := range ways {
+		l := w.link
+		c.ev.Link, c.ev.Policy = l.ID, w.policies
+		if c.k.Production && l.Provenance == key.Simulated {
+			unfit = cmp.Or[error](unfit, unavailable(0, "", errors.New("the link is simulated, and this node is set to production")))
+			continue
+		}
+		lends, err := l.pool.take(ctx, o.number, o.atoms())
+		if err != nil {
+			return way{}, nil, err
+		}
+		if lends == nil {
+			short = append(short, l.ID)
+			continue
+		}
+		err = c.fit(lends, o, &w)
+		c.ev.Policy = w.policies
+		if err == nil {
+			l.balance.here.Add(-int64(len(lends)))
+			return w, lends, nil
+		}
+		l.pool.give(lends)
+		unfit = cmp.Or(unfit, err)
+	}
+	if unfit != nil {
+		return way{}, nil, unfit
+	}
+	return way{}, nil, unavailable(5*time.Second, "not enough keys are stored",
+		fmt.Errorf("link %s has fewer than %d keys of %d bits", strings.Join(short, ", and link "), o.number, o.bits))
+}
+
 // initiate hands out keys of the link's pool: unwrap, announce, commit. What slaves
 // who are at home here are to get is sealed before the peer is told anything.
-func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (got issue, err error) {
+func (l *link) initiate(ctx, client context.Context, c *call, o order, w way, lends []lent) (got issue, err error) {
 	k := l.k
-	c.ev.Link = l.ID
-	if k.Production && l.Provenance == key.Simulated {
-		return got, unavailable(0, "", errors.New("the link is simulated, and this node is set to production"))
-	}
-	if err := k.servingPeer(l.Peer); err != nil {
-		return got, err
-	}
-	if !k.hasTakenOver(l.Peer) {
-		return got, unavailable(time.Second, "the other KME has yet to answer", fmt.Errorf("%s has not said yet what it assigned for this node's earlier runs", l.Peer))
-	}
-	atoms := (o.bits + key.AtomBits - 1) / key.AtomBits
-	lends, err := l.pool.take(ctx, o.number, atoms)
-	if err != nil {
-		return got, err
-	}
-	if lends == nil {
-		return got, unavailable(5*time.Second, "not enough keys are stored", fmt.Errorf("link %s has fewer than %d keys of %d bits", l.ID, o.number, o.bits))
-	}
+	o.ttl = cmp.Or(o.ttl, l.TTL, k.DefaultTTL)
 	failpoint.Hit(failpoint.EncLeased)
-	if err := c.fit(lends, o, w); err != nil {
-		l.pool.give(lends)
-		return got, err
-	}
 	got, bad, err := l.open(ctx, lends, o)
 	if err != nil {
 		if spoilt(err) {
@@ -136,7 +181,7 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 		l.pool.give(lends)
 		return got, err
 	}
-	here, err := k.sealFor(ctx, c.sae, w.here, o, got)
+	here, err := k.sealFor(ctx, l.ID, c.sae, w.here, o, got)
 	if err != nil {
 		l.pool.give(lends)
 		return got, err
@@ -144,7 +189,7 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 	failpoint.Hit(failpoint.EncUnwrapped)
 
 	c.ev.Provenance, c.ev.Keys, c.ev.Atoms = got.provenance, keyIDs(got.keys), ranges(lends)
-	request := l.request(c.ev.Request, c.sae, w.there, o, lends, atoms)
+	request := l.request(c.ev.Request, c.sae, w.there, o, lends, o.atoms())
 	asked := time.Now()
 	fate := l.ask(ctx, client, request, lends)
 	since(k.metrics.announce, asked)
@@ -160,13 +205,7 @@ func (l *link) initiate(ctx, client context.Context, c *call, o order, w way) (g
 // keys that nobody may get: they are burned here and voided at the peer.
 func (l *link) commit(ctx context.Context, c *call, lends []lent, here []store.Due, batch int64) error {
 	defer since(l.k.metrics.commit, time.Now())
-	defer func() {
-		l.committing.Add(-1)
-		select {
-		case l.committed <- struct{}{}:
-		default: // the announcer has yet to look at the one before
-		}
-	}()
+	defer l.announcer.ended()
 	c.ev.Batch = batch
 	owed := debt{link: l, lends: lends, request: c.ev.Request, batch: batch, void: c.ev.Keys}
 	err := l.k.Store.Serve(ctx, store.ServeJob{Atoms: atomIDs(lends), Places: places(lends), Due: here, Events: c.served(here), Late: func(committed bool) {
@@ -234,6 +273,7 @@ func (l *link) request(rid string, master identity.SAE, slaves []identity.SAE, o
 // initiateHere serves SAEs that are all at home here: the keys are made in the HSM
 // at request time, sealed for the slaves and committed in one transaction.
 func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error) {
+	o.ttl = cmp.Or(o.ttl, k.DefaultTTL)
 	got := issue{provenance: key.LocalRNG, expires: k.expiry(o.ttl), keys: make([]etsi014.Key, 0, o.number)}
 	epoch := key.EpochAt(k.Now(), k.EpochLength)
 	began := time.Now()
@@ -245,7 +285,7 @@ func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error)
 		id := key.NewLocalID(epoch.Start(k.EpochLength))
 		got.keys = append(got.keys, etsi014.Key{ID: id, Material: key.NewMaterial(secret), Provenance: key.LocalRNG})
 	}
-	here, err := k.sealFor(ctx, c.sae, o.slaves, o, got)
+	here, err := k.sealFor(ctx, "", c.sae, o.slaves, o, got)
 	if err != nil {
 		return got, err
 	}
@@ -257,8 +297,9 @@ func (k *KME) initiateHere(ctx context.Context, c *call, o order) (issue, error)
 	return got, err
 }
 
-// sealFor seals every key of an issue for each of the slaves that are served here.
-func (k *KME) sealFor(ctx context.Context, master identity.SAE, slaves []identity.SAE, o order, got issue) ([]store.Due, error) {
+// sealFor seals every key of an issue for each of the slaves that are served here. link is
+// where its atoms are from, "" if it was made here.
+func (k *KME) sealFor(ctx context.Context, link string, master identity.SAE, slaves []identity.SAE, o order, got issue) ([]store.Due, error) {
 	for _, slave := range slaves {
 		if err := k.room(slave, master, o.number); err != nil {
 			return nil, full(err)
@@ -268,7 +309,7 @@ func (k *KME) sealFor(ctx context.Context, master identity.SAE, slaves []identit
 	var plains [][]byte
 	for _, served := range got.keys {
 		for _, slave := range slaves {
-			due = append(due, store.Due{Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires, Reread: o.reread})
+			due = append(due, store.Due{Link: link, Key: served.ID, SAE: slave, Master: master, Bits: o.bits, Provenance: got.provenance, ExpiresAt: got.expires, Reread: o.reread})
 			plains = append(plains, served.Material.Reveal())
 		}
 	}

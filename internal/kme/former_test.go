@@ -27,14 +27,14 @@ func TestFormerPolicy(t *testing.T) {
 	l.Provenance = key.Upstream
 	c := k.callOf(t, "alice", audit.EncKeys)
 	o := order{slaves: names2(t, "bob"), number: 1, bits: 256}
-	w, err := c.judge(o.slaves, o.number, o.bits)
+	ways, err := c.judge(o.slaves, o.number, o.bits)
 	if err != nil {
 		t.Fatalf("keys of the link as it is: %v", err)
 	}
 	r := handover.Request{Link: l.ID, Master: saeID(t, "bob"), Slaves: names2(t, "alice"), Bits: 256, Keys: make([]handover.Key, 1)}
 	for p, allowed := range map[key.Provenance]bool{key.Upstream: true, key.QKD: true, key.Simulated: false} {
 		lends := []lent{{from: &store.Lease{Provenance: key.Upstream}}, {from: &store.Lease{Provenance: p}}}
-		if err := c.fit(lends, o, w); (err == nil) != allowed || err != nil && problem.KindOf(err) != problem.Unauthorized {
+		if err := c.fit(lends, o, &ways[0]); (err == nil) != allowed || err != nil && problem.KindOf(err) != problem.Unauthorized {
 			t.Errorf("%s atoms among upstream ones: %v", p, err)
 		}
 		if why := l.fits(r, p); (why == "") != allowed {

@@ -123,16 +123,21 @@ func TestRoute(t *testing.T) {
 		for _, name := range strings.Fields(tt.slaves) {
 			slaves = append(slaves, saeID(t, name))
 		}
-		w, err := k.route(slaves...)
+		ways, err := k.route(slaves...)
 		if tt.link == "none" {
 			if problem.KindOf(err) != problem.Invalid {
-				t.Errorf("route to %s: %+v, %v, want an invalid request", tt.slaves, w, err)
+				t.Errorf("route to %s: %+v, %v, want an invalid request", tt.slaves, ways, err)
 			}
 			continue
 		}
+		if err != nil || len(ways) != 1 {
+			t.Errorf("route to %s: %+v, %v, want one way", tt.slaves, ways, err)
+			continue
+		}
+		w := ways[0]
 		there, here := strings.Join(names(w.there), " "), strings.Join(names(w.here), " ")
-		if err != nil || w.link != k.links[tt.link] || there != tt.there || here != tt.here {
-			t.Errorf("route to %s: over %v there %q, here %q, %v; want %+v", tt.slaves, w.link, there, here, err, tt)
+		if w.link != k.links[tt.link] || there != tt.there || here != tt.here {
+			t.Errorf("route to %s: over %v there %q, here %q; want %+v", tt.slaves, w.link, there, here, tt)
 		}
 	}
 }

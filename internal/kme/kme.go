@@ -80,25 +80,26 @@ type Watched struct {
 // KME is one node of a Key Management Entity.
 type KME struct {
 	Config
-	run     atomic.Int64 // 0 until Run has begun it
-	started time.Time
-	keks    *keyring
-	links   map[string]*link
-	noPIN   chan error   // the HSM refused the PIN: the node ends
-	hsmDown atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
-	offsets sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
-	waiting waiting      // for a second officer
-	greeted atomic.Int64 // how often all peers were
-	known   compromises
-	burning sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
-	alarms  alarms
-	debts   debts
-	watch   watch
-	metrics *metrics
-	beaten  atomic.Int64 // when the node last looked after itself, in nanoseconds of the machine's own clock: see Alive
-	atoms   buckets      // that may be asked for or taken: see Quota
-	excess  buckets      // times to be turned away at once: see tire
-	shares  shares
+	run        atomic.Int64 // 0 until Run has begun it
+	started    time.Time
+	keks       *keyring
+	links      map[string]*link
+	announcers map[identity.KME]*announcer
+	noPIN      chan error   // the HSM refused the PIN: the node ends
+	hsmDown    atomic.Value // why the HSM's heartbeat failed, as text; "" when it is well
+	offsets    sync.Map     // identity.KME -> time.Duration: the peer's clock ahead of ours
+	waiting    waiting      // for a second officer
+	greeted    atomic.Int64 // how often all peers were
+	known      compromises
+	burning    sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
+	alarms     alarms
+	debts      debts
+	watch      watch
+	metrics    *metrics
+	beaten     atomic.Int64 // when the node last looked after itself, in nanoseconds of the machine's own clock: see Alive
+	atoms      buckets      // that may be asked for or taken: see Quota
+	excess     buckets      // times to be turned away at once: see tire
+	shares     shares
 
 	switches  sync.Mutex        // held while the database is asked who is switched off, and until that is in force
 	off       map[string]string // who is switched off and why, by principal; nil until the database was asked; guarded by switches
@@ -176,10 +177,8 @@ func New(c Config) (*KME, error) {
 		if c.Peers[lc.Peer] == nil {
 			return nil, fmt.Errorf("configuring the KME: link %s: no client for peer %s", lc.ID, lc.Peer)
 		}
-		for _, other := range k.links {
-			if other.Peer == lc.Peer {
-				return nil, fmt.Errorf("configuring the KME: links %s and %s lead to one peer: batches are numbered per peer", lc.ID, other.ID)
-			}
+		if k.links[lc.ID] != nil {
+			return nil, fmt.Errorf("configuring the KME: link %s is there twice", lc.ID)
 		}
 		k.links[lc.ID] = newLink(k, lc)
 	}
@@ -252,8 +251,10 @@ func (k *KME) Run(ctx context.Context, started func()) error {
 	k.greet(ctx) // before anything is served: a peer may know that we are in the past
 	g.Go(func() error { return k.every(ctx, 2*time.Second, nil, k.greet) })
 	g.Go(func() error { return k.payDebts(ctx) })
+	for _, a := range k.announcers {
+		g.Go(func() error { return a.announce(ctx) })
+	}
 	for _, l := range k.links {
-		g.Go(func() error { return l.announce(ctx) })
 		g.Go(func() error { return l.pool.stock(ctx) })
 		g.Go(func() error { return l.distil(ctx) })
 	}

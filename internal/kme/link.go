@@ -42,18 +42,14 @@ type LinkConfig struct {
 	Random     io.Reader                                   // seeds and public choices: crypto/rand XOR the HSM
 }
 
-// link is one quantum link at this node: its leased pool, the announcer of its
-// keys and the distillation of new ones.
+// link is one quantum link at this node: its leased pool and the distillation of new
+// keys. Several may lead to one peer; they share the announcer.
 type link struct {
 	LinkConfig
-	k      *KME
-	client *peer.Client
-	pool   pool
-	asks   chan *ask
-	doubt  atomic.Bool // an announce is unanswered: new requests are refused
-
-	committing atomic.Int64  // requests that the peer has assigned and that are being committed here
-	committed  chan struct{} // one of them has ended
+	k         *KME
+	client    *peer.Client
+	announcer *announcer
+	pool      pool
 
 	skewed atomic.Bool // the peer's clock is too far off to make blocks
 	rested time.Time   // when there was last no room for a block; of watch alone
@@ -68,12 +64,8 @@ type link struct {
 	sampled sampled
 }
 
-// askQueue is how many requests may wait for an announce: what the request
-// deadline allows, and no more.
-const askQueue = 512
-
 func newLink(k *KME, c LinkConfig) *link {
-	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], asks: make(chan *ask, askQueue), committed: make(chan struct{}, 1)}
+	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], announcer: k.announcerTo(c.Peer)}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
 		lease: l.lease,

@@ -146,13 +146,13 @@ func peerFrozen(t *testing.T, l *Lab) {
 	if took := time.Since(began); took > requestTime+stall {
 		t.Errorf("the refusal took %v, longer than a request may", took)
 	}
-	untilAlarm(t, l.KM1, "announce-km1-km2", true)
+	untilAlarm(t, l.KM1, "announce-km2", true)
 	wantAway(t, "enc_keys while an announce is in doubt", enc(t.Context(), alice, bob))
 	if err := l.KM2.kmed.signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 	untilServed(t, alice, bob)
-	untilAlarm(t, l.KM1, "announce-km1-km2", false)
+	untilAlarm(t, l.KM1, "announce-km2", false)
 }
 
 func databaseStopped(t *testing.T, l *Lab) {

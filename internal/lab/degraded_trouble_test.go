@@ -108,7 +108,7 @@ func peerHalfOpen(t *testing.T, l *Lab) {
 	due := get(t, bob, alice, 2)
 	l.KM2.Proxy.Set(Trouble{Hole: true})
 	refusedInTime(t, alice, bob, 8)
-	untilAlarm(t, l.KM1, "announce-km1-km2", true)
+	untilAlarm(t, l.KM1, "announce-km2", true)
 	untilAlarm(t, l.KM1, "peer-km2", true)
 	if parkedAt(t, l.KM1) == 0 {
 		t.Error("no key is parked")
@@ -122,7 +122,7 @@ func peerHalfOpen(t *testing.T, l *Lab) {
 	l.KM2.Proxy.Set(Trouble{})
 	works(t, l)
 	settled(t, l)
-	untilAlarm(t, l.KM1, "announce-km1-km2", false)
+	untilAlarm(t, l.KM1, "announce-km2", false)
 	untilAlarm(t, l.KM1, "peer-km2", false)
 }
 
@@ -169,11 +169,11 @@ func answersLost(t *testing.T, l *Lab) {
 	burned := recorded(t, l.KM1, `e->>'action' = 'burn'`)
 	l.KM2.Proxy.Set(Trouble{Lose: true})
 	refusedInTime(t, alice, bob, 1)
-	untilAlarm(t, l.KM1, "announce-km1-km2", true)
+	untilAlarm(t, l.KM1, "announce-km2", true)
 	l.KM2.Proxy.Set(Trouble{})
 	works(t, l)
 	settled(t, l)
-	untilAlarm(t, l.KM1, "announce-km1-km2", false)
+	untilAlarm(t, l.KM1, "announce-km2", false)
 	if recorded(t, l.KM1, `e->>'action' = 'burn'`) == burned {
 		t.Error("keys that were assigned to nobody's knowledge were not burned")
 	}

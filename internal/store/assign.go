@@ -24,7 +24,7 @@ type AssignJob struct {
 	// Admit says why a request may not be assigned whatever the pool holds, or "".
 	Admit func(handover.Request) string
 	// Due has the rows of each request that may be assigned, by its ID: one for
-	// each key and slave, sealed beforehand from what PoolAtoms gave. Peer, node,
+	// each key and slave, sealed beforehand from what PoolAtoms gave. Link, peer, node,
 	// run and batch are filled in from the announce.
 	Due map[string][]Due
 	// Seen is what PoolAtoms gave. It spares reading the pool once more: what has
@@ -243,7 +243,7 @@ func (w *assign) fresh(a *attempt) []key.ID {
 			}
 		}
 		for _, d := range w.Due[r.ID] {
-			d.Peer, d.Node, d.Run, d.Batch = w.Peer, w.Announce.Node, w.Announce.Run, w.Announce.Batch
+			d.Link, d.Peer, d.Node, d.Run, d.Batch = r.Link, w.Peer, w.Announce.Node, w.Announce.Run, w.Announce.Batch
 			a.due[d.ExpiryEpoch] = append(a.due[d.ExpiryEpoch], dueRow{d, atoms[d.Key]})
 		}
 	}

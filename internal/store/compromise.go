@@ -99,14 +99,14 @@ func (db *DB) BurnCompromised(ctx context.Context, c Compromise, event func(link
 }
 
 // VoidCompromised ends the compromised keys that wait to be taken now, in batches of
-// limit, and returns how many. Those of a link are told by who has announced them; of
-// the keys made here for pairs that are both served here, none is a link's. event makes
-// the event of each batch.
+// limit, and returns how many. Of the keys made here for pairs that are both served here,
+// none is a link's; one of light whose link is not known is meant by a compromise of any.
+// event makes the event of each batch.
 func (db *DB) VoidCompromised(ctx context.Context, c Compromise, limit int, event func(rows []DueRef) audit.Event) (ended int, err error) {
 	var all []overdueRow
 	err = db.scan(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT key_id, sae, expiry_epoch FROM due WHERE ct IS NOT NULL AND key_id >= $1 AND key_id < $2
-			AND ($3 = '' OR peer = (SELECT peer_kme FROM link WHERE id = $3) OR peer = '' AND provenance <> 'local-rng')`,
+			AND ($3 IN ('', link) OR link = '' AND provenance <> 'local-rng')`,
 			[16]byte(key.MinID(c.First.Start(db.cfg.EpochLength))), [16]byte(key.MinID(c.Last.End(db.cfg.EpochLength))), c.Link)
 		var r overdueRow
 		var id [16]byte

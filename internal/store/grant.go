@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -91,15 +93,15 @@ func giveChunks(ctx context.Context, a *attempt, j GiveJob) (b Balance, err erro
 }
 
 // TakeGrant hears what a peer grants (handover.Chunk.OnGrant), and acknowledges all
-// of it. event makes the event of the chunks that have become this end's by it; it
-// is not called for none.
-func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant, event func(taken []audit.Atoms) audit.Event) (handover.GrantAnswer, error) {
+// of it. event makes the event of the chunks of a link that have become this end's by it;
+// it is not called for none.
+func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant, event func(link string, taken []audit.Atoms) audit.Event) (handover.GrantAnswer, error) {
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		chunks, err := lockGranted(ctx, a, from, g)
 		if err != nil {
 			return err
 		}
-		var taken []audit.Atoms
+		taken := make(map[string][]audit.Atoms)
 		for _, granted := range g.Chunks {
 			c := chunks[granted.ChunkRef]
 			if c == nil {
@@ -107,12 +109,12 @@ func (db *DB) TakeGrant(ctx context.Context, from identity.KME, g handover.Grant
 			}
 			if after := c.OnGrant(granted.Grants); after != c.Chunk {
 				c.Chunk = after
-				taken = append(taken, audit.Atoms{Link: granted.Link, Session: granted.Session, Block: granted.Block, First: granted.First, Count: c.atoms})
+				taken[granted.Link] = append(taken[granted.Link], audit.Atoms{Link: granted.Link, Session: granted.Session, Block: granted.Block, First: granted.First, Count: c.atoms})
 				a.writes.Queue("UPDATE chunk SET owner = 'here', grants = $2 WHERE id = $1", c.id, after.Grants)
 			}
 		}
-		if len(taken) > 0 {
-			a.record(event(taken))
+		for _, link := range slices.Sorted(maps.Keys(taken)) {
+			a.record(event(link, taken[link]))
 		}
 		return nil
 	}), nil)

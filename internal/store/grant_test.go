@@ -33,7 +33,7 @@ func (s *site) give(db *DB, n int) Balance {
 
 func (s *site) hearGrant(db *DB, g handover.Grant) handover.GrantAnswer {
 	s.t.Helper()
-	answer, err := db.TakeGrant(s.t.Context(), kme("KM2"), g, func(taken []audit.Atoms) audit.Event {
+	answer, err := db.TakeGrant(s.t.Context(), kme("KM2"), g, func(_ string, taken []audit.Atoms) audit.Event {
 		return audit.Event{Action: audit.TakeChunks, Outcome: audit.Done, Count: len(taken)}
 	})
 	if err != nil {
@@ -266,7 +266,7 @@ func TestGrantOfNothing(t *testing.T) {
 	db := s.open("n1")
 	b := s.fill(db, 64, theirs)
 	s.hearGrant(db, grantOf(b, 64, 1))
-	_, err := db.TakeGrant(t.Context(), kme("KM3"), grantOf(b, 0, 1), func([]audit.Atoms) audit.Event {
+	_, err := db.TakeGrant(t.Context(), kme("KM3"), grantOf(b, 0, 1), func(string, []audit.Atoms) audit.Event {
 		t.Error("a stranger has given a chunk")
 		return audit.Event{}
 	})

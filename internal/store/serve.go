@@ -25,6 +25,7 @@ type Due struct {
 	CT          []byte // ciphertext and tag; nil once it is gone
 	ExpiresAt   time.Time
 	Reread      bool
+	Link        string // that its atoms came over; "" if it was made here, and in few rows from before this was kept
 
 	// Who made it. Set by the store when it is written.
 	Peer       identity.KME // the KME that announced it; zero if made here
@@ -115,34 +116,34 @@ type dueRow struct {
 	atoms []key.ID
 }
 
-const dueInsert = `INSERT INTO %s (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, atoms)
-	SELECT key_id, sae, $1, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, NULLIF(atoms, '')::uuid[]
+const dueInsert = `INSERT INTO %s (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread, atoms)
+	SELECT key_id, sae, $1, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread, NULLIF(atoms, '')::uuid[]
 	FROM unnest($2::uuid[], $3::text[], $4::text[], $5::int[], $6::text[], $7::bigint[], $8::bytea[], $9::bytea[], $10::text[], $11::text[],
-		$12::bigint[], $13::bigint[], $14::timestamptz[], $15::boolean[], $16::text[])
-	AS d (key_id, sae, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, atoms)`
+		$12::bigint[], $13::bigint[], $14::timestamptz[], $15::boolean[], $16::text[], $17::text[])
+	AS d (key_id, sae, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, atoms, link)`
 
 // queueDueRows writes the rows of one expiry epoch.
 func queueDueRows(b *pgx.Batch, e key.Epoch, rows []dueRow) {
 	var (
-		ids                                       [][16]byte
-		saes, masters, provs, peers, nodes, atoms []string
-		bits                                      []int32
-		keks, runs, batches                       []int64
-		ivs, cts                                  [][]byte
-		expires                                   []time.Time
-		rereads                                   []bool
+		ids                                              [][16]byte
+		saes, masters, provs, links, peers, nodes, atoms []string
+		bits                                             []int32
+		keks, runs, batches                              []int64
+		ivs, cts                                         [][]byte
+		expires                                          []time.Time
+		rereads                                          []bool
 	)
 	for _, d := range rows {
 		ids, saes, masters = append(ids, d.Key), append(saes, d.SAE.String()), append(masters, d.Master.String())
 		bits, provs, keks = append(bits, int32(d.Bits)), append(provs, string(d.Provenance)), append(keks, d.KEK)
 		ivs, cts = append(ivs, d.IV[:]), append(cts, d.CT)
-		peers, nodes = append(peers, d.Peer.String()), append(nodes, d.Node)
+		links, peers, nodes = append(links, d.Link), append(peers, d.Peer.String()), append(nodes, d.Node)
 		runs, batches = append(runs, d.Run), append(batches, d.Batch)
 		expires, rereads = append(expires, d.ExpiresAt), append(rereads, d.Reread)
 		atoms = append(atoms, uuidArray(d.atoms))
 	}
 	b.Queue(fmt.Sprintf(dueInsert, dueTable(e)), int64(e), ids, saes, masters, bits, provs, keks, ivs, cts, peers, nodes,
-		runs, batches, expires, rereads, atoms)
+		runs, batches, expires, rereads, atoms, links)
 }
 
 // uuidArray is ids as the text of a uuid[], "" for none.

@@ -199,18 +199,24 @@ func theirs(int) handover.End { return handover.Bob }
 // fill holds a block and makes it READY.
 func (s *site) fill(db *DB, atoms int, owners func(i int) handover.End) Block {
 	s.t.Helper()
+	return s.fillLink(db, linkName, atoms, owners)
+}
+
+func (s *site) fillLink(db *DB, link string, atoms int, owners func(i int) handover.End) Block {
+	s.t.Helper()
 	ctx := context.Background()
-	session, err := db.Session(ctx, linkName)
+	session, err := db.Session(ctx, link)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	if session == 0 {
 		session = 1
-		if err := db.OpenSession(ctx, linkName, session, audit.Event{Action: audit.LinkOpen}); err != nil {
+		if err := db.OpenSession(ctx, link, session, audit.Event{Action: audit.LinkOpen}); err != nil {
 			s.t.Fatal(err)
 		}
 	}
 	b := s.block(session, atoms, owners)
+	b.Link = link
 	if err := db.HoldBlock(ctx, b, holdEvent(b)); err != nil {
 		s.t.Fatal(err)
 	}
