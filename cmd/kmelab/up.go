@@ -222,7 +222,7 @@ func showNext(l *lab.Lab, s *screen) {
 	s.row("try", "bin/kmectl --as alice get --slave bob")
 	s.row("", "bin/kmectl --as root link --watch")
 	s.row("", "curl --cert %[1]s/saes/alice/cert.pem --key %[1]s/saes/alice/key.pem --cacert %[1]s/root.pem %[2]s/api/v1/keys/bob/status", dir, l.KM1.URL())
-	s.row("", "bin/qlink tell --control %s eve 0.5      (then: eve 0)", l.ControlSocket())
+	s.row("", "bin/qlink tell --control %s eve 0.5      (then: eve 0)", l.Fibres[0].ControlSocket())
 	s.row("", "make tools, then: bin/step ca certificate dave dave.crt dave.key --ca-url https://localhost:%d --root %s/root.pem --token \"$(bin/kme-ca token --dir %s/ca sae dave)\"", l.Ports.SAECA, dir, dir)
 	s.row("check", "bin/kmelab check")
 }

@@ -417,7 +417,7 @@ func (r *rig) cpu(b *testing.B) spent {
 			s.clients += used
 		case pid == r.nullPID:
 			s.null += used
-		case pid == r.fibre.cmd.Process.Pid:
+		case pid == r.Fibres[0].qlink.cmd.Process.Pid:
 			s.fibre += used
 		case pid == r.KM1.Nodes[0].kmed.cmd.Process.Pid:
 			s.kmed[0] += used

@@ -240,8 +240,8 @@ func TestKilledFibre(t *testing.T) {
 			}
 			return nil
 		})
-		l.fibre.kill()
-		if err := l.StartFibre(t.Context()); err != nil {
+		l.Fibres[0].Kill()
+		if err := l.Fibres[0].Start(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "a block after the channel died", func(ctx context.Context) error {

@@ -17,7 +17,7 @@ import (
 )
 
 // writePolicies puts the shipped policies into the lab, with its own ports. Files
-// that are there are the operator's and stay, but for the nodes in network.yaml.
+// that are there are the operator's and stay, but for the nodes and links in network.yaml.
 func (l *Lab) writePolicies() error {
 	dir := l.path("policies")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -39,6 +39,7 @@ func (l *Lab) writePolicies() error {
 		}
 		if e.Name() == policies.NetworkFile {
 			text = nodeLine.ReplaceAllFunc(text, l.listNodes)
+			text = linkLine.ReplaceAllFunc(text, l.listLinks)
 		}
 		if err := os.WriteFile(path, text, 0o644); err != nil {
 			return fmt.Errorf("writing policies: %w", err)
@@ -69,6 +70,21 @@ func (l *Lab) listNodes(line []byte) []byte {
 	return []byte(lines)
 }
 
+// linkLine is a link in the shipped network.yaml, or in what the lab has made of it.
+var linkLine = regexp.MustCompile(`(?m)^ *- \{id: km1-km2(-[0-9]+)?,.*\n`)
+
+// listLinks is the line of the first link with one for each other link that the lab has now.
+func (l *Lab) listLinks(line []byte) []byte {
+	if len(linkLine.FindSubmatch(line)[1]) > 0 {
+		return nil
+	}
+	lines := string(line)
+	for _, f := range l.Fibres[1:] {
+		lines += strings.Replace(string(line), linkID, f.Link, 1)
+	}
+	return []byte(lines)
+}
+
 // kmedYAML is the configuration of a lab's kmed.
 var kmedYAML = template.Must(template.New("kmed.yaml").Parse(`# Written by the lab at each start.
 kme: {{.Name}}
@@ -94,16 +110,16 @@ certificates:
     sae: ../../ca/sae/intermediate.pem
     kme: ../../ca/kme/intermediate.pem
     operator: ../../ca/operator/intermediate.pem
-links:
+links:{{range .Fibres}}
   - id: {{.Link}}
-    socket: {{.Sockets}}/{{.End}}.sock
-    secret_file: ../../qlink/{{.End}}.secret
-    {{if eq .End "bob"}}auth_in_hsm: true{{else}}auth_file: ../../qlink/link.secret{{end}}
-    interval: {{.Interval}}{{if .Filler}}
-    filler: {{.Filler}}{{end}}{{if .KeyBits}}
-    key_bits: {{.KeyBits}}{{end}}{{if .InFlight}}
-    in_flight: {{.InFlight}}{{end}}{{with .Upstream}}
-    upstream: {{.}}{{end}}
+    socket: {{.Sockets}}/{{$.End}}.sock
+    secret_file: {{.BoxSecret $.End}}
+    {{if eq $.End "bob"}}auth_in_hsm: true{{else}}auth_file: {{.SecretFile}}{{end}}
+    interval: {{$.Interval}}{{if $.Filler}}
+    filler: {{$.Filler}}{{end}}{{if $.KeyBits}}
+    key_bits: {{$.KeyBits}}{{end}}{{if $.InFlight}}
+    in_flight: {{$.InFlight}}{{end}}{{with $.Upstream}}
+    upstream: {{.}}{{end}}{{end}}
 epoch: {{.Epoch}}
 audit:
   sequencer: "{{.Sequencer}}"
@@ -122,7 +138,7 @@ func (n *Node) writeConfig(ctx context.Context) error {
 	var b bytes.Buffer
 	if err := kmedYAML.Execute(&b, map[string]any{
 		"Name": s.Name, "Node": n.Name, "Database": s.DSN("kme_app"), "Sequencer": s.DSN("kme_seq"), "Reader": s.DSN("kme_auditor"), "Module": cmp.Or(s.lab.Module[s.Name], softHSM), "CA": s.lab.Ports.KMECA, "Fingerprint": s.lab.pin,
-		"Epoch": s.lab.Epoch, "Link": linkID, "Sockets": s.lab.sockets(), "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Upstream": s.lab.Upstream[s.Name], "KeyBits": s.lab.KeyBits, "InFlight": s.lab.InFlight, "Limits": s.lab.Limits,
+		"Epoch": s.lab.Epoch, "Fibres": s.lab.Fibres, "End": s.End.String(), "Interval": s.lab.Interval, "PoolLimit": s.lab.PoolLimit, "Filler": s.lab.Filler, "Upstream": s.lab.Upstream[s.Name], "KeyBits": s.lab.KeyBits, "InFlight": s.lab.InFlight, "Limits": s.lab.Limits,
 		"Policies": s.policies(), "SAECRL": s.lab.Ports.crl("sae"), "KMECRL": s.lab.Ports.crl("kme"), "OperatorCRL": s.lab.Ports.crl("operator"),
 	}); err != nil {
 		return err

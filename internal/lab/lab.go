@@ -11,9 +11,6 @@ package lab
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,9 +25,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-
-	"github.com/qutemail/kme/hsm"
-	"github.com/qutemail/kme/internal/qlink"
 )
 
 // Config says where a lab lies and what is peculiar about it. Dir, Bin and Log
@@ -41,11 +35,12 @@ type Config struct {
 	Log *slog.Logger
 
 	Nodes     int           // of each site; default 1
+	Links     int           // between the sites, each with a quantum channel of its own; default 1
 	Ports     Ports         // of a new lab; the zero Ports are those of the README. A lab keeps the ports that it began with
 	Epoch     time.Duration // length of one, for ever that of a new lab; default 1h
-	Interval  time.Duration // between blocks of the link; default 1s
+	Interval  time.Duration // between blocks of a link; default 1s
 	KeyBits   int           // sifted bits of a block; default 2^19
-	InFlight  int           // blocks of the link under way at a time; default 1
+	InFlight  int           // blocks of a link under way at a time; default 1
 	PoolLimit int           // keys stored per link; default 20000
 	Eve       float64       // fraction of photons intercepted at the start
 	Filler    int           // if not 0: no light, but blocks of so many paired random atoms (provenance simulated), for load tests
@@ -98,15 +93,12 @@ type Lab struct {
 	KM1, KM2 *Site
 	pin      string // SHA-256 of the root certificate, as kme-ca prints it
 	cas      []*process
-	fibre    *process
+	Fibres   []*Fibre // of each link
 	nursery  *nursery
 }
 
-// Names of the parts that are the same in every lab.
-const (
-	trustDomain = "lab.test"
-	linkID      = "km1-km2"
-)
+// trustDomain is that of every lab.
+const trustDomain = "lab.test"
 
 // Up makes what is missing in cfg.Dir and starts everything. On an error nothing
 // is left running.
@@ -128,6 +120,9 @@ func (l *Lab) up(ctx context.Context) error {
 	}
 	if l.Nodes == 0 {
 		l.Nodes = 1
+	}
+	for i := range max(1, l.Links) {
+		l.Fibres = append(l.Fibres, l.fibre(i))
 	}
 	if err := l.choosePorts(); err != nil {
 		return err
@@ -160,8 +155,10 @@ func (l *Lab) up(ctx context.Context) error {
 	if err := l.saveState(); err != nil {
 		return err
 	}
-	if err := l.prepareLinkSecret(); err != nil {
-		return err
+	for _, f := range l.Fibres {
+		if err := f.prepareSecret(); err != nil {
+			return err
+		}
 	}
 	if l.Proxy {
 		if err := l.startProxies(); err != nil {
@@ -177,7 +174,10 @@ func (l *Lab) up(ctx context.Context) error {
 		l.step("HSM tokens")
 		return errors.Join(l.KM1.prepareToken(), l.KM2.prepareToken())
 	})
-	g.Go(func() error { l.step("fibre"); return l.startFibre(gctx) })
+	l.step("fibre")
+	for _, f := range l.Fibres {
+		g.Go(func() error { return f.Start(gctx) })
+	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
@@ -246,96 +246,15 @@ func (l *Lab) Down() error {
 	for _, n := range l.nodes() {
 		n.Proxy.close()
 	}
-	last = append(last, l.fibre.stop)
+	for _, f := range l.Fibres {
+		last = append(last, f.Stop)
+	}
 	for _, ca := range l.cas {
 		last = append(last, ca.stop)
 	}
 	together(last...)
 	l.nursery.close()
 	return errors.Join(errs...)
-}
-
-// Fibre speaks to the quantum channel: "eve 0.5", "cut", "mend", "status".
-func (l *Lab) Fibre(ctx context.Context, command string) (string, error) {
-	return qlink.Command(ctx, l.ControlSocket(), command)
-}
-
-// linkSecretFile has the secret that both ends of the link share.
-func (l *Lab) linkSecretFile() string { return l.path("qlink", "link.secret") }
-
-// prepareLinkSecret makes the secret that both ends of the link share. KM1 reads it from
-// the file; KM2 has it in its token.
-func (l *Lab) prepareLinkSecret() error {
-	if _, err := os.Stat(l.linkSecretFile()); err == nil {
-		return nil
-	}
-	if err := os.MkdirAll(l.path("qlink"), 0o700); err != nil {
-		return err
-	}
-	secret := make([]byte, hsm.AuthSecretBytes)
-	_, _ = rand.Read(secret) // never fails: it ends the process instead
-	return os.WriteFile(l.linkSecretFile(), secret, 0o600)
-}
-
-// ControlSocket is where the quantum channel takes commands.
-func (l *Lab) ControlSocket() string { return filepath.Join(l.sockets(), "control.sock") }
-
-// StopFibre and StartFibre are for tests of what the KMEs do without one.
-func (l *Lab) StopFibre() error { return l.fibre.stop() }
-
-// StartFibre starts the quantum channel.
-func (l *Lab) StartFibre(ctx context.Context) error { return l.startFibre(ctx) }
-
-func (l *Lab) startFibre(ctx context.Context) error {
-	dir := l.path("qlink")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	for _, name := range []string{"alice", "bob"} { // of either end
-		if err := secretFile(filepath.Join(dir, name+".secret")); err != nil {
-			return err
-		}
-	}
-	sockets, err := l.socketFolder()
-	if err != nil {
-		return err
-	}
-	l.fibre, err = l.nursery.start("qlink", dir, filepath.Join(dir, "log"), nil, filepath.Join(l.Bin, "qlink"),
-		"--alice-socket", filepath.Join(sockets, "alice.sock"), "--bob-socket", filepath.Join(sockets, "bob.sock"), "--control", filepath.Join(sockets, "control.sock"),
-		"--alice-secret", "alice.secret", "--bob-secret", "bob.secret", fmt.Sprintf("--eve=%g", l.Eve))
-	if err != nil {
-		return err
-	}
-	return l.fibre.await(ctx, func() error {
-		_, err := l.Fibre(ctx, "status")
-		return err
-	})
-}
-
-// sockets is a name of the folder of the quantum channel's sockets that is short
-// enough: a socket's path may not be longer than 107 bytes.
-func (l *Lab) sockets() string {
-	dir := l.path("qlink")
-	if len(dir) < 90 {
-		return dir
-	}
-	sum := sha256.Sum256([]byte(dir))
-	return filepath.Join(os.TempDir(), "kme-lab-"+hex.EncodeToString(sum[:6]))
-}
-
-// socketFolder makes that name, if it is not the folder itself.
-func (l *Lab) socketFolder() (string, error) {
-	dir, name := l.path("qlink"), l.sockets()
-	if name == dir {
-		return dir, nil
-	}
-	if target, err := os.Readlink(name); err == nil && target == dir {
-		return name, nil
-	}
-	if err := os.Symlink(dir, name); err != nil {
-		return "", fmt.Errorf("making a short name for the sockets: %w", err)
-	}
-	return name, nil
 }
 
 func (l *Lab) path(parts ...string) string {

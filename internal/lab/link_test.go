@@ -32,7 +32,7 @@ func TestLightInTrouble(t *testing.T) {
 // fibre sends a command to the quantum channel.
 func fibre(t testing.TB, l *Lab, command string) {
 	t.Helper()
-	if _, err := l.Fibre(t.Context(), command); err != nil {
+	if _, err := l.Fibres[0].Tell(t.Context(), command); err != nil {
 		t.Fatalf("fibre: %s: %v", command, err)
 	}
 }

@@ -207,27 +207,32 @@ func (s *Site) prepareToken() error {
 		return err
 	}
 	if s.End == handover.Bob {
-		if err := s.keepLinkSecret(pin + ".new"); err != nil {
+		if err := s.keepLinkSecrets(pin + ".new"); err != nil {
 			return err
 		}
 	}
 	return os.Rename(pin+".new", pin) // last: it says that the token is whole
 }
 
-// keepLinkSecret has the site's token keep the secret of the link, as kmed hsm
+// keepLinkSecrets has the site's token keep the secret of each link, as kmed hsm
 // auth-secret import does.
-func (s *Site) keepLinkSecret(pinFile string) error {
-	secret, err := os.ReadFile(s.lab.linkSecretFile())
-	if err != nil {
-		return err
-	}
+func (s *Site) keepLinkSecrets(pinFile string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	token, err := hsm.Open(ctx, hsm.Config{Module: softHSM, TokenLabel: s.Name, PINFile: pinFile})
 	if err != nil {
 		return err
 	}
-	return errors.Join(token.SetAuthSecret(ctx, linkID, secret), token.Close())
+	for _, f := range s.lab.Fibres {
+		var secret []byte
+		if secret, err = os.ReadFile(f.SecretFile()); err == nil {
+			err = token.SetAuthSecret(ctx, f.Link, secret)
+		}
+		if err != nil {
+			break
+		}
+	}
+	return errors.Join(err, token.Close())
 }
 
 // TokenDir is where the site's tokens lie.

@@ -162,9 +162,9 @@ func (s *storm) killDatabase(ctx context.Context) error {
 }
 
 func (s *storm) killFibre(ctx context.Context) error {
-	s.l.fibre.kill()
+	s.l.Fibres[0].Kill()
 	s.rest(0, 2*time.Second)
-	return s.l.StartFibre(ctx)
+	return s.l.Fibres[0].Start(ctx)
 }
 
 func (s *storm) hideToken(context.Context) error {
