@@ -101,13 +101,17 @@ func AuthSecretCheck(secret []byte) string {
 // authSecretApplication is what the objects that hold secrets of links are for.
 const authSecretApplication = "qkd kme authentication secret"
 
-// authSecret matches the secret of a link.
-func authSecret(link string) []*pkcs11.Attribute {
+// authSecrets matches the secrets of all links.
+func authSecrets() []*pkcs11.Attribute {
 	return []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
 		pkcs11.NewAttribute(pkcs11.CKA_APPLICATION, authSecretApplication),
-		pkcs11.NewAttribute(pkcs11.CKA_LABEL, link),
 	}
+}
+
+// authSecret matches the secret of a link.
+func authSecret(link string) []*pkcs11.Attribute {
+	return append(authSecrets(), pkcs11.NewAttribute(pkcs11.CKA_LABEL, link))
 }

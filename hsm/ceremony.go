@@ -4,7 +4,6 @@ package hsm
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -93,17 +92,8 @@ func (m *module) freeSlot(label string) (uint, error) {
 
 // Keys lists every secret key in the token, ordered by label and ID, and looks at each.
 func (t *Token) Keys(ctx context.Context) ([]KeyStatus, error) {
-	var all []KeyStatus
-	err := t.with(ctx, "looking at the token's keys", func(s pkcs11.SessionHandle) error {
-		objects, err := t.m.find(s, tokenKeys())
-		for _, o := range objects {
-			info, err := t.m.identify(s, o)
-			if err != nil {
-				return err
-			}
-			_, err = t.m.inspect(s, o, true)
-			all = append(all, KeyStatus{info, err})
-		}
+	all, err := t.list(ctx, "looking at the token's keys", func(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) error {
+		_, err := t.m.inspect(s, o, true)
 		return err
 	})
 	if err != nil {
@@ -118,9 +108,6 @@ func (t *Token) Keys(ctx context.Context) ([]KeyStatus, error) {
 			all[i].Err = errors.Join(k.Err, fmt.Errorf("%d keys have this label", n))
 		}
 	}
-	slices.SortFunc(all, func(a, b KeyStatus) int {
-		return cmp.Or(cmp.Compare(a.Label, b.Label), bytes.Compare(a.ID, b.ID))
-	})
 	return all, nil
 }
 

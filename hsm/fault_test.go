@@ -386,6 +386,7 @@ func TestStuckModule(t *testing.T) {
 	token := b.open(t)
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
+	k2 := newKEK(t, token, "epoch-0")
 	f.Hold(hsmtest.Decrypt, true)
 	short := func() context.Context {
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -398,6 +399,9 @@ func TestStuckModule(t *testing.T) {
 	}
 	_, err := token.NewKEK(t.Context(), "epoch-2") // it would keep all others out while it waits
 	wantErr(t, "NewKEK", err, ErrUnavailable)
+	if err := k2.Close(); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "calls are stuck") { // so would this
+		t.Errorf("Close: %v, want that it does not wait", err)
+	}
 	wantErr(t, "Heartbeat", token.Heartbeat(short()), ErrUnavailable)
 	if h := token.Health(); h.Stage != Down {
 		t.Errorf("Health: %+v", h)

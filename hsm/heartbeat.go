@@ -123,15 +123,16 @@ func (t *Token) mayWait(ctx context.Context, cause error) bool {
 	}
 	err := t.do(ctx, beat, func() error {
 		return t.onSession(func(s pkcs11.SessionHandle) error {
+			err := errors.New("there are no copies to be used on")
 			for k := range t.keks {
 				if k.gone != nil {
 					continue
 				}
-				if err := k.canary.check(t.m, s, k.copy); err != nil {
+				if err = k.canary.check(t.m, s, k.copy); err != nil {
 					return err
 				}
 			}
-			return nil
+			return err
 		})
 	}, nil)
 	if err != nil {
@@ -232,6 +233,14 @@ func (t *Token) loggedIn() error {
 	return nil
 }
 
+// inSight says whether the token is well, by the last heartbeat, and sees us as its user.
+func (t *Token) inSight() error {
+	if h := t.Health(); h.Stage != Well {
+		return fmt.Errorf("the token is away: %w", h.Cause)
+	}
+	return t.loggedIn()
+}
+
 // refind finds the token objects of the open KEKs again and copies those whose copy
 // is gone. The caller of this and the next two holds all turns.
 func (t *Token) refind() error {
@@ -241,7 +250,7 @@ func (t *Token) refind() error {
 	return t.onSession(func(s pkcs11.SessionHandle) error {
 		for k := range t.keks {
 			err := k.load(s)
-			if isFault(err) {
+			if isFault(err) || errors.Is(err, ErrUnavailable) {
 				return fmt.Errorf("KEK %s: %w", k.info, err)
 			}
 			k.settle(err)
@@ -266,7 +275,7 @@ func (k *KEK) settle(err error) {
 		k.gone = fmt.Errorf("%w: %w", ErrNoKEK, err)
 	}
 	if err := k.dropCopy(); err != nil {
-		k.t.log.Error("copy of lost KEK lives on until the next login", "kek", k.info.String(), "err", err)
+		k.t.log.Error("copy of lost KEK lives on until a heartbeat has destroyed it", "kek", k.info.String(), "err", err)
 	}
 }
 
@@ -296,7 +305,7 @@ func (t *Token) relogin() error {
 	t.idle = nil
 	_ = t.m.CloseAllSessions(t.slot) // it may know none of them any more
 	for k := range t.keks {
-		k.copy = 0
+		k.copy = 0 // whatever has become of it, CloseKEK would find it
 	}
 	if err := t.login(); err != nil {
 		return err

@@ -129,10 +129,10 @@ func (i KEKInfo) String() string {
 	return fmt.Sprintf("%q (id %s, check value %x)", i.Label, hex.EncodeToString(i.ID), i.CheckValue)
 }
 
-// KeyStatus is a secret key of the token, ours or not, and what keeps it from being a KEK.
+// KeyStatus is a secret key of the token, ours or not, as far as it can be read.
 type KeyStatus struct {
 	KEKInfo
-	Err error // nil: it is as NewKEK makes them, and no other key has its label
+	Err error // what cannot be read of it; of Keys also what keeps it from being a KEK
 }
 
 // Check is one thing that a module must do, and why it does not.

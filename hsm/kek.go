@@ -88,7 +88,7 @@ func (t *Token) OpenKEK(ctx context.Context, info KEKInfo) (*KEK, error) {
 	}, func() {
 		k.gone = fmt.Errorf("%w: nobody waited for it", ErrNoKEK)
 		delete(t.keks, k)
-		_ = k.dropCopy() // it goes with the next login
+		_ = k.dropCopy() // if it lives on, CloseKEK finds it
 	})
 	if err != nil {
 		return nil, err
@@ -99,7 +99,7 @@ func (t *Token) OpenKEK(ctx context.Context, info KEKInfo) (*KEK, error) {
 // load finds the token object of k, copies it unless there is a copy that works,
 // and sees by the canary that the copy is the key it was. The caller holds all turns.
 func (k *KEK) load(s pkcs11.SessionHandle) error {
-	o, err := k.t.m.findKEK(s, k.info)
+	o, err := k.t.findKEK(s, k.info)
 	if err != nil {
 		return err
 	}
@@ -113,6 +113,9 @@ func (k *KEK) load(s pkcs11.SessionHandle) error {
 	k.object = o
 	if k.copy != 0 && k.canary.check(k.t.m, s, k.copy) == nil {
 		return nil
+	}
+	if err := k.dropCopy(); err != nil { // it may have failed for a moment only
+		return err
 	}
 	if k.copy, err = k.t.m.copyToSession(k.t.anchor, o); err != nil {
 		k.copy = 0
@@ -135,18 +138,33 @@ func (k *KEK) load(s pkcs11.SessionHandle) error {
 	return nil
 }
 
-// dropCopy destroys the session copy. One that is gone already is fine: it goes with
-// the session it was made on (PKCS#11 v2.40 base, 2.4), and that with the module.
+// findKEK finds the token object of a KEK. ErrNoKEK is said only of a token that sees us as
+// its user.
+func (t *Token) findKEK(s pkcs11.SessionHandle, info KEKInfo) (o pkcs11.ObjectHandle, err error) {
+	err = sure(t.loggedIn, func() (err error) {
+		o, err = t.m.findKEK(s, info)
+		return err
+	})
+	return o, err
+}
+
+// dropCopy destroys the session copy, and forgets it only if it is gone.
 func (k *KEK) dropCopy() error {
 	if k.copy == 0 {
 		return nil
 	}
-	err := k.t.m.DestroyObject(k.t.anchor, k.copy)
-	k.copy = 0
-	if isRV(err, pkcs11.CKR_OBJECT_HANDLE_INVALID, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED) {
+	err := fault("C_DestroyObject of the session copy", k.t.m.DestroyObject(k.t.anchor, k.copy))
+	if err == nil || isRV(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) || anchorLost(err) {
+		k.copy = 0
 		return nil
 	}
-	return fault("C_DestroyObject of the session copy", err)
+	return err
+}
+
+// anchorLost says whether err, of a call on the anchor session, means that the session is
+// gone, and with it every copy that was made on it (PKCS#11 v2.40 base, 2.4).
+func anchorLost(err error) bool {
+	return isRV(err, pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED)
 }
 
 // Info names the KEK.
@@ -157,31 +175,74 @@ func (k *KEK) Info() KEKInfo { return k.info }
 // 2^32 (NIST SP 800-38D, 8.3).
 func (k *KEK) Wraps() int64 { return k.wraps.Load() }
 
-// Close gives up the session copy, once the calls that use it are through. If it
-// fails, the copy may live on until the token is closed; the KEK is unusable in
-// either case. Closing twice is harmless.
+// Close is CloseKEK, for at most 10 s.
 func (k *KEK) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
 	defer cancel()
-	if err := k.t.gate.enter(ctx, alone); err != nil {
-		return fmt.Errorf("closing KEK %s: a call is stuck in the module: %w", k.info, err)
+	return k.t.CloseKEK(ctx, k.info)
+}
+
+// CloseKEK gives the KEK up in this process, once the calls that use it are through: it is
+// unusable to whoever has opened it, and every session copy of it is destroyed, also one
+// that is left of an opening that failed or that nobody waited for. It returns nil only if
+// the token, asked for such copies, has none. If it fails, they may live on: it can be
+// called again. Closing what is not open is harmless, as is closing while the token is down.
+func (t *Token) CloseKEK(ctx context.Context, info KEKInfo) error {
+	is := func(k *KEK) bool { return bytes.Equal(k.info.ID, info.ID) }
+	return t.closeKEKs(ctx, "closing KEK "+info.String(), is, append(sessionKeys(), named(info.Label, info.ID)...))
+}
+
+// CloseKEKs is CloseKEK of all that there are in this process.
+func (t *Token) CloseKEKs(ctx context.Context) error {
+	return t.closeKEKs(ctx, "closing all KEKs", func(*KEK) bool { return true }, sessionKeys())
+}
+
+func (t *Token) closeKEKs(ctx context.Context, what string, is func(*KEK) bool, copies []*pkcs11.Attribute) error {
+	if err := t.admitAlone(ctx, what, t.waitForTurn); err != nil {
+		return err
 	}
-	defer k.t.gate.leave(alone)
-	k.gone = fmt.Errorf("%w: closed", ErrNoKEK)
-	delete(k.t.keks, k)
-	if k.t.closed {
+	return judged(what, t.do(ctx, alone, func() error {
+		for k := range t.keks {
+			if is(k) {
+				k.gone = fmt.Errorf("%w: closed", ErrNoKEK)
+				delete(t.keks, k)
+			}
+		}
+		if t.closed {
+			return nil
+		}
+		return t.destroyCopies(copies)
+	}, nil))
+}
+
+// destroyCopies destroys all session objects that match, and sees that they are gone. The
+// caller is alone with the token.
+func (t *Token) destroyCopies(match []*pkcs11.Attribute) error {
+	copies, err := t.m.find(t.anchor, match)
+	for _, c := range copies {
+		if e := t.m.DestroyObject(t.anchor, c); !isRV(e, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
+			err = errors.Join(err, fault("C_DestroyObject of a session copy", e))
+		}
+	}
+	switch {
+	case anchorLost(err):
 		return nil
+	case err != nil:
+		return err
 	}
-	if err := k.dropCopy(); err != nil {
-		return fmt.Errorf("closing KEK %s: %w", k.info, err)
-	}
-	return nil
+	return sure(t.loggedIn, func() error {
+		if copies, err = t.m.find(t.anchor, match); err == nil && len(copies) > 0 {
+			err = fmt.Errorf("%w: %d session copies live on", ErrUnavailable, len(copies))
+		}
+		return err
+	})
 }
 
 // DestroyKEK destroys the KEK in the token and sees that it is gone. Whatever was
 // sealed under it is lost. It refuses while the KEK is open here: destroying a
 // token object does nothing to session copies, so every process must have closed
-// its own first. ErrNoKEK if there is none.
+// its own first. ErrNoKEK if there is none, which is said only of a token that is well
+// and sees us as its user.
 func (t *Token) DestroyKEK(ctx context.Context, info KEKInfo) error {
 	err := t.alone(ctx, "destroying KEK "+info.String(), func(s pkcs11.SessionHandle) error {
 		for k := range t.keks {
@@ -189,24 +250,7 @@ func (t *Token) DestroyKEK(ctx context.Context, info KEKInfo) error {
 				return errors.New("it is open: close it first")
 			}
 		}
-		o, err := t.m.findKEK(s, info)
-		if err != nil {
-			return err
-		}
-		is, err := t.m.identify(s, o)
-		if err != nil {
-			return err
-		}
-		if is.CheckValue != info.CheckValue {
-			return fmt.Errorf("check value of the key is %x: it is another key", is.CheckValue)
-		}
-		if err := t.m.DestroyObject(s, o); err != nil {
-			return fault("C_DestroyObject", err)
-		}
-		if _, err := t.m.findKEK(s, info); !errors.Is(err, ErrNoKEK) {
-			return errors.Join(errors.New("the key is still there"), err)
-		}
-		return nil
+		return sure(t.inSight, func() error { return t.m.destroyKEK(s, info) })
 	})
 	if err == nil {
 		t.log.Info("KEK destroyed", "kek", info.String())
@@ -214,53 +258,91 @@ func (t *Token) DestroyKEK(ctx context.Context, info KEKInfo) error {
 	return err
 }
 
-// DestroyAll destroys every secret key in the token, ours or not, whatever its label,
-// and returns those that it did. It is for emergencies, and asks nobody: session copies,
-// also those of this process, live on until a heartbeat finds that theirs is gone. A key
-// that cannot be destroyed keeps none of the others; the error names it.
-func (t *Token) DestroyAll(ctx context.Context) (destroyed []KEKInfo, err error) {
+func (m *module) destroyKEK(s pkcs11.SessionHandle, info KEKInfo) error {
+	o, err := m.findKEK(s, info)
+	if err != nil {
+		return err
+	}
+	is, err := m.identify(s, o)
+	if err != nil {
+		return err
+	}
+	if is.CheckValue != info.CheckValue {
+		return fmt.Errorf("check value of the key is %x: it is another key", is.CheckValue)
+	}
+	if err := m.DestroyObject(s, o); err != nil {
+		return fault("C_DestroyObject", err)
+	}
+	if _, err := m.findKEK(s, info); !errors.Is(err, ErrNoKEK) {
+		return errors.Join(errors.New("the key is still there"), err)
+	}
+	return nil
+}
+
+// DestroyAll destroys every secret key and every authentication secret in the token, ours
+// or not, whatever its label, and names those that it did. It is for emergencies, and asks
+// nobody: session copies, also those of this process, live on until a heartbeat finds that
+// theirs is gone. One that cannot be destroyed keeps none of the others; the error names
+// it. If there is neither, the token is one that sees us as its user.
+func (t *Token) DestroyAll(ctx context.Context) (destroyed []string, err error) {
 	err = t.alone(ctx, "destroying all keys", func(s pkcs11.SessionHandle) error {
-		objects, err := t.m.find(s, tokenKeys())
-		if err != nil {
-			return err
-		}
-		var left []error
-		for _, o := range objects {
-			info, err := t.m.identify(s, o)
-			if err == nil {
-				err = fault("C_DestroyObject", t.m.DestroyObject(s, o))
+		return sure(t.loggedIn, func() error {
+			var left []error
+			for _, match := range [][]*pkcs11.Attribute{tokenKeys(), authSecrets()} {
+				objects, err := t.m.find(s, match)
+				if err != nil {
+					left = append(left, err)
+				}
+				for _, o := range objects {
+					name := t.m.describe(s, o)
+					if err := t.m.DestroyObject(s, o); err != nil {
+						left = append(left, fmt.Errorf("%s: %w", name, fault("C_DestroyObject", err)))
+						continue
+					}
+					destroyed = append(destroyed, name)
+				}
 			}
-			if err != nil {
-				left = append(left, fmt.Errorf("key %s: %w", info, err))
-				continue
-			}
-			destroyed = append(destroyed, info)
-		}
-		return errors.Join(left...)
+			return errors.Join(left...)
+		})
 	})
 	return destroyed, err
 }
 
 // ListKEKs returns every secret key in the token, ours or not, ordered by label
-// and ID, so that they can be compared with the register.
-func (t *Token) ListKEKs(ctx context.Context) ([]KEKInfo, error) {
-	var list []KEKInfo
-	err := t.with(ctx, "listing KEKs", func(s pkcs11.SessionHandle) error {
+// and ID, so that they can be compared with the register. Err of one says what could not
+// be read of it. The token is one that is well and sees us as its user: what is not
+// listed is not there.
+func (t *Token) ListKEKs(ctx context.Context) ([]KeyStatus, error) {
+	return t.list(ctx, "listing KEKs", func(pkcs11.SessionHandle, pkcs11.ObjectHandle) error { return nil })
+}
+
+// list identifies every secret key in the token, and adds what look says of it.
+func (t *Token) list(ctx context.Context, what string, look func(pkcs11.SessionHandle, pkcs11.ObjectHandle) error) ([]KeyStatus, error) {
+	var all []KeyStatus
+	each := func(s pkcs11.SessionHandle) error {
 		objects, err := t.m.find(s, tokenKeys())
 		for _, o := range objects {
 			info, err := t.m.identify(s, o)
-			if err != nil {
-				return err
+			if err == nil {
+				err = look(s, o)
 			}
-			list = append(list, info)
+			if !isRV(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) { // destroyed since
+				all = append(all, KeyStatus{info, err})
+			}
 		}
 		return err
-	})
+	}
+	// On a session of its own: what cannot be read of a key may leave that in any state.
+	err := t.call(ctx, urgent, what, func() error {
+		return t.onOwnSession(func(s pkcs11.SessionHandle) error {
+			return sure(t.inSight, func() error { return each(s) })
+		})
+	}, nil)
 	if err != nil {
 		return nil, err
 	}
-	slices.SortFunc(list, func(a, b KEKInfo) int {
+	slices.SortFunc(all, func(a, b KeyStatus) int {
 		return cmp.Or(cmp.Compare(a.Label, b.Label), bytes.Compare(a.ID, b.ID))
 	})
-	return list, nil
+	return all, nil
 }

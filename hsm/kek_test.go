@@ -137,7 +137,7 @@ func TestKEKLife(t *testing.T) {
 		t.Fatal(err)
 	}
 	list, err := token.ListKEKs(t.Context())
-	if diff := cmp.Diff([]KEKInfo{info, info2}, list); diff != "" || err != nil {
+	if diff := cmp.Diff([]KeyStatus{{KEKInfo: info}, {KEKInfo: info2}}, list); diff != "" || err != nil {
 		t.Errorf("ListKEKs: %v\n%s", err, diff)
 	}
 	s := wrap(t, openKEK(t, token, info))
@@ -168,7 +168,7 @@ func TestKEKLife(t *testing.T) {
 	_, err = token.OpenKEK(t.Context(), info)
 	wantErr(t, "OpenKEK of a destroyed KEK", err, ErrNoKEK)
 	list, err = token.ListKEKs(t.Context())
-	if diff := cmp.Diff([]KEKInfo{info2}, list); diff != "" || err != nil {
+	if diff := cmp.Diff([]KeyStatus{{KEKInfo: info2}}, list); diff != "" || err != nil {
 		t.Errorf("ListKEKs afterwards: %v\n%s", err, diff)
 	}
 	rw(t, token, func(s pkcs11.SessionHandle) error {

@@ -50,7 +50,10 @@ func (*Token) Heartbeat(context.Context) error                     { return errN
 func (*Token) NewKEK(context.Context, string) (KEKInfo, error)     { return KEKInfo{}, errNoCgo }
 func (*Token) OpenKEK(context.Context, KEKInfo) (*KEK, error)      { return nil, errNoCgo }
 func (*Token) DestroyKEK(context.Context, KEKInfo) error           { return errNoCgo }
-func (*Token) ListKEKs(context.Context) ([]KEKInfo, error)         { return nil, errNoCgo }
+func (*Token) ListKEKs(context.Context) ([]KeyStatus, error)       { return nil, errNoCgo }
+func (*Token) DestroyAll(context.Context) ([]string, error)        { return nil, errNoCgo }
+func (*Token) CloseKEK(context.Context, KEKInfo) error             { return errNoCgo }
+func (*Token) CloseKEKs(context.Context) error                     { return errNoCgo }
 func (*Token) Counter(context.Context, string) (int64, error)      { return 0, errNoCgo }
 func (*Token) SetCounter(context.Context, string, int64) error     { return errNoCgo }
 func (*Token) Keys(context.Context) ([]KeyStatus, error)           { return nil, errNoCgo }

@@ -63,6 +63,14 @@ func tokenKeys() []*pkcs11.Attribute {
 	}
 }
 
+// sessionKeys matches every secret key that is a session object.
+func sessionKeys() []*pkcs11.Attribute {
+	return []*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
+	}
+}
+
 // ulong is v as an array of one CK_ULONG, which miekg/pkcs11 takes to be as long
 // as uint.
 func ulong(v uint) []byte {
@@ -168,16 +176,29 @@ func (m *module) findKEK(s pkcs11.SessionHandle, info KEKInfo) (pkcs11.ObjectHan
 }
 
 // identify reads the label, ID and check value of any secret key; a key without a
-// check value has zeros there.
-func (m *module) identify(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) (KEKInfo, error) {
+// check value has zeros there. With an error it has read what it could.
+func (m *module) identify(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) (info KEKInfo, err error) {
 	got, err := m.get(s, o, named("", nil)...)
 	if err != nil {
-		return KEKInfo{}, err
+		return info, err
 	}
-	info := KEKInfo{Label: string(got[0].Value), ID: got[1].Value}
+	info = KEKInfo{Label: string(got[0].Value), ID: got[1].Value}
 	info.CheckValue, err = m.checkValue(s, o)
 	if isRV(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID) {
 		return info, nil
 	}
 	return info, err
+}
+
+// describe names any object, by what can be read of it.
+func (m *module) describe(s pkcs11.SessionHandle, o pkcs11.ObjectHandle) string {
+	got, err := m.get(s, o, authSecret("")...)
+	if err == nil && bytes.Equal(got[0].Value, authSecret("")[0].Value) {
+		return fmt.Sprintf("authentication secret of link %q", got[len(got)-1].Value)
+	}
+	info, err := m.identify(s, o)
+	if err != nil {
+		return fmt.Sprintf("key %s, of which not all can be read (%v)", info, err)
+	}
+	return "key " + info.String()
 }

@@ -39,16 +39,24 @@ func (t *Token) call(ctx context.Context, c class, what string, f func() error, 
 
 // admit waits for a turn, as enter does, but nobody waits for long to be alone.
 func (t *Token) admit(ctx context.Context, c class, what string) error {
-	if c == alone { // it keeps everybody out while it waits: not for long, and not for what may never end
-		if n := t.stuck.Load(); n > 0 {
-			return fmt.Errorf("%w: token %q: %s: %d calls are stuck in the module", ErrUnavailable, t.cfg.TokenLabel, what, n)
-		}
-		waiting, cancel := context.WithTimeout(ctx, alonePatience)
-		defer cancel()
-		if err := t.enter(waiting, c); err != nil {
-			return fmt.Errorf("%s: %w", what, err)
-		}
-	} else if err := t.enter(ctx, c); err != nil {
+	if c == alone {
+		return t.admitAlone(ctx, what, t.enter)
+	}
+	if err := t.enter(ctx, c); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// admitAlone has enter wait for all turns. Whoever does keeps everybody out meanwhile:
+// not for long, and not for what may never end.
+func (t *Token) admitAlone(ctx context.Context, what string, enter func(context.Context, class) error) error {
+	if n := t.stuck.Load(); n > 0 {
+		return fmt.Errorf("%w: token %q: %s: %d calls are stuck in the module", ErrUnavailable, t.cfg.TokenLabel, what, n)
+	}
+	waiting, cancel := context.WithTimeout(ctx, alonePatience)
+	defer cancel()
+	if err := enter(waiting, alone); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
@@ -118,12 +126,20 @@ func (t *Token) enter(ctx context.Context, c class) error {
 	if err := t.isDown(); err != nil {
 		return err
 	}
-	if err := t.gate.enter(ctx, c); err != nil {
-		return fmt.Errorf("%w: token %q: waiting for a turn: %w", ErrUnavailable, t.cfg.TokenLabel, err)
+	if err := t.waitForTurn(ctx, c); err != nil {
+		return err
 	}
 	if err := t.isDown(); err != nil { // since
 		t.gate.leave(c)
 		return err
+	}
+	return nil
+}
+
+// waitForTurn is enter, whether or not the token is down.
+func (t *Token) waitForTurn(ctx context.Context, c class) error {
+	if err := t.gate.enter(ctx, c); err != nil {
+		return fmt.Errorf("%w: token %q: waiting for a turn: %w", ErrUnavailable, t.cfg.TokenLabel, err)
 	}
 	return nil
 }
@@ -170,6 +186,28 @@ func (t *Token) giveSession(s pkcs11.SessionHandle) {
 	t.mu.Lock()
 	t.idle = append(t.idle, s)
 	t.mu.Unlock()
+}
+
+// sure runs look between two looks at the token itself, which must be as see says: only
+// then what look has not found is not there.
+func sure(see, look func() error) error {
+	if err := see(); err != nil {
+		return unsure(err)
+	}
+	found := look()
+	if err := see(); err != nil && found != nil {
+		return fmt.Errorf("%w (and before: %v)", unsure(err), found) // not what found is: it may be ErrNoKEK
+	} else if err != nil {
+		return unsure(err)
+	}
+	return found
+}
+
+func unsure(err error) error {
+	if isFault(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
 }
 
 // isFault says whether err came from the module.

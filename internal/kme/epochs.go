@@ -107,8 +107,11 @@ type ending struct {
 	checked time.Time           // when the token was last held against the register
 }
 
-// advance takes all steps that can be taken now.
+// advance takes all steps that can be taken now. An epoch that cannot be ended keeps none
+// of the others from it, nor from the look at the token.
 func (n *ending) advance(ctx context.Context) error {
+	failed := make(map[key.Epoch]bool)
+	var errs []error
 	for moved := true; moved; {
 		epochs, err := n.k.Store.Epochs(ctx)
 		if err != nil {
@@ -118,6 +121,11 @@ func (n *ending) advance(ctx context.Context) error {
 		full := false // an epoch that is older still has keys
 		for _, e := range epochs {
 			var done bool
+			var err error
+			if failed[e.Epoch] {
+				full = full || e.State == store.EpochSealed
+				continue
+			}
 			switch e.State {
 			case store.EpochOpen:
 				if n.sure(e) {
@@ -133,16 +141,20 @@ func (n *ending) advance(ctx context.Context) error {
 			case store.EpochDestroyed:
 				done, err = n.drop(ctx, e)
 			}
-			if err != nil {
+			if errors.Is(err, store.ErrFenced) {
 				return err
+			}
+			if err != nil {
+				failed[e.Epoch] = true
+				errs = append(errs, err)
 			}
 			moved = moved || done
 		}
 	}
 	if n.k.hsmWell() == nil && time.Since(n.checked) > checkEvery {
-		return n.check(ctx)
+		errs = append(errs, n.check(ctx))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // sure says whether an epoch is over, and not only by a clock that is wrong: what ends
@@ -212,7 +224,7 @@ func (n *ending) destroy(ctx context.Context, e store.Epoch) (bool, error) {
 			}
 		}
 	}
-	if held || k.hsmWell() != nil {
+	if held || k.hsmWell() != nil || k.Token.Health().Stage != hsm.Well {
 		return false, nil // the nodes see for themselves what they are to give up
 	}
 	var events []audit.Event
@@ -227,11 +239,12 @@ func (n *ending) destroy(ctx context.Context, e store.Epoch) (bool, error) {
 			}
 			ev := n.event(audit.KEKGone, e)
 			ev.Reason = fmt.Sprintf("KEK %d, %s, check value %x: the end of %s", kek.ID, info.Label, info.CheckValue, ev.Reason)
-			err = k.Token.DestroyKEK(ctx, info)
-			if errors.Is(err, hsm.ErrNoKEK) {
-				ev.Reason += "; it was not in the token any more"
-			} else if err != nil {
+			was, err := k.keks.destroy(ctx, info)
+			if err != nil {
 				return fmt.Errorf("destroying KEK %d: %w", kek.ID, err)
+			}
+			if !was {
+				ev.Reason += "; it was not in the token any more"
 			}
 			failpoint.Hit(failpoint.EpochKEKDestroyed)
 			events = append(events, ev)
@@ -342,16 +355,22 @@ type strays struct{ unknown, doubled, missing []string }
 
 // compare says what does not agree. A copy of a KEK, under whatever label, is unknown:
 // whoever makes one can open what is sealed under the KEK when that is destroyed.
-func compare(rows []store.KEK, inToken []hsm.KEKInfo) (s strays) {
+func compare(rows []store.KEK, inToken []hsm.KeyStatus) (s strays) {
 	seen := make(map[int64]int)
 	for _, info := range inToken {
 		what := info.String()
+		if info.Err != nil {
+			what += fmt.Sprintf(", of which not all can be read (%v)", info.Err)
+		}
 		known := false
 		for _, row := range rows {
 			same := bytes.Equal(row.CheckValue, info.CheckValue[:])
 			switch {
 			case same && row.Label == info.Label && bytes.Equal(row.PKCS11ID, info.ID) && row.State != store.KEKDestroyed:
 				known = true
+				seen[row.ID]++
+			case info.Err != nil && row.Label == info.Label && bytes.Equal(row.PKCS11ID, info.ID):
+				what += fmt.Sprintf(", which by its label and ID is KEK %d of epoch %d", row.ID, row.Epoch)
 				seen[row.ID]++
 			case same:
 				what += fmt.Sprintf(", which has the check value of KEK %d of epoch %d", row.ID, row.Epoch)

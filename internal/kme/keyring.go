@@ -219,7 +219,7 @@ func (r *keyring) makeAlone(ctx context.Context, e key.Epoch, replaces int64) (s
 
 // abandon destroys a KEK that was planned, and made, and never used.
 func (r *keyring) abandon(ctx context.Context, id int64, info hsm.KEKInfo) error {
-	if err := r.k.Token.DestroyKEK(ctx, info); err != nil && !errors.Is(err, hsm.ErrNoKEK) {
+	if _, err := r.destroy(ctx, info); err != nil {
 		return err
 	}
 	ev := r.k.own(audit.KEKGone)
@@ -227,25 +227,52 @@ func (r *keyring) abandon(ctx context.Context, id int64, info hsm.KEKInfo) error
 	return r.k.Store.AbandonKEK(ctx, id, ev)
 }
 
+// destroy destroys a KEK in the token, and says whether it was there. That it was not is
+// believed only of a token that is in sight.
+func (r *keyring) destroy(ctx context.Context, info hsm.KEKInfo) (was bool, err error) {
+	err = r.k.Token.DestroyKEK(ctx, info)
+	if errors.Is(err, hsm.ErrNoKEK) {
+		return false, r.inSight(ctx)
+	}
+	return true, err
+}
+
+// inSight is nil if the token shows what is known to be in it: the number of this node's
+// run. To a process that a module does not take for logged in, for which it may have no
+// error, an HSM seems to be empty.
+func (r *keyring) inSight(ctx context.Context) error {
+	run, err := r.k.Token.Counter(ctx, runCounter(r.k.Node))
+	if err == nil && run < max(1, r.k.run.Load()) {
+		err = fmt.Errorf("it shows run %d of this node, which is in run %d: what else it does not show may be in it", run, r.k.run.Load())
+	}
+	if err != nil {
+		return fmt.Errorf("looking whether the token shows what is in it: %w", err)
+	}
+	return nil
+}
+
 // sweep ends the plans of processes that have died over them. The caller is alone with
-// the token, so that nobody is at work on one.
-func (r *keyring) sweep(ctx context.Context, rows []store.KEK, inToken []hsm.KEKInfo) (swept bool, err error) {
+// the token, so that nobody is at work on one. One whose key cannot be destroyed stays,
+// and keeps none of the others.
+func (r *keyring) sweep(ctx context.Context, rows []store.KEK, inToken []hsm.KeyStatus) (swept bool, err error) {
 	for _, row := range rows {
 		if row.State != store.KEKPlanned {
 			continue
 		}
-		swept = true
-		i := slices.IndexFunc(inToken, func(info hsm.KEKInfo) bool { return info.Label == row.Label })
-		if i < 0 {
-			err = r.k.Store.AbandonKEK(ctx, row.ID)
-		} else {
-			err = r.abandon(ctx, row.ID, inToken[i])
+		i := slices.IndexFunc(inToken, func(info hsm.KeyStatus) bool { return info.Label == row.Label })
+		var failed error
+		if i >= 0 {
+			failed = r.abandon(ctx, row.ID, inToken[i].KEKInfo)
+		} else if failed = r.inSight(ctx); failed == nil {
+			failed = r.k.Store.AbandonKEK(ctx, row.ID)
 		}
-		if err != nil {
-			return swept, err
+		if failed != nil {
+			err = errors.Join(err, fmt.Errorf("clearing up after KEK %d, which was planned: %w", row.ID, failed))
+		} else {
+			swept = true
 		}
 	}
-	return swept, nil
+	return swept, err
 }
 
 // open opens a KEK that is in the token. That this run has a copy of it is written down
@@ -326,8 +353,8 @@ func (r *keyring) count(ctx context.Context) {
 
 // follow has this node do as the register says: seal under the KEKs that are to seal,
 // replace one that has sealed enough, and give up its copies of those whose epoch is
-// over.
-func (r *keyring) follow(ctx context.Context, epochs []store.Epoch) error {
+// over. One with which that cannot be done keeps none of the others.
+func (r *keyring) follow(ctx context.Context, epochs []store.Epoch) (err error) {
 	me := store.NodeRun{Node: r.k.Node, Run: r.k.run.Load()}
 	for _, e := range epochs {
 		seals := int64(0)
@@ -336,56 +363,57 @@ func (r *keyring) follow(ctx context.Context, epochs []store.Epoch) error {
 				seals = kek.ID
 			}
 			if e.State == store.EpochDraining && slices.Contains(kek.Copies, me) {
-				if err := r.giveUp(ctx, kek.KEK); err != nil {
-					return err
-				}
+				err = errors.Join(err, r.giveUp(ctx, kek.KEK))
 			}
 			if seals == kek.ID && kek.Wraps >= r.k.MaxWraps {
-				if err := r.replace(ctx, kek.KEK); err != nil {
-					return fmt.Errorf("replacing KEK %d, which has sealed %d times: %w", kek.ID, kek.Wraps, err)
+				if e := r.replace(ctx, kek.KEK); e != nil {
+					err = errors.Join(err, fmt.Errorf("replacing KEK %d, which has sealed %d times: %w", kek.ID, kek.Wraps, e))
+				} else {
+					seals = 0
 				}
-				seals = 0
 			}
 		}
 		if v, ok := r.current.Load(e.Epoch); ok && v.(openKEK).id != seals {
 			r.current.Delete(e.Epoch)
 		}
 	}
-	return nil
+	return err
 }
 
-// giveUp destroys this node's session copy of a KEK whose epoch is draining, and records
-// it. If the process dies in between, its run, and with it the copy, is over.
+// giveUp destroys this node's session copies of a KEK whose epoch is draining, also one
+// that an opening has left which failed, and records it. If the process dies in between,
+// its run, and with it the copy, is over.
 func (r *keyring) giveUp(ctx context.Context, row store.KEK) error {
 	if err := r.enter(ctx); err != nil { // nobody is opening it
 		return err
 	}
 	defer r.leave()
-	if v, ok := r.snapshot.Load(row.ID); ok {
-		if err := v.(*hsm.KEK).Close(); err != nil {
-			return fmt.Errorf("giving up the copy of KEK %d: %w", row.ID, err)
-		}
-		r.snapshot.Delete(row.ID)
+	info, err := infoOf(row)
+	if err != nil {
+		return err
 	}
+	if err := r.k.Token.CloseKEK(ctx, info); err != nil {
+		return fmt.Errorf("giving up the copy of KEK %d: %w", row.ID, err)
+	}
+	r.snapshot.Delete(row.ID)
 	failpoint.Hit(failpoint.EpochCopyClosed)
 	ev := r.k.own(audit.CopyClosed)
 	ev.Reason = fmt.Sprintf("KEK %d of epoch %d: %s, check value %x", row.ID, row.Epoch, row.Label, row.CheckValue)
 	return r.k.Store.GiveUpKEK(ctx, row.ID, ev)
 }
 
+// closeTime is how long a node that gives up everything waits for the HSM.
+const closeTime = 5 * time.Second
+
 // close gives up all copies, and says whether it did.
 func (r *keyring) close() bool {
-	all := true
-	r.snapshot.Range(func(_, kek any) bool {
-		if err := kek.(*hsm.KEK).Close(); err != nil {
-			all = false
-			if !errors.Is(err, hsm.ErrUnavailable) {
-				r.k.Log.Warn("giving up a KEK's session copy", "err", err)
-			}
-		}
-		return true
-	})
-	return all
+	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+	defer cancel()
+	if err := r.k.Token.CloseKEKs(ctx); err != nil {
+		r.k.Log.Warn("giving up the session copies of KEKs", "err", err)
+		return false
+	}
+	return true
 }
 
 // forExpiry chooses the KEK for d by its expiry, and notes it in d. An epoch that is

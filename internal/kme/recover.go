@@ -213,8 +213,14 @@ func (k *KME) ownKEKs(ctx context.Context) ([]hsm.KEKInfo, error) {
 	if err != nil {
 		return nil, err
 	}
+	var keks []hsm.KEKInfo
 	own := regexp.MustCompile(`^kek-` + regexp.QuoteMeta(k.Self.String()) + `-\d{8}T\d{6}-[0-9a-f]{8}$`)
-	return slices.DeleteFunc(all, func(i hsm.KEKInfo) bool { return !own.MatchString(i.Label) }), nil
+	for _, one := range all {
+		if own.MatchString(one.Label) {
+			keks = append(keks, one.KEKInfo)
+		}
+	}
+	return keks, nil
 }
 
 // raiseRuns gives every node a run above all that it ever had, and begins this
@@ -235,27 +241,37 @@ func (k *KME) raiseRuns(ctx context.Context, w *witnesses) error {
 	return k.nextRun(ctx, max(w.runs[k.Node], inFile))
 }
 
-// destroyKEKs records that the KEKs are destroyed and does it. If the process dies
-// in between, those that are left are found and recorded again.
+// destroyKEKs destroys the KEKs, and records that, and which others of the register are
+// not in the token any more. If the process dies in between, all are such.
 func (k *KME) destroyKEKs(ctx context.Context, keks []hsm.KEKInfo) error {
-	var events []audit.Event
-	for _, info := range keks {
-		ev := k.own(audit.KEKGone)
-		ev.Reason = fmt.Sprintf("%s, check value %x: recovery", info.Label, info.CheckValue)
-		events = append(events, ev)
-	}
-	if err := k.Store.EndKEKs(ctx, events...); err != nil {
+	rows, err := k.Store.KEKs(ctx)
+	if err != nil {
 		return err
 	}
+	var events []audit.Event
+	gone := func(format string, args ...any) {
+		ev := k.own(audit.KEKGone)
+		ev.Reason = fmt.Sprintf(format, args...)
+		events = append(events, ev)
+	}
+	var errs []error
 	for _, info := range keks {
-		if err := k.Token.DestroyKEK(ctx, info); err != nil {
-			return err
-		}
+		errs = append(errs, k.Token.DestroyKEK(ctx, info))
+		gone("%s, check value %x: recovery", info.Label, info.CheckValue)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	if left, err := k.ownKEKs(ctx); err != nil || len(left) > 0 {
 		return errors.Join(err, fmt.Errorf("%d KEKs are still in the token", len(left)))
 	}
-	return nil
+	for _, row := range rows {
+		was := slices.ContainsFunc(keks, func(info hsm.KEKInfo) bool { return info.Label == row.Label })
+		if !was && (row.State == store.KEKOpen || row.State == store.KEKSealed) {
+			gone("%s, check value %x: recovery; it was not in the token any more", row.Label, row.CheckValue)
+		}
+	}
+	return k.Store.EndKEKs(ctx, events...)
 }
 
 // burnAll empties the pool and ends what waits, transaction by transaction.

@@ -15,6 +15,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/hsm/hsmtest"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/identity"
@@ -62,7 +63,12 @@ func useTokens(t *testing.T, dir string) {
 
 func openToken(t testing.TB, dir string) *hsm.Token {
 	t.Helper()
-	token, err := hsm.Open(t.Context(), hsm.Config{Module: softHSM, TokenLabel: tokenLabel, PINFile: filepath.Join(dir, "pin")})
+	return openTokenBy(t, softHSM, dir)
+}
+
+func openTokenBy(t testing.TB, module, dir string) *hsm.Token {
+	t.Helper()
+	token, err := hsm.Open(t.Context(), hsm.Config{Module: module, TokenLabel: tokenLabel, PINFile: filepath.Join(dir, "pin")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,13 +80,35 @@ func openToken(t testing.TB, dir string) *hsm.Token {
 	return token
 }
 
+// faultyToken opens the token in a folder by a module that misbehaves when told. The test
+// has the module to itself: see tokenDir.
+func faultyToken(t *testing.T, dir string) (*hsm.Token, *hsmtest.Module) {
+	t.Helper()
+	m, err := hsmtest.New(t.TempDir(), softHSM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, env := range m.Env {
+		name, value, _ := strings.Cut(env, "=")
+		if err := os.Setenv(name, value); err != nil { // it is read when the module is loaded
+			t.Fatal(err)
+		}
+	}
+	return openTokenBy(t, m.Path, dir), m
+}
+
 // withToken is a whole node of km1, without peers, on the site's database and the token
 // in a folder. It does not run yet.
 func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 	s.t.Helper()
 	rules, _ := core(s.t)
 	c := Config{
-		Self: kmeID(s.t, "km1"), Node: "a", Store: s.connect(), Token: openToken(s.t, dir), Policies: rules.Policies,
+		Self: kmeID(s.t, "km1"), Node: "a", Store: s.connect(), Policies: rules.Policies,
 		Live: policies.NewCurrent(rules.Policies()), LoadPolicies: func() (*policies.Set, error) { return rules.Policies(), nil },
 		Officer: func(*x509.Certificate, time.Time) (identity.Caller, error) {
 			return identity.Caller{}, errors.New("there are no officers")
@@ -91,6 +119,9 @@ func (s *site) withToken(dir string, change ...func(*Config)) *KME {
 	}
 	for _, f := range change {
 		f(&c)
+	}
+	if c.Token == nil {
+		c.Token = openToken(s.t, dir)
 	}
 	k, err := New(c)
 	if err != nil {
@@ -158,18 +189,8 @@ func takes(t *testing.T, k *KME, ids ...key.ID) ([]taken, error) {
 // and returns that one's CKA_ID. It borrows the module that the test's token has loaded.
 func copyInToken(t *testing.T, kek hsm.KEKInfo, label string) []byte {
 	t.Helper()
-	p := pkcs11.New(softHSM)
-	defer p.Destroy()
-	slots, err := p.GetSlotList(true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := p.OpenSession(slots[0], pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION) // the process is logged in
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.CloseSession(s)
-	err = p.FindObjectsInit(s, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, kek.Label), pkcs11.NewAttribute(pkcs11.CKA_ID, kek.ID), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)})
+	p, s := borrow(t)
+	err := p.FindObjectsInit(s, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, kek.Label), pkcs11.NewAttribute(pkcs11.CKA_ID, kek.ID), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,6 +209,22 @@ func copyInToken(t *testing.T, kek hsm.KEKInfo, label string) []byte {
 		t.Fatal(err)
 	}
 	return id
+}
+
+// borrow opens a session of the module that the test's token has loaded, which is logged in.
+func borrow(t *testing.T) (*pkcs11.Ctx, pkcs11.SessionHandle) {
+	t.Helper()
+	p := pkcs11.New(softHSM)
+	t.Cleanup(p.Destroy)
+	slots, err := p.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := p.OpenSession(slots[0], pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, s
 }
 
 // openAll is what somebody does who has the token in a folder, its PIN and blobs: every
