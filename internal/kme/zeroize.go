@@ -31,17 +31,18 @@ func zeroizedFile(dataDir string) string { return filepath.Join(dataDir, "zeroiz
 // zeroizeTries bounds how often keys are looked for that a node has made meanwhile.
 const zeroizeTries = 5
 
-// Zeroize destroys every secret key of the token, ours or not, and tells out which. It
-// needs neither the database nor that the nodes are stopped: they serve nothing from the
-// next second on, and their session copies go. The marks come first, so that no node
-// that finds its keys missing makes others.
+// Zeroize destroys every secret key of the token and the authentication secrets of the
+// links, ours or not, and tells out which. It needs neither the database nor that the
+// nodes are stopped: they serve nothing from the next second on, and their session copies
+// go. The marks come first, so that no node that finds its keys missing makes others.
 func Zeroize(ctx context.Context, token *hsm.Token, dataDir string, now time.Time, out io.Writer) error {
-	text := fmt.Sprintf("%d\nzeroized at %s: kmed recover --burn brings the site back\n", now.Unix(), now.UTC().Format(time.RFC3339))
+	mark, errMark := nextMark(ctx, token, dataDir, now)
+	text := fmt.Sprintf("%d\nzeroized at %s: kmed recover --burn brings the site back\n", mark, now.UTC().Format(time.RFC3339))
 	errFile := os.MkdirAll(dataDir, 0o700)
 	if errFile == nil {
 		errFile = writeDurably(zeroizedFile(dataDir), []byte(text))
 	}
-	errMark := token.SetCounter(ctx, zeroizedCounter, now.Unix())
+	errMark = errors.Join(errMark, token.SetCounter(ctx, zeroizedCounter, mark))
 	for _, err := range []error{errFile, errMark} {
 		if err != nil { // the keys go all the same
 			fmt.Fprintf(out, "MARKING FAILED: %v\n", err)
@@ -56,11 +57,24 @@ func Zeroize(ctx context.Context, token *hsm.Token, dataDir string, now time.Tim
 			return errors.Join(errFile, errMark, err)
 		}
 		if len(destroyed) == 0 {
-			fmt.Fprintln(out, "no secret key is left in the token")
+			if at, err := token.Counter(ctx, zeroizedCounter); errMark == nil && (err != nil || at < mark) {
+				return errors.Join(errFile, fmt.Errorf("the token shows nothing, not even the mark that was just made (%d, %v): keys may be left in it", at, err))
+			}
+			fmt.Fprintln(out, "no secret key and no authentication secret is left in the token")
 			return errors.Join(errFile, errMark)
 		}
 	}
 	return errors.New("keys are being made in the token as fast as they are destroyed: stop the nodes, and do it again")
+}
+
+// nextMark is now, or later than all earlier marks if that is more, whatever the clock
+// says: one that is not would be taken for an older zeroizing, from which the site was
+// recovered. With an error it is later than those that could be read.
+func nextMark(ctx context.Context, token *hsm.Token, dataDir string, now time.Time) (mark int64, err error) {
+	zeroized, e1 := token.Counter(ctx, zeroizedCounter)
+	recovered, e2 := token.Counter(ctx, recoveredCounter)
+	inFile, e3 := readZeroized(dataDir)
+	return max(now.Unix(), zeroized+1, recovered+1, inFile+1), errors.Join(e1, e2, e3)
 }
 
 // zeroized says that the site was zeroized and not recovered since; "" if it was not.
