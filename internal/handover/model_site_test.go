@@ -291,6 +291,9 @@ func (s *site) usable(k Key, how string) {
 // burn deletes for ever what is left of atoms, and leaves a void to be told.
 func (s *site) burn(ids []key.ID, void *Void) {
 	s.leave("burned", ids...)
+	for _, id := range ids {
+		delete(s.parked, id)
+	}
 	s.did(DoBurn{s.w.place[ids[0]].Link, ids, void})
 	if void != nil {
 		s.voids = append(s.voids, &voidRow{Void: *void})
