@@ -186,7 +186,7 @@ type Span struct {
 	At         time.Time // its beginning
 	Blocks     int       // distilled
 	Aborts     int       // given up
-	QBER       float64   // mean over both
+	QBER       float64   // mean over both, as far as it was found; 0 if for none
 	Bits       int64     // of secret
 	Stored     int       // the least number of 256-bit keys that this end could assign
 	StoredPeer int       // likewise, of the other end

@@ -279,7 +279,7 @@ func chartsOf(l Link, past []Span, from, to time.Time, each time.Duration) []cha
 		} else if at.After(to) {
 			at = to
 		}
-		if s.Blocks+s.Aborts > 0 {
+		if s.QBER > 0 { // light has some errors always
 			qber = append(qber, point{at, s.QBER})
 		}
 		if passed := min(each, to.Sub(s.At)); passed >= time.Minute/2 { // the span under way is not over yet

@@ -27,8 +27,9 @@ type look struct {
 	here, there int
 }
 
-// block adds a block that gave so many bits, or was given up with none.
-func (h *history) block(qber float64, bits int) {
+// block adds a block that gave so many bits, or was given up with none. rated says whether
+// its error rate was found.
+func (h *history) block(qber float64, rated bool, bits int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if bits > 0 {
@@ -36,7 +37,11 @@ func (h *history) block(qber float64, bits int) {
 	} else {
 		h.since.Aborts++
 	}
-	h.since.QBER += qber
+	if rated {
+		h.since.QBER += qber
+	} else {
+		h.since.Unrated++
+	}
 	h.since.Bits += int64(bits)
 }
 
@@ -57,6 +62,7 @@ func (h *history) added(m store.LinkMinute) {
 	defer h.mu.Unlock()
 	h.since.Blocks -= m.Blocks
 	h.since.Aborts -= m.Aborts
+	h.since.Unrated -= m.Unrated
 	h.since.QBER -= m.QBER
 	h.since.Bits -= m.Bits
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -69,10 +70,11 @@ func TestChronicle(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := s.now()
-	l.history.block(0.02, 1000)
-	l.history.block(0.12, 0)
+	l.history.block(0.02, true, 1000)
+	l.history.block(0.12, true, 0)
+	l.history.block(0, false, 0) // its error rate was not found
 	k.chronicle(t.Context())
-	l.history.block(0.04, 500)
+	l.history.block(0.04, true, 500)
 	k.chronicle(t.Context())
 	s.step(2 * time.Minute)
 	k.chronicle(t.Context())
@@ -80,8 +82,11 @@ func TestChronicle(t *testing.T) {
 	if err != nil || len(got) != 1 {
 		t.Fatalf("history: %v, %v", got, err)
 	}
-	if m := got[0]; m.Blocks != 2 || m.Aborts != 1 || m.Bits != 1500 || m.QBER < 0.179 || m.QBER > 0.181 {
+	if m := got[0]; m.Blocks != 2 || m.Aborts != 2 || m.Unrated != 1 || m.Bits != 1500 || m.QBER < 0.179 || m.QBER > 0.181 {
 		t.Errorf("the hour: %+v", m)
+	}
+	if spans, err := k.OperatorDoor().History(t.Context(), identity.Caller{}, "", l.ID, first.Add(-time.Hour), time.Hour); err != nil || len(spans) != 1 || spans[0].QBER < .0599 || spans[0].QBER > .0601 {
+		t.Errorf("as operators see it: %+v, %v", spans, err)
 	}
 	if got, _ = k.Store.History(t.Context(), l.ID, first.Add(-time.Hour), 0); len(got) != 2 {
 		t.Errorf("by the minute: %v", got)

@@ -95,7 +95,7 @@ func (l *link) hold(ctx context.Context, b qlink.Block, block store.Block) error
 	ev.Link, ev.Peer, ev.Provenance, ev.Count, ev.Bits = l.ID, l.Peer.String(), b.Provenance, len(block.Atoms), key.AtomBits
 	ev.Atoms = []audit.Atoms{{Link: l.ID, Session: b.Session, Block: b.Block, Count: len(block.Atoms)}}
 	ev.Reason = fmt.Sprintf("qber %.4f, leak %d bits, %d secret bits", b.QBER, b.Leak, b.Length)
-	if b.Provenance == key.Upstream {
+	if len(b.Upstream) > 0 {
 		ev.Reason = fmt.Sprintf("handed out by the device: %d secret bits", b.Length)
 	}
 	if err := k.Store.HoldBlock(ctx, block, ev); err != nil {

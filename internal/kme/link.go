@@ -2,6 +2,7 @@ package kme
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -51,11 +52,12 @@ type link struct {
 	announcer *announcer
 	pool      pool
 
-	skewed atomic.Bool // the peer's clock is too far off to make blocks
-	rested time.Time   // when there was last no room for a block; of watch alone
+	skewed   atomic.Bool   // the peer's clock is too far off to make blocks
+	rested   time.Time     // when no block was last to be expected; of whoever watches alone
+	patience time.Duration // blockTime, but in tests
 
 	mu     sync.Mutex
-	stream *peer.Stream // of the session under way; a new one closes it
+	stream *peer.Stream // of the session under way at Bob's end; a new one closes it
 	state  LinkState
 	dry    drain
 
@@ -65,7 +67,7 @@ type link struct {
 }
 
 func newLink(k *KME, c LinkConfig) *link {
-	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], announcer: k.announcerTo(c.Peer)}
+	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], announcer: k.announcerTo(c.Peer), patience: blockTime}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
 		lease: l.lease,
@@ -118,6 +120,11 @@ func (l *link) distil(ctx context.Context) error {
 // lead runs the link's sessions, one after another.
 func (l *link) lead(ctx context.Context) error {
 	defer l.standBy(context.WithoutCancel(ctx))
+	ctx, cancel := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() { _ = l.k.every(ctx, repeatMax, nil, l.watchOpen) })
+	defer watching.Wait()
+	defer cancel()
 	l.update(func(s *LinkState) { s.State, s.Why = "down", "no session has been opened yet" })
 	for wait := repeatMin; ; wait = min(2*wait, repeatMax) {
 		began := l.k.Now()
@@ -147,7 +154,18 @@ const (
 type sessionFrame struct {
 	Link    string        `json:"link"`
 	Session int64         `json:"session"`
-	Pads    store.PadName `json:"pads,omitzero"` // in frameOpen: at or below which this end has no pad
+	Nonce   []byte        `json:"nonce,omitempty"` // in frameOffer and frameKnown: drawn for this session, nonceSize bytes
+	Pads    store.PadName `json:"pads,omitzero"`   // in frameOpen: at or below which this end has no pad
+}
+
+// nonceSize is what each end adds to the names of the pads that are expanded from the shared
+// secret, in bytes: numbers of sessions may be used again, if both sites have lost theirs.
+const nonceSize = 16
+
+func newNonce() []byte {
+	b := make([]byte, nonceSize)
+	_, _ = rand.Read(b) // never fails: it ends the process instead
+	return b
 }
 
 func say(s *peer.Stream, kind byte, f sessionFrame) error {
@@ -169,6 +187,9 @@ func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
 	f, err := parseSession(body)
 	if err != nil {
 		return f, fmt.Errorf("frame of kind %d: %w", kind, err)
+	}
+	if kind != frameOpen && len(f.Nonce) != nonceSize {
+		return f, fmt.Errorf("frame of kind %d has a nonce of %d bytes, want %d: the other end runs an older version", kind, len(f.Nonce), nonceSize)
 	}
 	return f, nil
 }
@@ -197,15 +218,19 @@ func (l *link) alice(ctx context.Context) error {
 	defer s.Close()
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
-	if err := say(s, frameOffer, sessionFrame{Link: l.ID, Session: mine}); err != nil {
+	if err := s.SetDeadline(time.Now().Add(openTime)); err != nil {
+		return err
+	}
+	offer := sessionFrame{Link: l.ID, Session: mine, Nonce: newNonce()}
+	if err := say(s, frameOffer, offer); err != nil {
 		return err
 	}
 	theirs, err := hear(s, frameKnown)
 	if err != nil {
 		return fmt.Errorf("opening a session: %w", err)
 	}
-	if theirs.Session > mine { // mine was committed before he heard of it
-		return l.k.found(ctx, l.Peer, fmt.Sprintf("session %d of link %s is open there, and %d is the last that is known here", theirs.Session, l.ID, mine))
+	if theirs.Session > mine {
+		return l.behind(ctx, theirs.Session, mine)
 	}
 	session := mine + 1
 	if err := handover.CheckSession(session); err != nil {
@@ -218,7 +243,7 @@ func (l *link) alice(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := say(s, frameOpen, sessionFrame{l.ID, session, floor}); err != nil {
+	if err := say(s, frameOpen, sessionFrame{Link: l.ID, Session: session, Pads: floor}); err != nil {
 		return err
 	}
 	f, err := hear(s, frameOpen)
@@ -231,12 +256,33 @@ func (l *link) alice(ctx context.Context) error {
 	if err := l.meetReserve(ctx, session, f.Pads); err != nil {
 		return err
 	}
-	return l.session(ctx, s, session)
+	return l.session(ctx, s, session, slices.Concat(offer.Nonce, theirs.Nonce))
 }
+
+// behind says why Bob knows of a higher session than the one that was the last here when it
+// was read. He was told of his after it was committed here. Another node of this site may
+// have opened it meanwhile; if that is not so, the database has lost it.
+func (l *link) behind(ctx context.Context, theirs, mine int64) error {
+	now, err := l.k.Store.SurelySession(ctx, l.ID)
+	if err != nil {
+		return err
+	}
+	if theirs > now {
+		return l.k.found(ctx, l.Peer, fmt.Sprintf("session %d of link %s is open there, and %d is the last that is known here", theirs, l.ID, now))
+	}
+	return fmt.Errorf("another node of this site has opened session %d meanwhile: %d was the last", theirs, mine)
+}
+
+// openTime is how long the ends may take to open a session.
+const openTime = time.Minute
 
 // Classical is the handler of the classical door: one call a stream, at Bob's end.
 func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) {
-	offer, err := hear(s, frameOffer)
+	err := s.SetDeadline(time.Now().Add(openTime))
+	var offer sessionFrame
+	if err == nil {
+		offer, err = hear(s, frameOffer)
+	}
 	if err != nil {
 		k.Log.Warn("classical channel", "from", from.String(), "err", err)
 		return
@@ -246,7 +292,8 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 		k.incident(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %q, of which it is not Alice's end", from, offer.Link))
 		return
 	}
-	if err := l.bob(ctx, s, offer); ctx.Err() == nil {
+	err = l.bob(ctx, s, offer)
+	if l.release(s) && ctx.Err() == nil {
 		l.down(err)
 	}
 }
@@ -256,14 +303,14 @@ func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) erro
 	if err := l.mayOpen(ctx); err != nil {
 		return err
 	}
-	l.replace(s)
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
 	mine, err := l.k.Store.Session(ctx, l.ID)
 	if err != nil {
 		return fmt.Errorf("reading the session: %w", err)
 	}
-	if err := say(s, frameKnown, sessionFrame{Link: l.ID, Session: mine}); err != nil {
+	known := sessionFrame{Link: l.ID, Session: mine, Nonce: newNonce()}
+	if err := say(s, frameKnown, known); err != nil {
 		return err
 	}
 	f, err := hear(s, frameOpen)
@@ -276,17 +323,18 @@ func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) erro
 	if err := l.openHere(ctx, f.Session); err != nil {
 		return err
 	}
+	l.replace(s)
 	floor, err := l.floor(ctx, f.Session)
 	if err != nil {
 		return err
 	}
-	if err := say(s, frameOpen, sessionFrame{l.ID, f.Session, floor}); err != nil {
+	if err := say(s, frameOpen, sessionFrame{Link: l.ID, Session: f.Session, Pads: floor}); err != nil {
 		return err
 	}
 	if err := l.meetReserve(ctx, f.Session, f.Pads); err != nil {
 		return err
 	}
-	return l.session(ctx, s, f.Session)
+	return l.session(ctx, s, f.Session, slices.Concat(offer.Nonce, known.Nonce))
 }
 
 // replace closes the stream of an earlier session that has not noticed its end.
@@ -297,6 +345,17 @@ func (l *link) replace(s *peer.Stream) {
 		l.stream.Close()
 	}
 	l.stream = s
+}
+
+// release says whether no other session has taken the place of that of s.
+func (l *link) release(s *peer.Stream) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	last := l.stream == nil || l.stream == s
+	if l.stream == s {
+		l.stream = nil
+	}
+	return last
 }
 
 // openHere commits that a session is open here, and with it that all older ones are
@@ -311,24 +370,33 @@ func (l *link) openHere(ctx context.Context, session int64) error {
 	return nil
 }
 
-// session distils blocks until something fails that is more than a bad block.
-func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error {
+// blockTime is how long Alice's end waits for a block under way to end, before she gives the
+// session up: something that it needs hangs, at either end.
+const blockTime = 2 * time.Minute
+
+// session distils blocks until something fails that is more than a bad block. nonce is
+// Alice's, then Bob's.
+func (l *link) session(ctx context.Context, s *peer.Stream, session int64, nonce []byte) error {
 	sealed := newSealedBlocks(l)
-	source, done, err := l.source(ctx, s, session, sealed.seal)
+	source, done, err := l.source(ctx, s, &reserve{l: l, session: session, nonce: nonce}, sealed.seal)
 	if err != nil {
 		return fmt.Errorf("opening the quantum channel: %w", err)
 	}
 	defer done()
 	defer s.Close() // what is under way ends with it
+	if err := s.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
 	l.update(func(st *LinkState) { st.State, st.Why, st.Session, st.OpenedAt = "open", "", session, l.k.Now() })
 	l.k.clear(ctx, "link-"+l.ID)
 	l.account(ctx)
 	for {
 		room := true
 		if l.End == handover.Alice {
-			if room, err = l.room(ctx, source.Pending() == 0); err != nil {
+			if room, err = l.room(ctx, source); err != nil {
 				return err
 			}
+			_ = s.SetDeadline(time.Now().Add(max(l.patience, silences*l.Interval)))
 		}
 		began := l.k.Now()
 		var block qlink.Block
@@ -337,12 +405,15 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 		} else {
 			block, err = source.Rest() // what is under way has been promised to nobody else
 		}
+		if l.End == handover.Alice && source.Pending() == 0 {
+			_ = s.SetDeadline(time.Time{}) // it may rest for long
+		}
 		var abort *distill.Abort
 		switch {
 		case errors.Is(err, qlink.ErrCut), errors.Is(err, qlink.ErrDevice):
 			l.cut(ctx, err)
 		case errors.As(err, &abort):
-			l.aborted(ctx, block, abort, l.took(began))
+			l.aborted(ctx, block, abort)
 		case errors.Is(err, distill.ErrTag):
 			l.tagFailed(ctx, err)
 			return err
@@ -352,10 +423,10 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 			if err := sealed.hold(ctx, block); err != nil {
 				return err
 			}
-			l.distilled(ctx, block, l.took(began))
+			l.distilled(ctx, block)
 		}
 		if l.End == handover.Alice {
-			if err := l.pace(ctx, began); err != nil {
+			if err := l.pace(ctx, began, source.Gone()); err != nil {
 				return err
 			}
 		}
@@ -364,7 +435,8 @@ func (l *link) session(ctx context.Context, s *peer.Stream, session int64) error
 
 // source opens this end of the quantum channel for a session. Where several blocks may be
 // under way, seal is given each as it is made.
-func (l *link) source(ctx context.Context, s *peer.Stream, session int64, seal func(context.Context, qlink.Block) error) (blockSource, func(), error) {
+func (l *link) source(ctx context.Context, s *peer.Stream, pads *reserve, seal func(context.Context, qlink.Block) error) (blockSource, func(), error) {
+	session := pads.session
 	if l.Filler > 0 {
 		f, err := qlink.NewFiller(qlink.FillerConfig{
 			End: l.End, Link: l.ID, Session: session, Channel: s, Atoms: l.Filler, Random: l.Random, Terms: l.terms, Accept: l.accept,
@@ -381,7 +453,7 @@ func (l *link) source(ctx context.Context, s *peer.Stream, session int64, seal f
 	if err != nil {
 		return nil, nil, err
 	}
-	cfg := l.distillation(s, box, session)
+	cfg := l.distillation(s, box, pads)
 	cfg.Seal = seal
 	source, err := qlink.NewSource(ctx, cfg)
 	if err != nil {
@@ -396,14 +468,14 @@ type blockSource interface {
 	Next(context.Context) (qlink.Block, error)
 	Rest() (qlink.Block, error) // Next, and nothing new begun
 	Pending() int               // blocks that are under way, at Alice's end
+	Gone() <-chan struct{}      // closed when the classical channel has ended; nil if that is not seen before the next block
 }
 
 // distillation is what a source of this end is made of.
-func (l *link) distillation(s *peer.Stream, box *qlink.Box, session int64) qlink.SourceConfig {
-	pads := &reserve{l: l, session: session}
+func (l *link) distillation(s *peer.Stream, box *qlink.Box, pads *reserve) qlink.SourceConfig {
 	return qlink.SourceConfig{
 		NextPad: pads.next, Pad: pads.find, SpendPad: pads.spend, LosePad: pads.lose,
-		End: l.End, Link: l.ID, Session: session, Channel: s, Box: box, Params: l.Profile, InFlight: l.InFlight, Random: l.Random, Log: l.k.Log,
+		End: l.End, Link: l.ID, Session: pads.session, Channel: s, Box: box, Params: l.Profile, InFlight: l.InFlight, Random: l.Random, Log: l.k.Log,
 		Terms:  l.terms,
 		Stored: func() int { return 0 }, // Alice counts both ends' shares in her own register
 		Accept: l.accept,
@@ -443,8 +515,9 @@ func (l *link) accept(t distill.Terms, atoms int) error {
 	return nil
 }
 
-// room says whether another block is wanted and could be kept, and may wait until one is.
-func (l *link) room(ctx context.Context, wait bool) (bool, error) {
+// room says whether another block is wanted and could be kept, and waits until one is if
+// none is under way.
+func (l *link) room(ctx context.Context, source blockSource) (bool, error) {
 	for {
 		state, why := "open", ""
 		here, there, err := l.k.Store.Pool(ctx, l.ID)
@@ -463,11 +536,19 @@ func (l *link) room(ctx context.Context, wait bool) (bool, error) {
 			state, why = "full", fmt.Sprintf("%d keys are stored", here+there)
 		}
 		l.update(func(s *LinkState) { s.State, s.Why = state, why })
-		if state == "open" || !wait {
+		if state == "open" || source.Pending() > 0 {
 			return state == "open", nil
 		}
-		if err := l.pace(ctx, l.k.Now()); err != nil {
+		if err := l.pace(ctx, l.k.Now(), source.Gone()); err != nil {
 			return false, err
+		}
+		select {
+		case <-source.Gone():
+			return false, errors.New("the classical channel has ended while the link was at rest")
+		default:
+		}
+		if l.spentYear() { // it may be over
+			l.account(ctx)
 		}
 	}
 }
@@ -479,14 +560,15 @@ func (l *link) spentYear() bool {
 	return l.state.EpsSecrecy+l.state.EpsCorrect >= yearlyEpsilon
 }
 
-// pace waits until the link's interval has passed since began.
-func (l *link) pace(ctx context.Context, began time.Time) error {
+// pace waits until the link's interval has passed since began, or the channel is gone.
+func (l *link) pace(ctx context.Context, began time.Time, gone <-chan struct{}) error {
 	t := time.NewTimer(min(l.Interval, max(0, l.Interval-l.k.Now().Sub(began)))) // whatever the clock has done since
 	defer t.Stop()
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-t.C:
-		return nil
+	case <-gone:
 	}
+	return nil
 }

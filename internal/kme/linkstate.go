@@ -28,13 +28,13 @@ type LinkState struct {
 	Blocks   int       // distilled since this process started
 	Aborts   int
 	Bits     int64           // of secret, likewise
-	BegunAt  time.Time       // of that block, or the last one: when the ends began to speak of it
 	Stage    string          // of the block under way
 	Done     float64         // of that stage, 0 to 1
 	Last     distill.Outcome // of the last block or abort; without bits
 	LastAt   time.Time
 	LastTook time.Duration
 	LastWhy  string // why the last block was aborted; "" if it was not
+	Rated    bool   // its error rate was found
 
 	Reserve    store.Reserve // of pads, after the last block
 	EpsSecrecy float64       // what the blocks of this year (UTC) add up to: a key is not secret
@@ -46,16 +46,6 @@ func (l *link) update(change func(*LinkState)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	change(&l.state)
-}
-
-// took is how long the block has taken that began then. Bob's end waited for it first.
-func (l *link) took(began time.Time) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.End == handover.Bob && l.state.BegunAt.After(began) {
-		began = l.state.BegunAt
-	}
-	return l.k.Now().Sub(began)
 }
 
 // LinkStates lists the state of every link.
@@ -138,9 +128,6 @@ func (l *link) watch(ctx context.Context) {
 	l.mu.Lock()
 	s := l.state
 	l.mu.Unlock()
-	if s.Stage != "" {
-		return
-	}
 	here, there, err := l.k.Store.Pool(ctx, l.ID)
 	if err != nil || here+there >= l.k.PoolLimit {
 		l.rested = l.k.Now()
@@ -151,14 +138,13 @@ func (l *link) watch(ctx context.Context) {
 		return
 	}
 	if s.State == "open" {
-		last := slices.MaxFunc([]time.Time{s.OpenedAt, s.LastAt, l.rested}, time.Time.Compare)
-		quiet := l.k.Now().Sub(last)
-		if quiet < silences*l.Interval {
+		quiet := l.quiet(s)
+		if quiet < silences*l.Interval || s.Stage != "" && quiet < blockSlow {
 			return
 		}
 		s.Why = fmt.Sprintf("no block has come for %v", quiet.Round(time.Second))
 		l.update(func(now *LinkState) {
-			if now.Stage == "" && now.LastAt.Equal(s.LastAt) {
+			if now.LastAt.Equal(s.LastAt) {
 				now.State, now.Why = "down", s.Why
 			}
 		})
@@ -166,29 +152,55 @@ func (l *link) watch(ctx context.Context) {
 	l.k.suspect(ctx, "link-"+l.ID, fmt.Sprintf("link %s is down: %s%s", l.ID, s.Why, l.forecast(ctx)))
 }
 
+// quiet is for how long there was no block, nor an abort, though one was to be expected.
+func (l *link) quiet(s LinkState) time.Duration {
+	return l.k.Now().Sub(slices.MaxFunc([]time.Time{s.OpenedAt, s.LastAt, l.rested}, time.Time.Compare))
+}
+
+// watchOpen looks after the link at Alice's end while it is open: whatever is in the way of a
+// block under way, in this process or beside it, none that ends is an alarm.
+func (l *link) watchOpen(ctx context.Context) {
+	l.mu.Lock()
+	s := l.state
+	l.mu.Unlock()
+	if s.State != "open" { // whatever is in the way has been said
+		l.rested = l.k.Now()
+		return
+	}
+	if quiet := l.quiet(s); quiet >= max(blockSlow, silences*l.Interval) {
+		l.k.suspect(ctx, "link-"+l.ID, fmt.Sprintf("link %s: no block has come for %v%s", l.ID, quiet.Round(time.Second), l.forecast(ctx)))
+	}
+}
+
+// blockSlow is after how long a block under way that does not end is an alarm.
+const blockSlow = time.Minute
+
 // silences is after how many intervals without a block Bob's end begins to suspect
 // the link.
 const silences = 3
 
 // distilled notes a block for operators.
-func (l *link) distilled(ctx context.Context, b qlink.Block, took time.Duration) {
-	o := b.Outcome
+func (l *link) distilled(ctx context.Context, b qlink.Block) {
+	o, rated := b.Outcome, l.light()
 	o.Bits, o.Pads = nil, nil
 	l.update(func(s *LinkState) {
 		s.Blocks++
 		s.Bits += int64(o.Length)
 		s.State, s.Why = "open", ""
-		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, "", "", 0
+		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Rated, s.Stage, s.Done = o, l.k.Now(), b.Took, "", rated, "", 0
 	})
-	l.history.block(o.QBER, o.Length)
-	l.enter(ctx, o, took, "")
+	l.history.block(o.QBER, rated, o.Length)
+	l.enter(ctx, o, b.Took, "")
 	l.mu.Lock()
 	l.dry = drain{}
 	l.mu.Unlock()
 	l.k.clear(ctx, "qber-"+l.ID)
 	l.k.clear(ctx, "link-"+l.ID)
-	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", took.Round(time.Millisecond))
+	l.k.Log.Info("block", "link", l.ID, "block", o.Block, "atoms", o.Atoms(), "qber", o.QBER, "f", o.Efficiency, "took", b.Took.Round(time.Millisecond))
 }
+
+// light says whether blocks come from light, and so show an error rate.
+func (l *link) light() bool { return l.Filler == 0 && l.Device == nil }
 
 // enter keeps the figures of a block in the database, and reads what they add up to. If
 // the database is away they are lost: nothing rests on them but pictures, and the year's
@@ -230,16 +242,16 @@ func (l *link) account(ctx context.Context) {
 const yearlyEpsilon = 1e-6
 
 // aborted records a block that was given up: an alarm, and the link goes on.
-func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort, took time.Duration) {
-	o := b.Outcome
+func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort) {
+	o, rated := b.Outcome, l.light() && a.Estimated()
 	o.QBER = a.QBER
 	l.update(func(s *LinkState) {
 		s.Aborts++
 		s.State, s.Why = "open", ""
-		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Stage, s.Done = o, l.k.Now(), took, a.Reason, "", 0
+		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Rated, s.Stage, s.Done = o, l.k.Now(), b.Took, a.Reason, rated, "", 0
 	})
-	l.history.block(a.QBER, 0)
-	l.enter(ctx, o, took, a.Reason)
+	l.history.block(a.QBER, rated, 0)
+	l.enter(ctx, o, b.Took, a.Reason)
 	ev := l.k.own(audit.LinkAbort)
 	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
 	l.k.note(ctx, ev)

@@ -95,7 +95,7 @@ var (
 	lastDesc    = prometheus.NewDesc("kme_link_last_block_timestamp_seconds", "When the last block of a link came or was given up.", []string{"link"}, nil)
 	givenDesc   = prometheus.NewDesc("kme_chunks_given_total", "Chunks of a link's pool given to the other end since the node started.", []string{"link"}, nil)
 	takenDesc   = prometheus.NewDesc("kme_chunks_taken_total", "Chunks of a link's pool that the other end gave since the node started.", []string{"link"}, nil)
-	qberDesc    = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1.", []string{"link"}, nil)
+	qberDesc    = prometheus.NewDesc("kme_link_qber", "Error rate of the test basis in the last block, 0 to 1. Not there if the block was given up before it was found.", []string{"link"}, nil)
 	fDesc       = prometheus.NewDesc("kme_link_efficiency", "Reconciliation efficiency f of the last block.", []string{"link"}, nil)
 	keyQBERDesc = prometheus.NewDesc("kme_link_key_qber", "Error rate of the key basis in the last block, as reconciliation found it, 0 to 1.", []string{"link"}, nil)
 	gainDesc    = prometheus.NewDesc("kme_link_gain", "Chance that a pulse of the last block was detected, by its intensity: 0 is the signal, the rest are decoys.", []string{"link", "intensity"}, nil)
@@ -238,7 +238,9 @@ func (k *KME) collectLink(ctx context.Context, m reading, s LinkState) {
 	m.counter(givenDesc, float64(l.balance.given.Load()), s.ID)
 	m.counter(takenDesc, float64(l.balance.taken.Load()), s.ID)
 	if !s.LastAt.IsZero() {
-		m.gauge(qberDesc, s.Last.QBER, s.ID)
+		if s.Rated {
+			m.gauge(qberDesc, s.Last.QBER, s.ID)
+		}
 		m.gauge(fDesc, s.Last.Efficiency, s.ID)
 		m.gauge(lastDesc, float64(s.LastAt.UnixMilli())/1000, s.ID)
 		m.lastBlock(l, s)

@@ -193,7 +193,7 @@ func (d OperatorDoor) History(ctx context.Context, _ identity.Caller, _, link st
 	list := make([]admin.Span, len(minutes))
 	for i, m := range minutes {
 		list[i] = admin.Span{At: m.At, Blocks: m.Blocks, Aborts: m.Aborts, Bits: m.Bits, Stored: m.Here, StoredPeer: m.There}
-		if n := m.Blocks + m.Aborts; n > 0 {
+		if n := m.Blocks + m.Aborts - m.Unrated; n > 0 {
 			list[i].QBER = m.QBER / float64(n)
 		}
 	}

@@ -25,8 +25,8 @@ import (
 // anew, since a link may rest for longer than an epoch.
 //
 // A link that has none (it is new, or its database was restored) begins again with the secret that both sites
-// were given beforehand. Its pads are expanded from it by HKDF-SHA-256 for each session and
-// place, which is as good as SHA-256 and no better: a session's first block or two are
+// were given beforehand. Its pads are expanded from it by HKDF-SHA-256 for each session, by
+// its number and what each end has drawn for it, and place, which is as good as SHA-256 and no better: a session's first block or two are
 // authenticated computationally then, and kme_link_pads shows it. The reserve of the blocks
 // that follow is used as soon as both ends hold them.
 
@@ -40,6 +40,7 @@ const minAuthSecret = 32
 type reserve struct {
 	l       *link
 	session int64
+	nonce   []byte // of both ends
 }
 
 // next is the pad for Alice's next block. Those of the blocks under way are not above the
@@ -132,7 +133,7 @@ func (r *reserve) expand(ctx context.Context, name distill.PadName) (distill.Pad
 	if len(secret) < minAuthSecret {
 		return distill.Pad{}, fmt.Errorf("the secret that both sites share has %d bytes: at least %d", len(secret), minAuthSecret)
 	}
-	bits, err := hkdf.Key(sha256.New, secret, nil, fmt.Sprintf("kme/pad/1 %s %s", r.l.ID, name), distill.PadBytes)
+	bits, err := hkdf.Key(sha256.New, secret, r.nonce, fmt.Sprintf("kme/pad/2 %s %s", r.l.ID, name), distill.PadBytes)
 	if err != nil {
 		return distill.Pad{}, err
 	}

@@ -33,7 +33,7 @@ func DialClassical(ctx context.Context, addresses []string, cfg *tls.Config, sti
 	for _, address := range addresses {
 		c, err := dialTLS(ctx, address, cfg, ClassicalProtocol)
 		if err == nil {
-			return newStream(c.Conn, func() error { return still(c.leaf()) }), nil
+			return NewStream(c.Conn, func() error { return still(c.leaf()) }), nil
 		}
 		errs = append(errs, err)
 	}
@@ -151,7 +151,7 @@ func (c ClassicalConfig) serve(ctx context.Context, conn *tls.Conn, open *places
 		return
 	}
 	defer open.leave(from)
-	s := newStream(conn, nil)
+	s := NewStream(conn, nil)
 	defer func() { _ = s.Close() }()
 	ctx, done := context.WithCancel(ctx)
 	var watch sync.WaitGroup

@@ -57,8 +57,8 @@ type Stream struct {
 	done   chan struct{} // closed when the beating goroutine has ended
 }
 
-// newStream takes conn over and begins to beat.
-func newStream(conn net.Conn, still func() error) *Stream {
+// NewStream takes conn over and begins to beat.
+func NewStream(conn net.Conn, still func() error) *Stream {
 	s := &Stream{conn: conn, still: still, stop: make(chan struct{}), done: make(chan struct{})}
 	s.in = bufio.NewReaderSize(heard{s}, 64<<10)
 	s.close = sync.OnceValue(func() error {

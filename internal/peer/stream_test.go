@@ -242,7 +242,7 @@ func TestSilentPeerIsNoticed(t *testing.T) {
 		conn, other := net.Pipe()
 		defer func() { _ = other.Close() }()
 		go func() { _, _ = io.Copy(io.Discard, other) }() // takes everything and says nothing
-		s := newStream(conn, nil)
+		s := NewStream(conn, nil)
 		defer func() { _ = s.Close() }()
 		start := time.Now()
 		_, _, err := s.Recv()
@@ -256,7 +256,7 @@ func TestStalledPeerIsNoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, other := net.Pipe() // nobody reads at the other end
 		defer func() { _ = other.Close() }()
-		s := newStream(conn, nil)
+		s := NewStream(conn, nil)
 		defer func() { _ = s.Close() }()
 		start := time.Now()
 		if err := s.Send(1, []byte("x")); !errors.Is(err, ErrSilent) || time.Since(start) != stall {
@@ -326,5 +326,5 @@ func TestCloseWakesRecv(t *testing.T) {
 func pair(t *testing.T) (*Stream, *Stream) {
 	t.Helper()
 	x, y := net.Pipe()
-	return newStream(x, nil), newStream(y, nil)
+	return NewStream(x, nil), NewStream(y, nil)
 }

@@ -1,6 +1,7 @@
 package qlink
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,12 +19,19 @@ import (
 //
 // Errors are ErrCut, ErrLost or a *Refusal, after which the Box is as usable as
 // before, or say that the connection is broken, after which every call fails. A
-// context that ends during a call breaks the connection.
+// context that ends during a call breaks the connection, and so does a channel that
+// does not answer in time.
 type Box struct {
-	end  handover.End
-	mu   sync.Mutex
-	conn net.Conn
+	end      handover.End
+	patience time.Duration // 0, which is callTime, but in tests
+	mu       sync.Mutex
+	conn     net.Conn
 }
+
+const (
+	callTime = 15 * time.Second // for an answer
+	fireTime = 5 * time.Minute  // for one to Fire: the light itself takes time, and more if it is simulated
+)
 
 // OpenBox connects to the local socket of an end and shows the secret in
 // secretFile. Whoever had the end open is put out, and the end forgets what it
@@ -114,11 +122,17 @@ func (b *Box) call(ctx context.Context, kind byte, body []byte, want byte, open 
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	patience := cmp.Or(b.patience, callTime)
+	if kind == kindFire {
+		patience = max(patience, fireTime)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the quantum channel has not answered for %v: %w", patience, context.DeadlineExceeded))
+	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = b.conn.SetDeadline(time.Unix(1, 0)) })
 	defer func() {
 		if !stop() { // the deadline is set, or about to be: what comes is not known to be whole
 			_ = b.conn.Close()
-			err = ctx.Err()
+			err = context.Cause(ctx)
 		}
 	}()
 	answer, got, err := b.exchange(kind, body, open)

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
@@ -74,8 +75,11 @@ func (f *Filler) Rest() (Block, error) { return Block{}, errors.New("a filler ha
 // Pending is 0.
 func (f *Filler) Pending() int { return 0 }
 
+// Gone is nil: that the channel has ended is seen with the next block.
+func (f *Filler) Gone() <-chan struct{} { return nil }
+
 func (f *Filler) lead() (Block, error) {
-	terms := f.Terms(f.Atoms, 0)
+	begun, terms := time.Now(), f.Terms(f.Atoms, 0)
 	m := fill{Block: f.next, Seed: make([]byte, 32), Epoch: terms.Epoch, Owners: terms.Owners}
 	f.next++
 	if _, err := io.ReadFull(f.Random, m.Seed); err != nil {
@@ -95,7 +99,7 @@ func (f *Filler) lead() (Block, error) {
 	if kind != kindFill || len(answer) != 0 {
 		return Block{}, fmt.Errorf("%w: kind %#x of %d bytes", errMalformed, kind, len(answer))
 	}
-	return f.block(m, sha256.Sum256(body))
+	return f.block(m, sha256.Sum256(body), begun)
 }
 
 func (f *Filler) follow() (Block, error) {
@@ -103,6 +107,7 @@ func (f *Filler) follow() (Block, error) {
 	if err != nil {
 		return Block{}, err
 	}
+	begun := time.Now()
 	var m fill
 	if kind != kindFill || json.Unmarshal(body, &m) != nil || len(m.Seed) != 32 || m.Block < f.next {
 		return Block{}, fmt.Errorf("%w: kind %#x of %d bytes", errMalformed, kind, len(body))
@@ -114,11 +119,11 @@ func (f *Filler) follow() (Block, error) {
 	if err := f.Channel.Send(kindFill, nil); err != nil {
 		return Block{}, err
 	}
-	return f.block(m, sha256.Sum256(body))
+	return f.block(m, sha256.Sum256(body), begun)
 }
 
 // block expands the seed.
-func (f *Filler) block(m fill, transcript [32]byte) (Block, error) {
+func (f *Filler) block(m fill, transcript [32]byte, begun time.Time) (Block, error) {
 	defer clear(m.Seed)
 	c, err := aes.NewCipher(m.Seed)
 	if err != nil {
@@ -126,7 +131,7 @@ func (f *Filler) block(m fill, transcript [32]byte) (Block, error) {
 	}
 	bits := make([]byte, f.Atoms*key.AtomBytes)
 	cipher.NewCTR(c, make([]byte, aes.BlockSize)).XORKeyStream(bits, bits)
-	return Block{Provenance: key.Simulated, Outcome: distill.Outcome{
+	return Block{Provenance: key.Simulated, Took: time.Since(begun), Outcome: distill.Outcome{
 		Session: f.Session, Block: m.Block, Bits: bits, Length: 8 * len(bits),
 		Terms: distill.Terms{Epoch: m.Epoch, Owners: m.Owners}, Transcript: transcript,
 	}}, nil

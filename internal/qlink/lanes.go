@@ -85,6 +85,7 @@ func (l *lanes) lane(n int) *lane { return &lane{lanes: l, n: n} }
 type lane struct {
 	*lanes
 	n     int
+	begun time.Time       // when the block was; at Bob's end with its first message
 	sent  time.Time       // when the last message was; zero once there was an answer
 	waits []time.Duration // for the answers
 	held  time.Duration   // for other blocks
@@ -95,6 +96,14 @@ func (l *lane) hold(until <-chan struct{}) {
 	begun := time.Now()
 	<-until
 	l.held += time.Since(begun)
+}
+
+// took is how long the block has taken, without what it waited for others.
+func (l *lane) took() time.Duration {
+	if l.begun.IsZero() {
+		return 0
+	}
+	return time.Since(l.begun) - l.held
 }
 
 // away is how long messages of this block were on their way, there and back: of most
@@ -118,6 +127,9 @@ func (l *lane) Send(kind byte, body []byte) error {
 
 func (l *lane) Recv() (kind byte, body []byte, err error) {
 	m, err := l.recv()
+	if err == nil && l.begun.IsZero() {
+		l.begun = time.Now()
+	}
 	if err == nil && !l.sent.IsZero() {
 		wait := time.Since(l.sent)
 		l.answered(wait)

@@ -491,4 +491,11 @@ func TestCallGivenUp(t *testing.T) {
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("a call that was given up: %v", err)
 	}
+
+	near, deaf := net.Pipe()
+	defer deaf.Close()
+	stuck = &Box{end: handover.Alice, conn: near, patience: time.Millisecond}
+	if err := stuck.Seed(t.Context(), seedOf(1), 1); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a call that is not answered: %v", err)
+	}
 }

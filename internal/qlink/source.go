@@ -21,6 +21,10 @@ type Block struct {
 	distill.Outcome
 	Provenance key.Provenance
 	Upstream   []key.ID // of an Upstream: the device's names of the atoms, by index
+
+	// Took is how long the ends were at work on the block, or it was given up after: without
+	// what it waited for others.
+	Took time.Duration
 }
 
 // SourceConfig is what a Source needs. Everything but Progress must be set.
@@ -231,7 +235,7 @@ func (s *Source) Rest() (Block, error) {
 	if r.err == nil {
 		s.window.ended(r.took, r.away)
 	}
-	return Block{Outcome: r.Outcome, Provenance: key.Simulated}, r.err
+	return Block{Outcome: r.Outcome, Provenance: key.Simulated, Took: r.took}, r.err
 }
 
 // result waits for the block that is to be returned next: at Alice's end the one that was
@@ -254,6 +258,9 @@ func (s *Source) result() result {
 // Pending is how many blocks Alice's end has begun that Next has not returned.
 func (s *Source) Pending() int { return len(s.pending) }
 
+// Gone is closed when the channel has ended.
+func (s *Source) Gone() <-chan struct{} { return s.lanes.gone }
+
 // Close waits for the blocks under way to end, and wipes what came of them. The channel
 // must have been closed.
 func (s *Source) Close() {
@@ -275,14 +282,17 @@ func (s *Source) run(ctx context.Context, of int64, distil func(*lane) (distill.
 	s.free = s.free[1:]
 	s.under++
 	s.running.Go(func() {
-		begun, ch := time.Now(), s.lanes.lane(r.lane)
+		ch := s.lanes.lane(r.lane)
+		if s.cfg.End == handover.Alice {
+			ch.begun = time.Now()
+		}
 		r.Outcome, r.err = distil(ch)
 		if r.err == nil && s.cfg.Seal != nil {
 			r.err = s.cfg.Seal(ctx, Block{Outcome: r.Outcome, Provenance: key.Simulated})
 			clear(r.Bits)
 			clear(r.Pads)
 		}
-		r.took, r.away = time.Since(begun)-ch.held, ch.away()
+		r.took, r.away = ch.took(), ch.away()
 		s.results <- r
 	})
 }

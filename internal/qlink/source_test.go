@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/distill"
@@ -252,8 +253,13 @@ func TestSource(t *testing.T) {
 		return a
 	}
 	first := good(1)
-	if second := good(2); bytes.Equal(first.Bits, second.Bits) {
-		t.Error("two blocks have the same secret")
+	begun := time.Now() // Bob waits for the second since he was asked for the first
+	second, later, errA, errB := l.next(t)
+	if errA != nil || errB != nil || bytes.Equal(first.Bits, second.Bits) {
+		t.Errorf("two blocks have the same secret, or: %v; %v", errA, errB)
+	}
+	if took := time.Since(begun); later.Took <= 0 || later.Took > took || second.Took <= 0 || second.Took > took {
+		t.Errorf("a block of %v took Alice %v and Bob %v", took, second.Took, later.Took)
 	}
 
 	c.tell(t, "eve 0.5")
@@ -304,6 +310,8 @@ func TestSource(t *testing.T) {
 	if errA == nil || errB == nil || errors.As(errB, new(*distill.Abort)) {
 		t.Errorf("a session whose receiver was taken: %v; %v", errA, errB)
 	}
+	<-l.alice.Gone()
+	<-l.bob.Gone()
 }
 
 // Splitting photon numbers leaves the errors and the gain of the signal as they were. It

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
@@ -17,10 +18,11 @@ import (
 // QKD hardware, or another KME, asked by ETSI GS QKD 014.
 type Device interface {
 	// Draw hands out n new keys, at Alice's end: their bytes one after another, which the
-	// caller wipes, and the names that the device has for them.
-	Draw(ctx context.Context, n int) (names []key.ID, bits []byte, err error)
+	// caller wipes, the names that the device has for them, and where they are from:
+	// key.Simulated if the device says so of any, otherwise key.Upstream.
+	Draw(ctx context.Context, n int) (names []key.ID, bits []byte, from key.Provenance, err error)
 	// Find hands out, at Bob's end, the keys that a Draw at the other end has named.
-	Find(ctx context.Context, names []key.ID) (bits []byte, err error)
+	Find(ctx context.Context, names []key.ID) (bits []byte, from key.Provenance, err error)
 }
 
 // Upstream is a source of blocks without light of our own: a Device at each end has the
@@ -29,7 +31,8 @@ type Device interface {
 // that it has the same bytes, by a hash keyed with all of them. Our names of the atoms come
 // from the transcript of that, and so from the device's names, which are kept beside.
 //
-// Its keys are as secret as the devices and the ways to them are, and no more. A key that
+// Its keys are as secret as the devices and the ways to them are, and no more; if either
+// device says that they are simulated, the block is. A key that
 // was drawn for a block which came to nothing is gone.
 type Upstream struct {
 	UpstreamConfig
@@ -84,12 +87,28 @@ type drawn struct {
 	Names  []key.ID `json:"names"` // the device's
 	Epoch  int64    `json:"epoch"`
 	Owners string   `json:"owners"`
+
+	From key.Provenance `json:"from"` // as her device has it
 }
 
 // shown is what either end says of the bytes that it has: the keyed hash, or why not.
 type shown struct {
 	MAC     []byte `json:"mac,omitempty"`
 	Refused string `json:"refused,omitempty"` // a Reason
+
+	From key.Provenance `json:"from,omitempty"` // in Bob's: as his device has it
+}
+
+// worst is where a block is from whose ends have keys from there.
+func worst(hers, his key.Provenance) (key.Provenance, error) {
+	known := func(p key.Provenance) bool { return p == key.Upstream || p == key.Simulated }
+	switch {
+	case !known(hers) || !known(his):
+		return "", fmt.Errorf("%w: keys from %.20q and %.20q", errMalformed, hers, his)
+	case hers == key.Simulated || his == key.Simulated:
+		return key.Simulated, nil
+	}
+	return key.Upstream, nil
 }
 
 // Next makes one block. Any error but ErrDevice and a *distill.Abort ends the session.
@@ -111,8 +130,12 @@ func (u *Upstream) Rest() (Block, error) {
 // Pending is 0.
 func (u *Upstream) Pending() int { return 0 }
 
+// Gone is nil: that the channel has ended is seen with the next block.
+func (u *Upstream) Gone() <-chan struct{} { return nil }
+
 func (u *Upstream) lead(ctx context.Context) (Block, error) {
-	names, bits, err := u.Device.Draw(ctx, u.Keys)
+	begun := time.Now()
+	names, bits, from, err := u.Device.Draw(ctx, u.Keys)
 	if err != nil {
 		return Block{}, fmt.Errorf("%w: %w", ErrDevice, err)
 	}
@@ -121,12 +144,13 @@ func (u *Upstream) lead(ctx context.Context) (Block, error) {
 		return Block{}, fmt.Errorf("%w: %d keys of %d bytes, or one of them twice, and %d were asked for", ErrDevice, len(names), len(bits), u.Keys)
 	}
 	terms := u.Terms(u.Keys, 0)
-	m := drawn{Block: u.next, Names: names, Epoch: terms.Epoch, Owners: terms.Owners}
+	m := drawn{Block: u.next, Names: names, Epoch: terms.Epoch, Owners: terms.Owners, From: from}
 	u.next++
 	b, err := u.pair(m, bits)
 	if err != nil {
 		clear(bits)
 	}
+	b.Took = time.Since(begun)
 	return b, err
 }
 
@@ -153,10 +177,14 @@ func (u *Upstream) pair(m drawn, bits []byte) (Block, error) {
 		}
 		return u.failed(m), &distill.Abort{Reason: ReasonDiffer}
 	}
+	from, err := worst(m.From, theirs.From)
+	if err != nil {
+		return Block{}, err
+	}
 	if err := u.say(kindPaired, shown{MAC: u.mac(handover.Alice, transcript, bits)}); err != nil {
 		return Block{}, err
 	}
-	return u.block(m, bits, transcript), nil
+	return u.block(m, bits, from, transcript), nil
 }
 
 func (u *Upstream) follow(ctx context.Context) (Block, error) {
@@ -164,6 +192,7 @@ func (u *Upstream) follow(ctx context.Context) (Block, error) {
 	if err != nil {
 		return Block{}, err
 	}
+	begun := time.Now()
 	var m drawn
 	if kind != kindDrawn || json.Unmarshal(body, &m) != nil || m.Block < u.next || len(m.Names) < 1 || len(m.Names) > MaxUpstream || twice(m.Names) {
 		return Block{}, fmt.Errorf("%w: kind %#x of %d bytes", errMalformed, kind, len(body))
@@ -172,7 +201,7 @@ func (u *Upstream) follow(ctx context.Context) (Block, error) {
 	if err := u.Accept(distill.Terms{Epoch: m.Epoch, Owners: m.Owners}, len(m.Names)); err != nil {
 		return Block{}, err
 	}
-	bits, err := u.Device.Find(ctx, m.Names)
+	bits, from, err := u.Device.Find(ctx, m.Names)
 	if err == nil && len(bits) != len(m.Names)*key.AtomBytes {
 		err = fmt.Errorf("%d bytes for %d keys", len(bits), len(m.Names))
 	}
@@ -183,16 +212,21 @@ func (u *Upstream) follow(ctx context.Context) (Block, error) {
 		}
 		return u.failed(m), &distill.Abort{Reason: ReasonFind, Err: err}
 	}
-	b, err := u.confirm(m, bits, sha256.Sum256(body))
+	b, err := u.confirm(m, bits, from, sha256.Sum256(body))
 	if err != nil {
 		clear(bits)
 	}
+	b.Took = time.Since(begun)
 	return b, err
 }
 
 // confirm shows Alice what was found, and compares it with hers.
-func (u *Upstream) confirm(m drawn, bits []byte, transcript [32]byte) (Block, error) {
-	if err := u.say(kindFound, shown{MAC: u.mac(handover.Bob, transcript, bits)}); err != nil {
+func (u *Upstream) confirm(m drawn, bits []byte, his key.Provenance, transcript [32]byte) (Block, error) {
+	from, err := worst(m.From, his)
+	if err != nil {
+		return Block{}, err
+	}
+	if err := u.say(kindFound, shown{MAC: u.mac(handover.Bob, transcript, bits), From: his}); err != nil {
 		return Block{}, err
 	}
 	var hers shown
@@ -205,7 +239,7 @@ func (u *Upstream) confirm(m drawn, bits []byte, transcript [32]byte) (Block, er
 	case !hmac.Equal(hers.MAC, u.mac(handover.Alice, transcript, bits)):
 		return Block{}, errors.New("the other end says that its keys are these, and does not have them")
 	}
-	return u.block(m, bits, transcript), nil
+	return u.block(m, bits, from, transcript), nil
 }
 
 // twice says whether a name is there more than once: two atoms would be one.
@@ -242,8 +276,8 @@ func (u *Upstream) hear(kind byte, m *shown) error {
 	return err
 }
 
-func (u *Upstream) block(m drawn, bits []byte, transcript [32]byte) Block {
-	return Block{Provenance: key.Upstream, Upstream: m.Names, Outcome: distill.Outcome{
+func (u *Upstream) block(m drawn, bits []byte, from key.Provenance, transcript [32]byte) Block {
+	return Block{Provenance: from, Upstream: m.Names, Outcome: distill.Outcome{
 		Session: u.Session, Block: m.Block, Bits: bits, Length: 8 * len(bits),
 		Terms: distill.Terms{Epoch: m.Epoch, Owners: m.Owners}, Transcript: transcript,
 	}}

@@ -21,12 +21,13 @@ import (
 type devices struct {
 	keys  map[key.ID][]byte
 	spoil string
+	from  [2]key.Provenance // as the one at either end has it
 }
 
 // Draw makes keys.
-func (d *devices) Draw(_ context.Context, n int) (names []key.ID, bits []byte, err error) {
+func (d *devices) Draw(_ context.Context, n int) (names []key.ID, bits []byte, from key.Provenance, err error) {
 	if d.spoil == "dry" {
-		return nil, nil, errors.New("no keys are stored")
+		return nil, nil, "", errors.New("no keys are stored")
 	}
 	for range n {
 		var name key.ID
@@ -41,15 +42,15 @@ func (d *devices) Draw(_ context.Context, n int) (names []key.ID, bits []byte, e
 	case "few":
 		names, bits = names[1:], bits[key.AtomBytes:]
 	}
-	return names, bits, nil
+	return names, bits, d.from[0], nil
 }
 
 // Find hands them out once.
-func (d *devices) Find(_ context.Context, names []key.ID) (bits []byte, err error) {
+func (d *devices) Find(_ context.Context, names []key.ID) (bits []byte, from key.Provenance, err error) {
 	for _, name := range names {
 		k, ok := d.keys[name]
 		if !ok || d.spoil == "lost" {
-			return nil, fmt.Errorf("no key %s", name)
+			return nil, "", fmt.Errorf("no key %s", name)
 		}
 		delete(d.keys, name)
 		bits = append(bits, k...)
@@ -57,7 +58,7 @@ func (d *devices) Find(_ context.Context, names []key.ID) (bits []byte, err erro
 	if d.spoil == "other bytes" {
 		bits[len(bits)-1] ^= 1
 	}
-	return bits, nil
+	return bits, d.from[1], nil
 }
 
 // letters is an end of a classical channel in memory.
@@ -129,8 +130,15 @@ func TestUpstream(t *testing.T) {
 		return ok && a.Reason == reason && a.Peer == peer && len(e.Bits) == 0 && e.Session == 3
 	}
 	var last int64
-	for _, spoil := range []string{"", "dry", "lost", "few", "other bytes", "twice", ""} {
-		d.spoil = spoil
+	for _, spoil := range []string{"", "dry", "lost", "few", "other bytes", "twice", "simulated there", "simulated here", ""} {
+		d.spoil, d.from = spoil, [2]key.Provenance{key.Upstream, key.Upstream}
+		from := key.Upstream
+		switch spoil {
+		case "simulated there":
+			d.from[0], from = key.Simulated, key.Simulated
+		case "simulated here":
+			d.from[1], from = key.Simulated, key.Simulated
+		}
 		b, err := alice.Next(t.Context())
 		a := end{b, err}
 		if spoil == "dry" || spoil == "few" || spoil == "twice" { // and Bob has heard nothing
@@ -153,10 +161,11 @@ func TestUpstream(t *testing.T) {
 			if a.err != nil || z.err != nil {
 				t.Fatalf("%v at Alice's end, %v at Bob's", a.err, z.err)
 			}
+			a.Took, z.Took = 0, 0
 			if diff := cmp.Diff(a.Block, z.Block); diff != "" {
 				t.Errorf("Alice's block and Bob's (-alice +bob):\n%s", diff)
 			}
-			if a.Block.Block <= last || a.Atoms() != keys || len(a.Upstream) != keys || a.Provenance != key.Upstream || a.Transcript == [32]byte{} {
+			if a.Block.Block <= last || a.Atoms() != keys || len(a.Upstream) != keys || a.Provenance != from || a.Transcript == [32]byte{} {
 				t.Errorf("after block %d: block %d of %d atoms with %d names, %s", last, a.Block.Block, a.Atoms(), len(a.Upstream), a.Provenance)
 			}
 			last = a.Block.Block

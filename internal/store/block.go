@@ -62,6 +62,17 @@ func (db *DB) Session(ctx context.Context, link string) (session int64, err erro
 	return session, nil
 }
 
+// SurelySession is Session as it stands: see proven.
+func (db *DB) SurelySession(ctx context.Context, link string) (session int64, err error) {
+	err = db.proven(ctx, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, "SELECT session FROM link WHERE id = $1", link).Scan(&session)
+	})
+	if err != nil {
+		return 0, away("reading the session of link "+link, err)
+	}
+	return session, nil
+}
+
 // OpenSession opens a session of a link, and closes all lower ones for ever. It
 // must be higher than any opened before: otherwise ErrClosedSession.
 func (db *DB) OpenSession(ctx context.Context, link string, session int64, event audit.Event) error {

@@ -28,5 +28,5 @@ BEGIN
 END $$;
 -- +goose StatementEnd
 
--- How many of a minute's aborts came before there was an error rate.
+-- Blocks of a minute whose error rate was not found.
 ALTER TABLE link_history ADD COLUMN unrated int NOT NULL DEFAULT 0;

@@ -1,0 +1,278 @@
+package kme
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
+)
+
+// testLink is an end of a link of a node that runs, and the other end of each classical
+// channel is the test.
+type testLink struct {
+	t *testing.T
+	*site
+	*link
+}
+
+func newTestLink(t *testing.T, end handover.End) *testLink {
+	t.Helper()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	t.Cleanup(run(t, k))
+	l := newLink(k, LinkConfig{ID: "km1-km2", Peer: kmeID(t, "km2"), End: end, Provenance: key.Simulated, Interval: time.Millisecond, Filler: 64, Random: rand.Reader})
+	if err := k.Store.EnsureLink(t.Context(), l.ID, l.Peer, l.End); err != nil {
+		t.Fatal(err)
+	}
+	return &testLink{t, s, l}
+}
+
+// streams are the two ends of a classical channel: the link's, and the test's.
+func (l *testLink) streams() (ours, theirs *peer.Stream) {
+	a, b := net.Pipe()
+	ours, theirs = peer.NewStream(a, nil), peer.NewStream(b, nil)
+	l.t.Cleanup(func() { ours.Close(); theirs.Close() })
+	return ours, theirs
+}
+
+// says sends a frame of the test's, whose end has drawn a nonce.
+func (l *testLink) says(s *peer.Stream, kind byte, session int64) {
+	l.t.Helper()
+	if err := say(s, kind, sessionFrame{Link: l.ID, Session: session, Nonce: make([]byte, nonceSize)}); err != nil {
+		l.t.Errorf("the other end's frame %d: %v", kind, err)
+	}
+}
+
+func (l *testLink) hears(s *peer.Stream, kind byte) {
+	l.t.Helper()
+	if _, err := hear(s, kind); err != nil {
+		l.t.Errorf("waiting for frame %d: %v", kind, err)
+	}
+}
+
+func (l *testLink) now() LinkState {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.link.state
+}
+
+// A higher session at Bob's end is another node's, opened since ours was read; one that the
+// database does not know even then was lost by it.
+func TestHigherSession(t *testing.T) {
+	t.Parallel()
+	l := newTestLink(t, handover.Alice)
+	for _, c := range []struct {
+		opened, known int64 // meanwhile, by another node; and as Bob says
+		suspends      bool
+	}{{5, 5, false}, {8, 7, false}, {9, 10, true}} {
+		ours, theirs := l.streams()
+		l.Dial = func(context.Context) (*peer.Stream, error) { return ours, nil }
+		done := make(chan error, 1)
+		go func() { done <- l.alice(t.Context()) }()
+		l.hears(theirs, frameOffer)
+		if err := l.k.Store.OpenSession(t.Context(), l.ID, c.opened, l.k.own("link-open")); err != nil {
+			t.Fatal(err)
+		}
+		l.says(theirs, frameKnown, c.known)
+		if err := <-done; err == nil {
+			t.Error("a session was opened")
+		}
+		if why := l.k.suspended(); (why != "") != c.suspends {
+			t.Errorf("session %d is open there, %d here: suspended %q", c.known, c.opened, why)
+		}
+	}
+}
+
+// A call that opens no session leaves the one that is open as it is, and the end of one that
+// was replaced says nothing of the one in its place.
+func TestReplacedSession(t *testing.T) {
+	t.Parallel()
+	l := newTestLink(t, handover.Bob)
+	l.k.links[l.ID] = l.link
+	call := func() (theirs *peer.Stream, ended chan struct{}) {
+		ours, theirs := l.streams()
+		ended = make(chan struct{})
+		go func() {
+			defer close(ended)
+			l.k.Classical(t.Context(), l.Peer, ours)
+		}()
+		return theirs, ended
+	}
+	open := func(session int64) (theirs *peer.Stream, ended chan struct{}) {
+		theirs, ended = call()
+		l.says(theirs, frameOffer, session-1)
+		l.hears(theirs, frameKnown)
+		l.says(theirs, frameOpen, session)
+		l.hears(theirs, frameOpen)
+		eventually(t, "the session to be open", func() bool { s := l.now(); return s.State == admin.LinkOpen && s.Session == session })
+		return theirs, ended
+	}
+	_, first := open(1)
+	for name, say := range map[string]func(*peer.Stream){
+		"no higher session": func(s *peer.Stream) {
+			l.says(s, frameOffer, 1)
+			l.hears(s, frameKnown)
+			l.says(s, frameOpen, 1)
+		},
+		"nothing after the offer": func(s *peer.Stream) {
+			l.says(s, frameOffer, 1)
+			l.hears(s, frameKnown)
+			s.Close()
+		},
+	} {
+		theirs, ended := call()
+		say(theirs)
+		<-ended
+		if s := l.now(); s.State != admin.LinkOpen || s.Session != 1 {
+			t.Errorf("%s: the link is %s (%s), session %d", name, s.State, s.Why, s.Session)
+		}
+	}
+	select {
+	case <-first:
+		t.Fatal("a call that has opened nothing ended the session")
+	default:
+	}
+	theirs, second := open(2)
+	<-first
+	if s := l.now(); s.State != admin.LinkOpen || s.Session != 2 {
+		t.Errorf("since the end of the first session the link is %s (%s), session %d", s.State, s.Why, s.Session)
+	}
+	theirs.Close()
+	<-second
+	if s := l.now(); s.State != admin.LinkDown {
+		t.Errorf("since the end of the second session the link is %s", s.State)
+	}
+}
+
+// A block that the other end never ends ends the session, so that another one is opened.
+func TestHungBlock(t *testing.T) {
+	t.Parallel()
+	l := newTestLink(t, handover.Alice)
+	l.patience = 100 * time.Millisecond
+	ours, theirs := l.streams()
+	l.Dial = func(context.Context) (*peer.Stream, error) { return ours, nil }
+	done := make(chan error, 1)
+	go func() { done <- l.alice(t.Context()) }()
+	l.hears(theirs, frameOffer)
+	l.says(theirs, frameKnown, 0)
+	l.hears(theirs, frameOpen)
+	l.says(theirs, frameOpen, 1)
+	if _, _, err := theirs.Recv(); err != nil { // the block, which is not answered
+		t.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the session ended with %v", err)
+	}
+}
+
+// No block for long is an alarm at either end, also while one is under way.
+func TestNoBlockIsAnAlarm(t *testing.T) {
+	t.Parallel()
+	for end, watch := range map[handover.End]func(*link, context.Context){handover.Alice: (*link).watchOpen, handover.Bob: (*link).watch} {
+		t.Run(end.String(), func(t *testing.T) {
+			l := newTestLink(t, end)
+			l.update(func(s *LinkState) {
+				s.State, s.Session, s.OpenedAt, s.Stage, s.Done = admin.LinkOpen, 1, l.k.Now(), distill.StageReconcile, .5
+			})
+			after := func(d time.Duration) bool {
+				l.step(d)
+				watch(l.link, t.Context())
+				return alarmed(l.k, "link-"+l.ID)
+			}
+			if after(blockSlow-2*patience) || after(patience) {
+				t.Error("an alarm while a block may still end")
+			}
+			if after(patience); !after(patience) {
+				t.Errorf("no alarm when no block has come for %v", blockSlow)
+			}
+		})
+	}
+}
+
+func alarmed(k *KME, name string) bool {
+	for _, a := range k.Alarms() {
+		if a.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+// resting is a source with nothing under way.
+type resting struct{ gone chan struct{} }
+
+func (resting) Next(context.Context) (qlink.Block, error) {
+	return qlink.Block{}, errors.ErrUnsupported
+}
+
+func (resting) Rest() (qlink.Block, error) { return qlink.Block{}, errors.ErrUnsupported }
+func (resting) Pending() int               { return 0 }
+func (r resting) Gone() <-chan struct{}    { return r.gone }
+
+// A link that rests looks whether it must still, and whether the other end is there.
+func TestRest(t *testing.T) {
+	t.Parallel()
+	l := newTestLink(t, handover.Alice)
+	spend := func(s *LinkState) { s.EpsSecrecy = 2 * yearlyEpsilon }
+	l.update(spend) // of last year: the database knows of none in this one
+	if room, err := l.room(t.Context(), resting{}); !room || err != nil {
+		t.Errorf("in a new year: %v, %v", room, err)
+	}
+	err := l.k.Store.NoteDistilled(t.Context(), l.ID, store.Distilled{
+		Session: 1, Block: 1, At: l.k.Now(), Key: []int{}, Test: []int{}, TestErrors: []int{}, KeyErrors: []int{}, EpsSecrecy: 2 * yearlyEpsilon,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.update(spend)
+	r := resting{make(chan struct{})}
+	var resting sync.WaitGroup
+	resting.Go(func() {
+		if room, err := l.room(t.Context(), r); room || err == nil {
+			t.Errorf("on a channel that has ended: %v, %v", room, err)
+		}
+	})
+	eventually(t, "the link to rest", func() bool { return l.now().State == admin.LinkPaused })
+	close(r.gone)
+	resting.Wait()
+}
+
+// What is expanded from the secret of both sites is each session's own, whatever its number.
+func TestPadsOfTheSecret(t *testing.T) {
+	t.Parallel()
+	l := &link{LinkConfig: LinkConfig{ID: "l", Secret: func(context.Context) ([]byte, error) { return make([]byte, minAuthSecret), nil }}}
+	name := distill.PadName{Session: 1, Index: 1}
+	pads := make(map[distill.Pad]bool)
+	for _, nonce := range []string{"alice 1 bob 1", "alice 2 bob 1", "alice 1 bob 2"} {
+		for range 2 {
+			pad, err := (&reserve{l: l, session: 1, nonce: []byte(nonce)}).expand(t.Context(), name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pads[pad] = true
+		}
+	}
+	if len(pads) != 3 {
+		t.Errorf("%d pads of three sessions", len(pads))
+	}
+	a, b := net.Pipe()
+	ours, theirs := peer.NewStream(a, nil), peer.NewStream(b, nil)
+	defer ours.Close()
+	defer theirs.Close()
+	go func() { _ = say(theirs, frameOffer, sessionFrame{Link: "l"}) }()
+	if _, err := hear(ours, frameOffer); err == nil {
+		t.Error("an end that has drawn nothing was heard")
+	}
+}
