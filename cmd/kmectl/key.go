@@ -121,6 +121,7 @@ func (c compromiseCommand) Run(ctx context.Context, s *session) error {
 		fmt.Fprintf(&b, "%s HAS NOT ANSWERED: its part of them is burned when it does, and can be taken there until then\n", printable(kme))
 	}
 	b.WriteString("What both its SAEs had been handed before is theirs to forget: kmectl key show tells of each key who has it.\n")
+	b.WriteString("If the secret that both ends of a link share may be known too, renew it at both: kmed hsm auth-secret, or auth_file.\n")
 	_, err = s.stdout.Write(b.Bytes())
 	return err
 }

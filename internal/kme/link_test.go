@@ -227,7 +227,9 @@ func TestRest(t *testing.T) {
 	l := newTestLink(t, handover.Alice)
 	spend := func(s *LinkState) { s.EpsSecrecy = 2 * yearlyEpsilon }
 	l.update(spend) // of last year: the database knows of none in this one
-	if room, err := l.room(t.Context(), resting{}); !room || err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if room, err := l.room(ctx, resting{}); !room || err != nil {
 		t.Errorf("in a new year: %v, %v", room, err)
 	}
 	err := l.k.Store.NoteDistilled(t.Context(), l.ID, store.Distilled{

@@ -57,7 +57,8 @@ type Stream struct {
 	done   chan struct{} // closed when the beating goroutine has ended
 }
 
-// NewStream takes conn over and begins to beat.
+// NewStream takes conn over and begins to beat. still says whether the other end is still let
+// in; nil: somebody else looks.
 func NewStream(conn net.Conn, still func() error) *Stream {
 	s := &Stream{conn: conn, still: still, stop: make(chan struct{}), done: make(chan struct{})}
 	s.in = bufio.NewReaderSize(heard{s}, 64<<10)

@@ -29,7 +29,7 @@ type Box struct {
 }
 
 const (
-	callTime = 15 * time.Second // for an answer
+	callTime = 30 * time.Second // for an answer
 	fireTime = 5 * time.Minute  // for one to Fire: the light itself takes time, and more if it is simulated
 )
 

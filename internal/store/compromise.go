@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/jackc/pgx/v5"
 
@@ -25,11 +26,16 @@ type Compromise struct {
 }
 
 // BeginCompromise makes a compromise that was decided here durable, to be ended by
-// EndCompromise and to be told to the peers, and records event. late is as in ServeJob.
+// EndCompromise and to be told to the peers, gives up the pads of the blocks that are meant,
+// and records event, which it lets say how many. late is as in ServeJob.
 func (db *DB) BeginCompromise(ctx context.Context, c Compromise, late func(committed bool), event audit.Event) (Compromise, error) {
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		err := a.conn.QueryRow(ctx, `INSERT INTO compromise (peer, link, first_epoch, last_epoch, chunks, why)
 			SELECT '', $1, $2, $3, coalesce(max(id), 0), $4 FROM chunk RETURNING id, chunks`, c.Link, c.First, c.Last, c.Why).Scan(&c.ID, &c.Chunks)
+		if err != nil {
+			return err
+		}
+		event, err := givePadsUp(ctx, a, c, math.MaxInt64, math.MaxInt64, event)
 		if err != nil {
 			return err
 		}
@@ -45,13 +51,39 @@ func (db *DB) BeginCompromise(ctx context.Context, c Compromise, late func(commi
 	return c, nil
 }
 
-// HearCompromise makes durable what a peer says of the link with it. Heard again, it
-// is the same.
+// givePadsUp spends the pads that came with the keys of a compromise, up to a block, in the
+// order of their names and so with all below them: whoever knows the ones may know the
+// others. It returns event, which says how many they were.
+func givePadsUp(ctx context.Context, a *attempt, c Compromise, session, block int64, event audit.Event) (audit.Event, error) {
+	_, err := a.conn.Exec(ctx, `INSERT INTO link_auth AS a (link, session, block, index)
+		SELECT DISTINCT ON (p.link) p.link, p.session, p.block, p.index FROM pad p
+			JOIN block b ON b.link = p.link AND b.session = p.session AND b.id = p.block
+			WHERE b.epoch BETWEEN $1 AND $2 AND $3 IN ('', p.link) AND (p.session, p.block) <= ($4::bigint, $5::bigint)
+			ORDER BY p.link, p.session DESC, p.block DESC, p.index DESC
+		ON CONFLICT (link) DO UPDATE SET session = excluded.session, block = excluded.block, index = excluded.index
+			WHERE (a.session, a.block, a.index) < (excluded.session, excluded.block, excluded.index)`, c.First, c.Last, c.Link, session, block)
+	if err != nil {
+		return event, err
+	}
+	tag, err := a.conn.Exec(ctx, `DELETE FROM pad p USING link_auth a WHERE a.link = p.link AND $1 IN ('', p.link)
+		AND (p.session, p.block, p.index) <= (a.session, a.block, a.index)`, c.Link)
+	if n := tag.RowsAffected(); err == nil && n > 0 {
+		event.Reason += fmt.Sprintf("; %d pads given up", n)
+	}
+	return event, err
+}
+
+// HearCompromise makes durable what a peer says of the link with it, and gives up the pads
+// of the blocks that are meant. Heard again, it is the same.
 func (db *DB) HearCompromise(ctx context.Context, from identity.KME, m handover.Compromise, event audit.Event) (Compromise, error) {
 	c := Compromise{Link: m.Link, First: key.Epoch(m.First), Last: key.Epoch(m.Last), Why: "told by " + from.String()}
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		err := a.conn.QueryRow(ctx, "SELECT id, chunks, done_at IS NOT NULL FROM compromise WHERE peer = $1 AND act = $2", from.String(), m.Act).Scan(&c.ID, &c.Chunks, &c.Done)
 		if !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		event, err := givePadsUp(ctx, a, c, m.Session, m.Block, event)
+		if err != nil {
 			return err
 		}
 		a.record(event)

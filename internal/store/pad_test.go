@@ -170,6 +170,63 @@ func TestReserveOfDestroyedKEKs(t *testing.T) {
 	}
 }
 
+// Whoever may know the keys of a block may know its pads: they are given up with the keys,
+// where that was decided and where it is heard, and so are those below them. Those of later
+// blocks stay.
+func TestCompromisedPads(t *testing.T) {
+	t.Parallel()
+	for _, heard := range []bool{false, true} {
+		s := newSite(t)
+		db := s.open("n1")
+		ctx := t.Context()
+		if err := db.OpenSession(ctx, linkName, 1, audit.Event{Action: audit.LinkOpen}); err != nil {
+			t.Fatal(err)
+		}
+		var blocks []Block
+		for i := range 3 {
+			b := s.padded(1, 2)
+			if i == 2 && !heard { // of another epoch
+				if _, err := db.EnsureEpoch(ctx, s.epoch()+1); err != nil {
+					t.Fatal(err)
+				}
+				pads := b.Pads
+				b = s.blockOf(s.epoch()+1, 1, 1, mine)
+				for _, p := range pads {
+					p.Block = b.Block
+					b.Pads = append(b.Pads, p)
+				}
+			}
+			if err := db.HoldBlock(ctx, b, holdEvent(b)); err != nil {
+				t.Fatal(err)
+			}
+			blocks = append(blocks, b)
+		}
+		event := audit.Event{Action: audit.Compromise, Outcome: audit.Done, Reason: "keys of today"}
+		var err error
+		if heard {
+			m := handover.Compromise{Act: 1, Link: linkName, First: int64(s.epoch()), Last: int64(s.epoch()), Session: 1, Block: blocks[1].Block}
+			for range 2 {
+				_, err = db.HearCompromise(ctx, kme("KM2"), m, event)
+			}
+		} else {
+			_, err = db.BeginCompromise(ctx, Compromise{First: s.epoch(), Last: s.epoch(), Why: "a test"}, nil, event)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := db.Reserve(ctx, linkName)
+		if diff := cmp.Diff(Reserve{Pads: 2, Lowest: blocks[2].Pads[0].PadName, Spent: blocks[1].Pads[1].PadName}, r); err != nil || diff != "" {
+			t.Errorf("the reserve: %v %s", err, diff)
+		}
+		if err := db.SpendPad(ctx, linkName, 1, blocks[0].Pads[0].PadName); !errors.Is(err, ErrSpent) {
+			t.Errorf("a block under way still spends one of them: %v", err)
+		}
+		if got := ask[string](s, "SELECT string_agg(body::json->>'reason', ' | ') FROM audit WHERE body::json->>'action' = 'compromise'"); got != "keys of today; 4 pads given up" {
+			t.Errorf("recorded: %q", got)
+		}
+	}
+}
+
 // Wrong tags are counted, through restarts, until a block comes or an officer says so.
 func TestTagFailures(t *testing.T) {
 	t.Parallel()
