@@ -292,7 +292,12 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 		k.incident(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %q, of which it is not Alice's end", from, offer.Link))
 		return
 	}
-	err = l.bob(ctx, s, offer)
+	l.follow(ctx, s, offer)
+}
+
+// follow follows one session, and notes its end.
+func (l *link) follow(ctx context.Context, s *peer.Stream, offer sessionFrame) {
+	err := l.bob(ctx, s, offer)
 	if l.release(s) && ctx.Err() == nil {
 		l.down(err)
 	}

@@ -100,13 +100,16 @@ func TestHigherSession(t *testing.T) {
 func TestReplacedSession(t *testing.T) {
 	t.Parallel()
 	l := newTestLink(t, handover.Bob)
-	l.k.links[l.ID] = l.link
 	call := func() (theirs *peer.Stream, ended chan struct{}) {
 		ours, theirs := l.streams()
 		ended = make(chan struct{})
 		go func() {
 			defer close(ended)
-			l.k.Classical(t.Context(), l.Peer, ours)
+			offer, err := hear(ours, frameOffer)
+			if err != nil {
+				t.Error(err)
+			}
+			l.follow(t.Context(), ours, offer)
 		}()
 		return theirs, ended
 	}
