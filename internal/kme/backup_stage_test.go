@@ -18,7 +18,7 @@ import (
 // newSiteApart is a site with a Postgres of its own, which can be backed up.
 func newSiteApart(t testing.TB) *site {
 	t.Helper()
-	s := &site{t: t, name: "kme", data: t.TempDir(), clock: newClock()}
+	s := &site{t: t, self: "km1", name: "kme", data: t.TempDir(), clock: newClock()}
 	s.cluster = s.start(s.folder())
 	err := s.cluster.EnsureDatabase(t.Context(), s.name)
 	if err == nil {
