@@ -121,6 +121,7 @@ func dashboard(t *testing.T, l *Lab) {
 		Queries  []query  `yaml:"promql_expr_test"`
 	}
 	one := test{Interval: "1m"}
+	text += "\nkme_link_qber{link=\"km1-km2\"} 0.01\n" // as light has it, which no filler has
 	for _, line := range strings.Split(text, "\n") {
 		m := sample.FindStringSubmatch(line)
 		if m == nil || m[3] == "NaN" {
