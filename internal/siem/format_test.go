@@ -207,6 +207,7 @@ func ocsfClasses(t *testing.T) map[float64]*jsonschema.Schema {
 		t.Fatal(err)
 	}
 	c := jsonschema.NewCompiler()
+	c.AssertFormat()
 	if err := c.AddResource("ocsf.json", whole); err != nil {
 		t.Fatal(err)
 	}
