@@ -254,7 +254,7 @@ func (k *KME) classify(err error) *problem.Error {
 	switch {
 	case errors.Is(err, hsm.ErrTampered):
 		return problem.Because(problem.Unavailable, err)
-	case errors.Is(err, store.ErrExpired), errors.Is(err, hsm.ErrNoKEK): // of an epoch that ended while the request was under way
+	case errors.Is(err, store.ErrShort), errors.Is(err, store.ErrExpired), errors.Is(err, hsm.ErrNoKEK): // burned, or of an epoch that ended, while the request was under way
 		return &problem.Error{Kind: problem.Unavailable, RetryAfter: time.Second, Err: err}
 	case errors.Is(err, hsm.ErrUnavailable), errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrDropped),
 		errors.Is(err, store.ErrDoubt), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):

@@ -193,7 +193,7 @@ func TestJudge(t *testing.T) {
 // a fault of ours.
 func TestClassify(t *testing.T) {
 	t.Parallel()
-	for _, err := range []error{hsm.ErrTampered, hsm.ErrUnavailable, store.ErrUnavailable, store.ErrDropped, store.ErrDoubt, store.ErrExpired, hsm.ErrNoKEK} {
+	for _, err := range []error{hsm.ErrTampered, hsm.ErrUnavailable, store.ErrUnavailable, store.ErrDropped, store.ErrDoubt, store.ErrShort, store.ErrExpired, hsm.ErrNoKEK} {
 		if got := new(KME).classify(errors.Join(errors.New("taking"), err)); got.Kind != problem.Unavailable || got.Detail != "" || !errors.Is(got, err) {
 			t.Errorf("%v: %v", err, got)
 		}
