@@ -47,7 +47,8 @@ try {
     for (const [i, view] of views.entries()) {
       page.loads.length = 0;
       await page.goto(url + view, { waitUntil: "load" });
-      const first = await page.evaluate(() => performance.getEntriesByType("paint").find((e) => e.name === "first-contentful-paint")?.startTime);
+      const painted = await page.waitForFunction(() => performance.getEntriesByName("first-contentful-paint")[0]?.startTime); // may come after load
+      const first = await painted.jsonValue();
       if (view.startsWith("/console/?") || view === "/console/") await page.getByText(/^live$/).waitFor();
       await judge(page, `${view} (${scheme})`);
       const weight = (await Promise.all(page.loads)).reduce((a, b) => a + b, 0);
