@@ -17,8 +17,8 @@ import (
 	"github.com/qutemail/kme/internal/saedoor"
 )
 
-// opened serves a door, as it is but for its gate, and returns where.
-func opened(t *testing.T, d door, change func(*http.Server)) string {
+// shaking is a listener whose connections have shaken hands, and by which configuration.
+func shaking(t *testing.T) (net.Listener, *tls.Config) {
 	t.Helper()
 	dir := t.TempDir()
 	if err := writeCertificate(dir, "km1"); err != nil {
@@ -33,7 +33,13 @@ func opened(t *testing.T, d door, change func(*http.Server)) string {
 		t.Fatal(err)
 	}
 	cfg := &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}
-	ln := net.Listener(shaken{raw, cfg})
+	return shaken{raw, cfg}, cfg
+}
+
+// opened serves a door, as it is but for its gate, and returns where.
+func opened(t *testing.T, d door, change func(*http.Server)) string {
+	t.Helper()
+	ln, cfg := shaking(t)
 	if d.keys {
 		ln = wiping{ln}
 	}
@@ -48,7 +54,7 @@ func opened(t *testing.T, d door, change func(*http.Server)) string {
 			t.Error(err)
 		}
 	})
-	return "https://" + raw.Addr().String()
+	return "https://" + ln.Addr().String()
 }
 
 // client is one of a door, of HTTP/1.1 or HTTP/2.

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"sync"
@@ -59,20 +58,8 @@ func none(ctx context.Context, _ net.Conn) context.Context { return ctx }
 // that belongs to a handler, over HTTP/1.1 and HTTP/2. Handlers see TLS as before.
 func TestWiping(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	if err := writeCertificate(dir, "km1"); err != nil {
-		t.Fatal(err)
-	}
-	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}
-	ln := wiping{shaken{raw, cfg}}
+	shaken, cfg := shaking(t)
+	ln := wiping{shaken}
 	pages := map[string][]byte{"/short": []byte("short"), "/long": bytes.Repeat([]byte("long "), 5000)} // a handler's own
 	want := map[string]string{"/short": string(pages["/short"]), "/long": string(pages["/long"])}
 	s := &http.Server{TLSConfig: cfg, ConnContext: none, Handler: new(sweeper).watch(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -90,7 +77,7 @@ func TestWiping(t *testing.T) {
 		hc := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: protocol == 2}}
 		for range 2 { // on one connection
 			for path, text := range want {
-				res, err := hc.Get("https://" + raw.Addr().String() + path)
+				res, err := hc.Get("https://" + ln.Addr().String() + path)
 				if err != nil {
 					t.Fatal(err)
 				}
