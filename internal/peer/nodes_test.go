@@ -132,6 +132,9 @@ func TestPeerLapsed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.Close() }()
+	if err := s.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
 
 	_, err = c.Announce(within(t, time.Minute), anAnnounce(1))
 	wantFate(t, err, answered)
