@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -641,6 +642,44 @@ func TestStartPatience(t *testing.T) {
 	if n := f.Calls(hsmtest.Login); n != 1 {
 		t.Errorf("%d logins, want 1", n)
 	}
+}
+
+// TestTokenFileBeingWritten: a token whose file another process has just emptied, to write
+// it anew, is looked for again.
+func TestTokenFileBeingWritten(t *testing.T) {
+	b := newBench(t)
+	files, err := filepath.Glob(filepath.Join(b.dir, "tokens", "*", "token.object"))
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	whole, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(content []byte) {
+		if err := os.WriteFile(files[0], content, 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	write(nil)
+	told := 0
+	b.cfg.Log = slog.New(slog.NewTextHandler(writerFunc(func(line []byte) {
+		if strings.Contains(string(line), "0 tokens have the label") {
+			told++
+			write(whole)
+		}
+	}), nil))
+	wrap(t, newKEK(t, b.open(t), "epoch-1"))
+	if told != 1 {
+		t.Errorf("it was looked for again %d times, want once", told)
+	}
+}
+
+type writerFunc func([]byte)
+
+func (f writerFunc) Write(b []byte) (int, error) {
+	f(b)
+	return len(b), nil
 }
 
 // TestGrace: with the token away, its session copies are used on for as long as the

@@ -17,7 +17,7 @@ import (
 
 const (
 	defaultConcurrent = 4
-	startAttempts     = 3                      // SoftHSM: two processes starting on one directory can trip each other
+	startAttempts     = 5                      // SoftHSM: two processes starting on one directory can trip each other
 	startPause        = 100 * time.Millisecond // before the next attempt
 	alonePatience     = 2 * time.Second        // how long a change of the token waits for the calls in the module
 	closePatience     = 10 * time.Second       // how long a Close waits for calls that are in the module
@@ -100,8 +100,8 @@ func prepare(cfg Config) (*Token, error) {
 }
 
 // start brings the module up and logs in. What may pass by itself is tried again until
-// StartPatience is over: an HSM that is not on the network yet, or SoftHSM when another
-// process starts on the same directory. A PIN is not.
+// StartPatience is over, as an HSM that is not on the network yet; and some times without
+// any, when another process may just be starting on the same SoftHSM. A PIN is not.
 func (t *Token) start(ctx context.Context) error {
 	var over <-chan time.Time
 	if t.cfg.StartPatience > 0 {
@@ -116,8 +116,9 @@ func (t *Token) start(ctx context.Context) error {
 			}
 			_ = t.m.Finalize()
 		}
-		twoAtOnce := isRV(err, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_TOKEN_NOT_RECOGNIZED) && attempt < startAttempts
-		if errors.Is(err, ErrPINRefused) || !isFault(err) || isRV(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) || over == nil && !twoAtOnce {
+		mayPass := isFault(err) && over != nil || attempt < startAttempts &&
+			(errors.Is(err, errNoToken) || isRV(err, pkcs11.CKR_SLOT_ID_INVALID, pkcs11.CKR_TOKEN_NOT_RECOGNIZED))
+		if errors.Is(err, ErrPINRefused) || isRV(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) || !mayPass {
 			return err
 		}
 		t.log.Warn("the HSM does not start: trying again", "err", err)
@@ -148,6 +149,11 @@ func (t *Token) initialise() error {
 	return err
 }
 
+// errNoToken: no slot has the token. SoftHSM says so too for the moment in which another
+// process logs in: that writes the file of the token's label and serial number anew, and
+// who reads it meanwhile finds it empty.
+var errNoToken = errors.New("want exactly one")
+
 // findToken finds the one slot whose token has our label, and our serial number if the
 // configuration names one. Once a token was opened, another one in its place is
 // refused: its keys are others.
@@ -167,7 +173,9 @@ func (t *Token) findToken() error {
 			continue
 		}
 		if serial := infoOf(ti).Serial; t.cfg.Serial != "" && serial != t.cfg.Serial {
-			others = append(others, serial)
+			if serial != "" { // see errNoToken
+				others = append(others, serial)
+			}
 			continue
 		}
 		found = append(found, ti)
@@ -176,7 +184,9 @@ func (t *Token) findToken() error {
 	switch {
 	case len(found) == 0 && len(others) > 0:
 		return fmt.Errorf("the token with the label %q has the serial number %s, not %q: it is another token", t.cfg.TokenLabel, strings.Join(others, " or "), t.cfg.Serial)
-	case len(found) != 1:
+	case len(found) == 0:
+		return fmt.Errorf("0 tokens have the label %q in %d slots, %w", t.cfg.TokenLabel, len(slots), errNoToken)
+	case len(found) > 1:
 		return fmt.Errorf("%d tokens have the label %q in %d slots, want exactly one", len(found), t.cfg.TokenLabel, len(slots))
 	}
 	info := infoOf(found[0])
