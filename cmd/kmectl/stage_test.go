@@ -122,14 +122,7 @@ func (s *stage) open() error {
 	if err := store(s.dir, "root.pem", 0o644, certPEM(s.root.cert)); err != nil {
 		return err
 	}
-	server := x509.Certificate{
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	if err := s.write("km1", s.root, server); err != nil {
-		return err
-	}
-	credential, err := pki.LoadCredential(filepath.Join(s.dir, "km1"))
+	credential, err := s.server("km1", time.Hour)
 	if err != nil {
 		return err
 	}
@@ -165,6 +158,17 @@ func (s *stage) open() error {
 	return nil
 }
 
+// server makes the certificate of a node, which ends after some time.
+func (s *stage) server(folder string, life time.Duration) (*pki.Credential, error) {
+	if err := s.write(folder, s.root, x509.Certificate{
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, NotAfter: time.Now().Add(life),
+	}); err != nil {
+		return nil, err
+	}
+	return pki.LoadCredential(filepath.Join(s.dir, folder))
+}
+
 // serve opens a door.
 func (s *stage) serve(h http.Handler, config *tls.Config) error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -189,18 +193,23 @@ func (s *stage) people() error {
 		{"saes/mallory", "sae", "mallory", s.doors[0].Addr}, // whom the policies do not know
 		{"operators/root", "operator", "root", s.doors[1].Addr},
 	} {
-		if err := s.write(p.folder, s.roles[p.role], x509.Certificate{
-			Subject: pkix.Name{CommonName: p.id}, URIs: []*url.URL{{Scheme: "qkd", Host: p.role + ".lab.test", Path: "/" + p.id}},
-			KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-			ExtraExtensions: []pkix.Extension{identity.RoleExtension(identity.Role(p.role))},
-		}); err != nil {
-			return err
-		}
-		if err := store(filepath.Join(s.dir, p.folder), "profile.yaml", 0o644, []byte("kme: "+p.kme+"\n")); err != nil {
+		if err := s.person(p.folder, p.role, p.id, p.kme, time.Hour); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// person makes the profile of one, whose certificate ends after some time.
+func (s *stage) person(folder, role, id, kme string, life time.Duration) error {
+	if err := s.write(folder, s.roles[role], x509.Certificate{
+		Subject: pkix.Name{CommonName: id}, URIs: []*url.URL{{Scheme: "qkd", Host: role + ".lab.test", Path: "/" + id}},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		ExtraExtensions: []pkix.Extension{identity.RoleExtension(identity.Role(role))}, NotAfter: time.Now().Add(life),
+	}); err != nil {
+		return err
+	}
+	return store(filepath.Join(s.dir, folder), "profile.yaml", 0o644, []byte("kme: "+kme+"\n"))
 }
 
 // write issues a certificate into a folder.
@@ -226,7 +235,10 @@ func issue(by issuer, c x509.Certificate) (issuer, error) {
 		return issuer{}, err
 	}
 	c.SerialNumber = big.NewInt(time.Now().UnixNano())
-	c.NotBefore, c.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
+	c.NotBefore = time.Now().Add(-time.Minute)
+	if c.NotAfter.IsZero() {
+		c.NotAfter = time.Now().Add(48 * time.Hour)
+	}
 	if c.Subject.CommonName == "" {
 		c.Subject.CommonName = fmt.Sprint("issued ", c.SerialNumber)
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/bb84"
 	"github.com/qutemail/kme/internal/failpoint"
@@ -41,7 +42,7 @@ func (n *node) core() (*kme.KME, error) {
 		Live: n.live, LoadPolicies: n.reload, Officer: n.officer,
 		Peers:       make(map[identity.KME]*peer.Client),
 		DataDir:     n.cfg.Data,
-		Examine:     n.examine,
+		Examine:     func() []admin.Finding { return n.examine(failpoint.Now()) },
 		EpochLength: n.cfg.Epoch, MaxWraps: int64(n.cfg.MaxWraps), DefaultTTL: n.cfg.TTL, MaxTTL: n.cfg.MaxTTL, PoolTTL: n.cfg.PoolTTL,
 		PoolLimit: n.cfg.PoolLimit, Production: n.cfg.Production, Strict: n.cfg.Strict, ReadOnce: n.cfg.Legacy.Reread == once,
 		Trail: trail,

@@ -40,8 +40,7 @@ func timed(seconds prometheus.Observer, who identify) identify {
 }
 
 // examine looks at what the core does not see.
-func (n *node) examine() []admin.Finding {
-	now := failpoint.Now()
+func (n *node) examine(now time.Time) []admin.Finding {
 	found := []admin.Finding{kme.JudgeCertificate("certificate", n.credential.Leaf().NotAfter, now)}
 	for _, role := range roles {
 		found = append(found, kme.JudgeCRL(string(role), n.revoked[string(role)].Trouble(now)))

@@ -62,6 +62,19 @@ func core(t testing.TB) (*KME, *link) {
 // coreOf is core with other rules.
 func coreOf(t testing.TB, rules string) (*KME, *link) {
 	t.Helper()
+	set := policySet(t, network, rules)
+	k := &KME{metrics: newMetrics(), Config: Config{
+		Self: kmeID(t, "km1"), Now: newClock().now, EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour,
+		Policies: func() *policies.Set { return set },
+	}}
+	l := &link{LinkConfig: LinkConfig{ID: "fibre", Peer: kmeID(t, "km2"), End: handover.Alice, Provenance: key.Simulated}, k: k}
+	k.links = map[string]*link{"fibre": l}
+	return k, l
+}
+
+// policySet is the policies of a network and rules.
+func policySet(t testing.TB, network, rules string) *policies.Set {
+	t.Helper()
 	dir := t.TempDir()
 	if err := os.CopyFS(dir, policies.Shipped); err != nil {
 		t.Fatal(err)
@@ -77,13 +90,7 @@ func coreOf(t testing.TB, rules string) (*KME, *link) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &KME{metrics: newMetrics(), Config: Config{
-		Self: kmeID(t, "km1"), Now: newClock().now, EpochLength: time.Hour, DefaultTTL: time.Hour, MaxTTL: 24 * time.Hour,
-		Policies: func() *policies.Set { return set },
-	}}
-	l := &link{LinkConfig: LinkConfig{ID: "fibre", Peer: kmeID(t, "km2"), End: handover.Alice, Provenance: key.Simulated}, k: k}
-	k.links = map[string]*link{"fibre": l}
-	return k, l
+	return set
 }
 
 func (k *KME) callOf(t *testing.T, sae string, a audit.Action) *call {

@@ -33,15 +33,16 @@ func asSAE(t testing.TB, name string, now time.Time) identity.Caller {
 	return asOne(t, identity.RoleSAE, name, now)
 }
 
-// asOne is the caller that a certificate of that name and role makes.
-func asOne(t testing.TB, role identity.Role, name string, now time.Time) identity.Caller {
+// asOne is the caller that a certificate of that name and role makes, with duties if it is
+// an operator's.
+func asOne(t testing.TB, role identity.Role, name string, now time.Time, duties ...identity.Duty) identity.Caller {
 	t.Helper()
 	pool := string(role)
 	uri := "qkd://" + pool + ".lab.test/"
 	m, err := identity.NewMap(
 		[]identity.Rule{{ID: pool, Pool: pool, Role: role, URI: uri + "{id}", Principal: "{id}"}},
 		identity.Requirements{Keys: []identity.KeyKind{identity.ECDSAP256}, MaxLifetime: 48 * time.Hour},
-		map[string]identity.Principal{identity.PrincipalKey(role, name): {Enabled: true}})
+		map[string]identity.Principal{identity.PrincipalKey(role, name): {Enabled: true, Duties: duties}})
 	if err != nil {
 		t.Fatal(err)
 	}

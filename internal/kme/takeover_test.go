@@ -26,13 +26,15 @@ import (
 )
 
 // farSite is the KME at the other end of a link of km1: its database, its node, which
-// stands, and its door for peers, which may be shut.
+// stands, and its door for peers, which may be shut, or slow.
 type farSite struct {
 	*site
 	link   string
 	slave  string // an SAE at home there
 	k      *KME
 	shut   atomic.Bool
+	delay  atomic.Int64 // of each answer, in nanoseconds
+	ahead  atomic.Int64 // its clock, likewise
 	client *peer.Client // km1's way there
 }
 
@@ -44,6 +46,7 @@ func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 	c := km1.Config
 	c.Self, c.Node, c.DataDir = kmeID(s.t, self), self+"-a", f.data
 	c.Store = f.connectAs(c.Node, f.data)
+	c.Now = func() time.Time { return f.now().Add(time.Duration(f.ahead.Load())) }
 	back, err := peer.NewClient(peer.ClientConfig{Addresses: []string{"localhost:1"}, TLS: new(tls.Config), Still: letIn, Log: c.Log}) // it says nothing by itself
 	if err != nil {
 		s.t.Fatal(err)
@@ -62,6 +65,7 @@ func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 		if f.shut.Load() {
 			panic(http.ErrAbortHandler)
 		}
+		time.Sleep(time.Duration(f.delay.Load())) // the delay that is played
 		door.ServeHTTP(w, r)
 	}))
 	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)

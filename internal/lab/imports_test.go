@@ -53,6 +53,7 @@ var rings = map[string]int{
 	"internal/lab/binaries": 0, // for tests
 	"internal/lab/freeport": 0,
 	"deploy":                0, // files
+	"deploy/runbooks":       0, // a page of them, for tests
 	"hsm/hsmtest":           0, // likewise
 
 	"cmd/kmed":   5,
@@ -71,6 +72,7 @@ var only = map[string][]string{
 	"internal/lab/freeport": {"internal/lab"},
 
 	"internal/lab/binaries": {}, // only tests
+	"deploy/runbooks":       {},
 	"hsm/hsmtest":           {},
 }
 
