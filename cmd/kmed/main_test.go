@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"math/big"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -104,7 +105,9 @@ func setup(env *testscript.Env) error {
 		env.Setenv(name, address)
 		text = []byte(strings.Replace(string(text), "localhost:"+door, address, 1))
 	}
-	return errors.Join(os.WriteFile(file, text, 0o600), writeCertificate(filepath.Join(env.WorkDir, "tls"), "km1"))
+	port, err := freeport.Find()
+	env.Setenv("PORT", fmt.Sprint(port))
+	return errors.Join(err, os.WriteFile(file, text, 0o600), writeCertificate(filepath.Join(env.WorkDir, "tls"), "km1"))
 }
 
 func freeAddress() (string, error) {
@@ -238,7 +241,7 @@ func (s *stage) token(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // database: make an empty one. $OWNER, $DSN and $SEQUENCER are how its owner, kmed and
-// kmed sequencer reach it.
+// kmed sequencer reach it, and $URL is how kmed does as the old service said it.
 func (s *stage) database(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 0 {
 		ts.Fatalf("usage: database")
@@ -248,6 +251,9 @@ func (s *stage) database(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv("OWNER", s.cluster.DSN(pgdev.Superuser, name))
 	ts.Setenv("DSN", s.cluster.DSN(store.AppRole, name))
 	ts.Setenv("SEQUENCER", s.cluster.DSN(store.SequencerRole, name))
+	at, err := pgx.ParseConfig(ts.Getenv("DSN"))
+	ts.Check(err)
+	ts.Setenv("URL", fmt.Sprintf("postgresql://%s@/%s?host=%s&port=%d", store.AppRole, name, url.QueryEscape(at.Host), at.Port))
 }
 
 // waitfor HOST:PORT...: until something listens at each.

@@ -179,7 +179,7 @@ func (n *node) run(ctx context.Context, core *kme.KME, doors []door) error {
 			return nil
 		}
 	})
-	n.log.Info("serving", "sae", n.entry.SAE, "operator", n.entry.Operator)
+	n.log.Info("serving", "sae", n.env.address(n.entry.SAE), "operator", n.entry.Operator)
 	err := open.Wait()
 	stopCore()
 	return cmp.Or(err, <-coreDone)
