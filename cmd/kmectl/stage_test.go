@@ -494,25 +494,28 @@ func (t *troubledTrail) Trail(context.Context, identity.Caller, string) (admin.T
 	return admin.Trail{Logs: logs}, nil
 }
 
-func (t *troubledTrail) Search(_ context.Context, _ identity.Caller, _ string, q admin.Query) ([]admin.Found, error) {
+func (t *troubledTrail) Search(_ context.Context, _ identity.Caller, _ string, q admin.Query) (found admin.Findings, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.looks++
 	size := map[int64]int64{1: 8, 2: 2}[q.Origin]
 	switch {
 	case t.looks == 2 || t.looks == 3:
-		return nil, problem.Because(problem.Unavailable, errors.New("the database is away"))
+		return found, problem.Because(problem.Unavailable, errors.New("the database is away"))
 	case t.looks == 4:
 		panic(http.ErrAbortHandler)
 	case t.looks > 4 && q.Origin == 1:
 		size = 10
 	}
-	var found []admin.Found
 	for leaf := q.First; leaf < size; leaf++ {
-		found = append(found, admin.Found{Leaf: leaf, Text: fmt.Sprintf(`{"at":"2026-03-01T12:00:00.000Z","node":"a","action":"alarm","outcome":"done","reason":"log %d"}`, q.Origin)})
+		if len(found.Events) == 1 { // a page is short, and says that it is
+			found.More = true
+			break
+		}
+		found.Events = append(found.Events, admin.Found{Leaf: leaf, Text: fmt.Sprintf(`{"at":"2026-03-01T12:00:00.000Z","node":"a","action":"alarm","outcome":"done","reason":"log %d"}`, q.Origin)})
 	}
-	if len(found) == 0 && q.Origin == 1 {
-		return nil, problem.New(problem.Gone, "the log has ended")
+	if len(found.Events) == 0 && q.Origin == 1 {
+		return found, problem.New(problem.Gone, "the log has ended")
 	}
 	return found, nil
 }

@@ -98,13 +98,13 @@ func (c searchCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	for _, f := range found {
+	for _, f := range found.Events {
 		if err := s.printFound(f); err != nil {
 			return err
 		}
 	}
-	if len(found) == c.Limit {
-		fmt.Fprintf(s.stderr, "kmectl: there may be more: --limit\n")
+	if found.More {
+		fmt.Fprintln(s.stderr, "kmectl: there may be more: a higher --limit, or a shorter time with --from and --to")
 	}
 	return nil
 }
@@ -212,13 +212,13 @@ func (c watchCommand) Run(ctx context.Context, s *session) error {
 			fmt.Fprintf(s.stderr, "kmectl: %v\nkmectl: going on with event %d as soon as it answers\n", p.explain(err, p.unlisted()), q.First)
 		}
 		lost = err != nil
-		for _, f := range found {
+		for _, f := range found.Events {
 			if err := s.printFound(f); err != nil {
 				return err
 			}
 			q.First = f.Leaf + 1
 		}
-		if len(found) == q.Limit {
+		if found.More {
 			continue
 		}
 		select {

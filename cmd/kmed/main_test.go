@@ -59,6 +59,7 @@ func TestScripts(t *testing.T) {
 			"waitfor":     waitFor,
 			"sigterm":     sigTerm,
 			"folded":      folded,
+			"said":        said,
 			"suspended":   suspended,
 			"file":        file,
 		},
@@ -277,6 +278,29 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 			case <-ctx.Done():
 				ts.Fatalf("nothing listens at %s: %v", address, err)
 			}
+		}
+	}
+}
+
+// said FILE PATTERN: wait until a process has written what matches.
+func said(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: said FILE PATTERN")
+	}
+	pattern, err := regexp.Compile(args[1])
+	ts.Check(err)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(time.Minute)
+	for {
+		text, err := os.ReadFile(ts.MkAbs(args[0]))
+		if err == nil && pattern.Match(text) {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-late:
+			ts.Fatalf("%s never had %s: %s", args[0], args[1], text)
 		}
 	}
 }

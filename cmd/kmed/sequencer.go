@@ -59,16 +59,14 @@ func sequence(ctx context.Context, path string, log *slog.Logger) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		f, err := q.Step(ctx)
+		err := fold(ctx, token, q)
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case isForged(err):
+		case isForged(err), errors.Is(err, hsm.ErrPINRefused):
 			return err
 		case err != nil:
 			log.Warn("folding audit events", "err", err)
-		case f.More:
-			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -76,6 +74,23 @@ func sequence(ctx context.Context, path string, log *slog.Logger) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// beatTime is how long the token may take to say that it is well, or to be found again.
+const beatTime = 2 * time.Second
+
+// fold folds what events there are. It asks the token first whether it is well: that is
+// also the way back of one that was away.
+func fold(ctx context.Context, token *hsm.Token, q *auditlog.Sequencer) error {
+	beating, cancel := context.WithTimeout(ctx, beatTime)
+	err := token.Heartbeat(beating)
+	cancel()
+	for more := true; more && err == nil; {
+		var f auditlog.Folded
+		f, err = q.Step(ctx)
+		more = f.More
+	}
+	return err
 }
 
 // isForged says whether an error is that the audit log was tampered with.

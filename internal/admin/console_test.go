@@ -190,6 +190,9 @@ func TestConsoleAudit(t *testing.T) {
 			t.Errorf("%s, for one who is no auditor: %d %s", path, resp.StatusCode, body)
 		}
 	}
+	if len(s.refusals) != 4 {
+		t.Errorf("%d refusals are recorded, want 4: %q", len(s.refusals), s.refusals)
+	}
 }
 
 // TestConsoleActs: what acts is done by a form of ours, and not by another site's page
@@ -226,6 +229,9 @@ func TestConsoleActs(t *testing.T) {
 		if status, _ := post(foreign...); status != http.StatusForbidden || len(s.callers) != 0 {
 			t.Errorf("%v: %d, and the Backend saw %v", foreign, status, s.callers)
 		}
+	}
+	if len(s.refusals) != 3 {
+		t.Errorf("%d refusals are recorded, want 3: %q", len(s.refusals), s.refusals)
 	}
 	if status, body := post("Sec-Fetch-Site", "same-origin", "Origin", s.server.URL); status != http.StatusOK || !strings.Contains(body, "7 overdue keys were ended") {
 		t.Errorf("of our own page: %d %s", status, body)

@@ -166,7 +166,7 @@ func (a consoleAct) path(sae string) string {
 // do has it done, at the word of our own page.
 func (a consoleAct) do(x *exchange) (content, error) {
 	if err := ownPage(x.r); err != nil {
-		return content{}, err
+		return content{}, refusal{err}
 	}
 	if err := x.may(a.duty); err != nil {
 		return content{}, refusal{err}

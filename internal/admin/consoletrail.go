@@ -44,7 +44,7 @@ const foundOnPage = 50
 // auditPage shows how the log stands, and searches it when something is looked for.
 func (c Config) auditPage(x *exchange) (content, error) {
 	if !x.caller.Has(identity.Auditor) {
-		return content{}, problem.New(problem.Forbidden, "the audit log is for operators with the duty %s", identity.Auditor)
+		return content{}, refusal{problem.New(problem.Forbidden, "the audit log is for operators with the duty %s", identity.Auditor)}
 	}
 	v := auditView{Query: make(map[string]string), Actions: searchable}
 	var err error
@@ -77,7 +77,7 @@ func (c Config) searchForPage(x *exchange, typed url.Values, v *auditView) error
 	}
 	q, err := parseQuery(asked)
 	if err != nil {
-		return err
+		return refusal{err}
 	}
 	q.Limit = foundOnPage
 	// The page has read how the log stands under its own ID, and each reading has its record.
@@ -85,15 +85,15 @@ func (c Config) searchForPage(x *exchange, typed url.Values, v *auditView) error
 	if err != nil {
 		return err
 	}
-	for _, f := range found {
+	for _, f := range found.Events {
 		v.Found = append(v.Found, rowOf(f))
 	}
-	if n := len(found); n == foundOnPage && found[n-1].Leaf >= 0 {
+	if last := len(found.Events) - 1; found.More && found.Events[last].Leaf >= 0 {
 		next := url.Values{}
 		for name := range typed {
 			next.Set(name, typed.Get(name))
 		}
-		q.First = found[n-1].Leaf + 1
+		q.First = found.Events[last].Leaf + 1
 		next.Set("first", q.values().Get("first"))
 		v.More = "/console/audit?" + next.Encode()
 	}

@@ -263,7 +263,7 @@ func (s trail) Trail(_ context.Context, c identity.Caller, rid string) (admin.Tr
 	return admin.Trail{Logs: []admin.TrailLog{{Origin: 1, Name: "km1/1", Size: 8, Begun: when}}, Waiting: 1}, s.saw(c, rid)
 }
 
-func (s trail) Search(_ context.Context, c identity.Caller, rid string, q admin.Query) ([]admin.Found, error) {
+func (s trail) Search(_ context.Context, c identity.Caller, rid string, q admin.Query) (admin.Findings, error) {
 	err := s.saw(c, rid)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -273,7 +273,7 @@ func (s trail) Search(_ context.Context, c identity.Caller, rid string, q admin.
 	for range s.many {
 		list = append(list, admin.Found{Leaf: int64(7 + len(list)), Text: text})
 	}
-	return list[:min(len(list), q.Limit)], err
+	return admin.Findings{Events: list[:min(len(list), q.Limit)], More: len(list) >= q.Limit}, err
 }
 
 func (s trail) Proof(_ context.Context, c identity.Caller, rid string, leaf int64) (audit.Proof, error) {

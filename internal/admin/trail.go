@@ -138,13 +138,19 @@ type Found struct {
 	Text string `json:"text"` // the canonical one, which is JSON and the leaf
 }
 
+// Findings are what a search found, in the log's order.
+type Findings struct {
+	Events []Found `json:"events"`
+	More   bool    `json:"more"` // there may be others behind these
+}
+
 // TrailBackend is what stands behind the routes of the audit log. Each call is of an
 // operator who may read it, and records that he did.
 type TrailBackend interface {
 	Trail(ctx context.Context, c identity.Caller, rid string) (Trail, error)
 	// Search lists events of the log of an origin in the order of its leaves, and then
 	// those that are in no log yet.
-	Search(ctx context.Context, c identity.Caller, rid string, q Query) ([]Found, error)
+	Search(ctx context.Context, c identity.Caller, rid string, q Query) (Findings, error)
 	// Proof proves that the present log has a leaf.
 	Proof(ctx context.Context, c identity.Caller, rid string, leaf int64) (audit.Proof, error)
 	// Bundle writes the leaves from first up to, and without, end of the log of an origin
@@ -160,11 +166,6 @@ const (
 	pathProof  = "/api/v1/audit/proof"
 	pathBundle = "/api/v1/audit/bundle"
 )
-
-// foundObject is the body of an answer to a search.
-type foundObject struct {
-	Events []Found `json:"events"`
-}
 
 // auditor says whether the caller may read the log.
 func (x *exchange) auditor() error {
@@ -207,13 +208,12 @@ func (c Config) trail(ctx context.Context, x *exchange) (Trail, error) {
 	return c.Trail.Trail(ctx, x.caller, x.rid)
 }
 
-func (c Config) search(ctx context.Context, x *exchange) (foundObject, error) {
+func (c Config) search(ctx context.Context, x *exchange) (Findings, error) {
 	q, err := parseQuery(x.r.URL.Query())
 	if err != nil {
-		return foundObject{}, refusal{err}
+		return Findings{}, refusal{err}
 	}
-	found, err := c.Trail.Search(ctx, x.caller, x.rid, q)
-	return foundObject{found}, err
+	return c.Trail.Search(ctx, x.caller, x.rid, q)
 }
 
 func (c Config) proof(ctx context.Context, x *exchange) (audit.Proof, error) {
@@ -279,10 +279,8 @@ func (c *Client) Trail(ctx context.Context) (t Trail, err error) {
 }
 
 // Search looks for events.
-func (c *Client) Search(ctx context.Context, q Query) ([]Found, error) {
-	var o foundObject
-	err := c.get(ctx, pathSearch+"?"+q.values().Encode(), &o)
-	return o.Events, err
+func (c *Client) Search(ctx context.Context, q Query) (f Findings, err error) {
+	return f, c.get(ctx, pathSearch+"?"+q.values().Encode(), &f)
 }
 
 // Proof proves that the log has a leaf. Whoever gets the proof verifies it.

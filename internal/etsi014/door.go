@@ -147,13 +147,12 @@ func (d *Door) begin(w http.ResponseWriter, r *http.Request) *exchange {
 
 // identify sets the caller, who must be an SAE.
 func (x *exchange) identify() (identity.SAE, error) {
-	var err error
-	if x.Caller, err = x.d.Identify(x.R); err != nil {
-		return identity.SAE{}, problem.Because(problem.Unauthorized, err)
+	if err := x.Know(x.d.Identify); err != nil {
+		return identity.SAE{}, err
 	}
 	sae, ok := x.Caller.SAE()
 	if !ok {
-		return identity.SAE{}, problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no SAE", x.Caller.Role()))
+		return identity.SAE{}, problem.Because(problem.Unauthorized, fmt.Errorf("a %s has no keys of its own", x.Caller.Role()))
 	}
 	return sae, nil
 }

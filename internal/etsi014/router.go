@@ -35,7 +35,7 @@ var openAPI []byte
 
 func (d *Door) describe(w http.ResponseWriter, r *http.Request) {
 	x := d.begin(w, r)
-	if _, err := x.identify(); err != nil {
+	if err := x.Know(d.Identify); err != nil {
 		x.refuse(err)
 		return
 	}
@@ -62,7 +62,7 @@ func (d *Door) methodNotAllowed(w http.ResponseWriter, r *http.Request) {
 func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, status int, why string) {
 	x := d.begin(w, r)
 	x.Route = unrouted // a caller may think of any method and path
-	if _, err := x.identify(); err != nil {
+	if err := x.Know(d.Identify); err != nil {
 		x.refuse(err)
 		return
 	}

@@ -375,7 +375,7 @@ func TestWatchedLogEnds(t *testing.T) {
 	look := func(origin, first int64) (int, problem.Kind) {
 		t.Helper()
 		found, err := door.Search(t.Context(), identity.Caller{}, "rid", admin.Query{Origin: origin, First: first, Limit: 100, Watch: true})
-		return len(found), problem.KindOf(err)
+		return len(found.Events), problem.KindOf(err)
 	}
 	var none problem.Kind
 	for _, step := range []struct {

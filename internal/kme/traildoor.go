@@ -103,8 +103,12 @@ func (d TrailDoor) Trail(ctx context.Context, c identity.Caller, rid string) (t 
 	return t, err
 }
 
+// maxFoundBytes is about how much of events one search finds: a client reads no answer
+// without end.
+const maxFoundBytes = 1 << 20
+
 // Search looks for events.
-func (d TrailDoor) Search(ctx context.Context, c identity.Caller, rid string, q admin.Query) (found []admin.Found, err error) {
+func (d TrailDoor) Search(ctx context.Context, c identity.Caller, rid string, q admin.Query) (found admin.Findings, err error) {
 	f := auditlog.Filter{
 		From: q.From, To: q.To, First: q.First, SAE: q.SAE, Key: q.Key, Request: q.Request, Action: q.Action, Outcome: q.Outcome,
 		Serial: q.Serial, Operator: q.Operator, Limit: q.Limit, Placed: q.Watch,
@@ -119,8 +123,14 @@ func (d TrailDoor) Search(ctx context.Context, c identity.Caller, rid string, q 
 	err = read(ctx, c, rid, "search: "+described(q), func(ctx context.Context) error {
 		return d.reader.Snapshot(ctx, q.Origin, func(l *auditlog.Snapshot) error {
 			rows, err := l.Search(ctx, f)
-			for _, r := range rows {
-				found = append(found, admin.Found{Leaf: r.Leaf, Text: string(r.Body)})
+			found.More = len(rows) == q.Limit
+			size := 0
+			for i, r := range rows {
+				if size += len(r.Body); i > 0 && size > maxFoundBytes {
+					found.More = true
+					break
+				}
+				found.Events = append(found.Events, admin.Found{Leaf: r.Leaf, Text: string(r.Body)})
 			}
 			if err != nil || len(rows) > 0 || q.Origin == 0 {
 				return err

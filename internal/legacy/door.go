@@ -157,14 +157,9 @@ type exchange struct {
 	d *Door
 }
 
-// identify sets the caller, who must be an SAE, or a gateway that speaks for some.
 func (x *exchange) identify() error {
-	var err error
-	if x.Caller, err = x.d.Identify(x.R); err != nil {
-		return refusal{problem.Because(problem.Unauthorized, err)}
-	}
-	if role := x.Caller.Role(); role != identity.RoleSAE && role != identity.RoleGateway {
-		return refusal{problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no SAE", role))}
+	if err := x.Know(x.d.Identify); err != nil {
+		return refusal{err}
 	}
 	return nil
 }

@@ -51,6 +51,18 @@ func Begin(w http.ResponseWriter, r *http.Request, route string, log *slog.Logge
 	return x
 }
 
+// Know sets the caller, as identify says, who must be an SAE, or a gateway that speaks for
+// some. Its error is a problem, Unauthorized.
+func (x *Exchange) Know(identify func(*http.Request) (identity.Caller, error)) (err error) {
+	if x.Caller, err = identify(x.R); err != nil {
+		return problem.Because(problem.Unauthorized, err)
+	}
+	if role := x.Caller.Role(); role != identity.RoleSAE && role != identity.RoleGateway {
+		return problem.Because(problem.Unauthorized, fmt.Errorf("a caller of role %q is no SAE", role))
+	}
+	return nil
+}
+
 // Bodies bounds what the bodies of one caller's requests take in memory while they arrive,
 // which a client may draw out for as long as the server lets it (http.Server.ReadTimeout),
 // on as many connections as it has. The zero value has room.
