@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -456,9 +457,16 @@ func (c *AuditConfig) check(k *checker) {
 		at := fmt.Sprintf("audit.witnesses[%d].", i)
 		u, err := url.Parse(w.URL)
 		k.must(err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != "", at+"url", "is %q: the URL of add-checkpoint", w.URL)
+		k.must(err != nil || u.Scheme != "http" || isLoopback(u.Hostname()), at+"url", "is %q: https, since what a witness refuses stops deliveries", w.URL)
 		_, err = audit.NewWitness(w.Key)
 		k.must(err == nil, at+"key", "%v", err)
 	}
+}
+
+// isLoopback says whether a host is this machine.
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
 }
 
 func (c *Config) checkLinks(k *checker) {

@@ -192,7 +192,7 @@ func (c *call) refuse(ctx context.Context, err error) error {
 	if errors.Is(p, errExcess) {
 		c.k.tire(ctx, c.spender())
 	}
-	c.ev.Outcome, c.ev.Reason = audit.Refused, p.Error()
+	c.ev.Outcome, c.ev.Reason = audit.Refused, problem.Brief(p)
 	if p.Kind == problem.Unavailable || p.Kind == problem.Internal {
 		c.ev.Outcome = audit.Failed
 	}

@@ -70,10 +70,11 @@ func newLink(k *KME, c LinkConfig) *link {
 	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], announcer: k.announcerTo(c.Peer), patience: blockTime}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
-		lease: l.lease,
-		free:  func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
-		fresh: func(e key.Epoch) bool { return e >= l.usable() },
-		nodes: k.alive,
+		stocking: make(chan struct{}, 1),
+		lease:    l.lease,
+		free:     func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
+		fresh:    func(e key.Epoch) bool { return e >= l.usable() },
+		nodes:    k.alive,
 
 		wanting: make(chan struct{}, 1),
 	}
@@ -176,8 +177,11 @@ func say(s *peer.Stream, kind byte, f sessionFrame) error {
 	return s.Send(kind, body)
 }
 
+// maxSessionFrame is the longest frame, in bytes, with which a session is opened.
+const maxSessionFrame = 4 << 10
+
 func hear(s *peer.Stream, kind byte) (sessionFrame, error) {
-	got, body, err := s.Recv()
+	got, body, err := s.RecvShort(maxSessionFrame)
 	if err != nil {
 		return sessionFrame{}, err
 	}
@@ -289,7 +293,7 @@ func (k *KME) Classical(ctx context.Context, from identity.KME, s *peer.Stream) 
 	}
 	l := k.links[offer.Link]
 	if l == nil || l.Peer != from || l.End != handover.Bob {
-		k.incident(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %q, of which it is not Alice's end", from, offer.Link))
+		k.incident(ctx, "stranger-"+from.String(), fmt.Sprintf("%s opened a classical channel for link %.64q, of which it is not Alice's end", from, offer.Link))
 		return
 	}
 	l.follow(ctx, s, offer)

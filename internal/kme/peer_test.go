@@ -90,6 +90,13 @@ func TestStrangeNode(t *testing.T) {
 	if _, err := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: "km2-a", Run: 1}); err != nil {
 		t.Errorf("run of a node that there is: %v", err)
 	}
+	if _, err := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: "km2-a", Run: 2}); err != nil {
+		t.Error(err)
+	}
+	_, err := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: "km2-a", Run: 1})
+	if events = s.audit(); problem.KindOf(err) != problem.Invalid || events[len(events)-1] != (told{"malformed", "refused", "invalid: a higher run of node km2-a is known", 0}) {
+		t.Errorf("a run that is over: %v, and the event %+v", err, events[len(events)-1])
+	}
 }
 
 // TestAccept: Bob's end takes his own clock's epoch, and the neighbour close to the

@@ -55,8 +55,17 @@ func (d PeerDoor) Held(ctx context.Context, from identity.KME, h handover.Held) 
 
 // refuse records that a KME asked for what it has no part in.
 func (d PeerDoor) refuse(ctx context.Context, from identity.KME, err error) error {
-	ev := audit.Event{Action: audit.Malformed, Outcome: audit.Refused, Reason: err.Error(), Actor: audit.Actor{Role: string(identity.RoleKME), ID: from.String()}}
-	return d.k.recordOrCount(ctx, problem.Because(problem.Unauthorized, err), ev)
+	return d.refuseAs(ctx, from, problem.Because(problem.Unauthorized, err))
+}
+
+// refuseAs records a message that is refused.
+func (d PeerDoor) refuseAs(ctx context.Context, from identity.KME, p *problem.Error) error {
+	cause := error(p)
+	if p.Err != nil {
+		cause = p.Err
+	}
+	ev := audit.Event{Action: audit.Malformed, Outcome: audit.Refused, Reason: problem.Brief(cause), Actor: audit.Actor{Role: string(identity.RoleKME), ID: from.String()}}
+	return d.k.recordOrCount(ctx, p, ev)
 }
 
 // known refuses what comes in the name of a node that network.yaml does not give to
@@ -108,7 +117,7 @@ func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStar
 		return nil, err
 	}
 	if !ok {
-		return nil, problem.New(problem.Invalid, "a higher run of node %s is known", r.Node)
+		return nil, d.refuseAs(ctx, from, problem.New(problem.Invalid, "a higher run of node %s is known", r.Node))
 	}
 	return rows, nil
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -45,15 +46,16 @@ type pool struct {
 	fresh func(key.Epoch) bool                                        // false once atoms of that epoch are too old to be used
 	nodes func() int                                                  // that share the link's chunks
 
-	stocking sync.Mutex // held while chunks are leased or given back; taken before mu
+	stocking chan struct{} // of one place, taken while chunks are leased or given back, and before mu
 
 	mu      sync.Mutex
 	leases  []*held
-	newest  int64         // the highest chunk that ever was in hand
-	burned  int64         // chunks below this one are not in the database any more
-	used    time.Time     // last time that somebody asked
-	low     int           // atoms in hand below which more are leased ahead of need
-	wanting chan struct{} // there are fewer: to whoever stocks
+	newest  int64                    // the highest chunk that ever was in hand
+	burned  int64                    // chunks below this one are not in the database any more
+	dropped []func(store.Lease) bool // leases whose atoms are burned, those among them that are lent
+	used    time.Time                // last time that somebody asked
+	low     int                      // atoms in hand below which more are leased ahead of need
+	wanting chan struct{}            // there are fewer: to whoever stocks
 }
 
 // held is a leased chunk and its atoms not yet lent, in index order.
@@ -72,8 +74,12 @@ func (p *pool) take(ctx context.Context, number, atoms int) ([]lent, error) {
 	if got, _ := p.lend(nil, number, atoms); got != nil {
 		return got, nil
 	}
-	p.stocking.Lock()
-	defer p.stocking.Unlock()
+	select {
+	case p.stocking <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for chunks to be leased: %w", ctx.Err())
+	}
+	defer p.stocked()
 	got, short := p.lend(nil, number, atoms)
 	for got == nil {
 		leases, err := p.more(ctx, short)
@@ -121,6 +127,9 @@ func (p *pool) enter(leases []store.Lease) {
 	}
 }
 
+// stocked gives back the place in stocking.
+func (p *pool) stocked() { <-p.stocking }
+
 // stock leases more whenever there is little in hand, so that nobody has to wait for
 // it, until ctx ends.
 func (p *pool) stock(ctx context.Context) error {
@@ -130,14 +139,16 @@ func (p *pool) stock(ctx context.Context) error {
 			return ctx.Err()
 		case <-p.wanting:
 		}
-		p.stocking.Lock()
-		leases, err := p.more(ctx, 1)
+		p.stocking <- struct{}{}
+		asking, cancel := context.WithTimeout(ctx, requestTime) // requests wait for this
+		leases, err := p.more(asking, 1)
+		cancel()
 		if err == nil { // otherwise the request that misses them says why
 			p.mu.Lock()
 			p.enter(leases)
 			p.mu.Unlock()
 		}
-		p.stocking.Unlock()
+		p.stocked()
 	}
 }
 
@@ -193,20 +204,22 @@ func (p *pool) add(h *held) int {
 	return at
 }
 
-// drop takes out of hand the leases that are meant: their atoms are burned.
+// drop takes out of hand the leases that are meant: their atoms are burned. Those that
+// requests have in hand do not come back.
 func (p *pool) drop(meant func(store.Lease) bool) {
-	p.stocking.Lock()
-	defer p.stocking.Unlock()
+	p.stocking <- struct{}{}
+	defer p.stocked()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leases = slices.DeleteFunc(p.leases, func(h *held) bool { return meant(h.Lease) })
+	p.dropped = append(p.dropped, meant)
 }
 
 // forget drops all leases, also one that is being made: their atoms are not in the
 // database any more. Nor are those that requests have in hand, and may yet give back.
 func (p *pool) forget() {
-	p.stocking.Lock()
-	defer p.stocking.Unlock()
+	p.stocking <- struct{}{}
+	defer p.stocked()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leases = nil
@@ -222,7 +235,7 @@ func (p *pool) give(atoms []lent) {
 
 func (p *pool) put(atoms []lent) {
 	for _, a := range atoms {
-		if a.from.Chunk < p.burned {
+		if a.from.Chunk < p.burned || slices.ContainsFunc(p.dropped, func(meant func(store.Lease) bool) bool { return meant(*a.from) }) {
 			continue
 		}
 		i := slices.IndexFunc(p.leases, func(h *held) bool { return h.Chunk == a.from.Chunk })
@@ -237,8 +250,8 @@ func (p *pool) put(atoms []lent) {
 
 // empty takes all leases out of the pool.
 func (p *pool) empty() []*held {
-	p.stocking.Lock()
-	defer p.stocking.Unlock()
+	p.stocking <- struct{}{}
+	defer p.stocked()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.drain()
@@ -252,8 +265,8 @@ func (p *pool) drain() []*held {
 
 // idle is empty if nobody has asked for a while, and otherwise nothing.
 func (p *pool) idle() []*held {
-	p.stocking.Lock()
-	defer p.stocking.Unlock()
+	p.stocking <- struct{}{}
+	defer p.stocked()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.used) < idleLease {

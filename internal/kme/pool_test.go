@@ -41,7 +41,7 @@ func one() int { return 1 }
 
 func newFibre() *fibre {
 	f := &fibre{lent: make(map[key.ID]lent), used: make(map[key.ID]bool)}
-	f.pool = pool{lease: f.lease, free: f.free, fresh: f.fresh, nodes: one}
+	f.pool = pool{stocking: make(chan struct{}, 1), lease: f.lease, free: f.free, fresh: f.fresh, nodes: one}
 	return f
 }
 
@@ -380,5 +380,42 @@ func TestForget(t *testing.T) {
 	f.chunks[0].Chunk = 7 // a new one
 	if got, err = f.pool.take(t.Context(), 1, 1); err != nil || len(got) != 1 || got[0].from.Chunk != 7 {
 		t.Errorf("take from a new chunk: %v, %v", got, err)
+	}
+}
+
+// TestDrop: what a compromise has burned does not come back from requests that had it.
+func TestDrop(t *testing.T) {
+	t.Parallel()
+	f := newFibre()
+	f.grow(1, ^uint64(0))
+	f.grow(1, ^uint64(0))
+	got, err := f.pool.take(t.Context(), key.ChunkAtoms+1, 1) // of both
+	if err != nil || len(got) != key.ChunkAtoms+1 {
+		t.Fatalf("take: %d atoms, %v", len(got), err)
+	}
+	bad := got[0].from.Chunk
+	f.pool.drop(func(l store.Lease) bool { return l.Chunk == bad })
+	f.pool.give(got)
+	again, short := f.pool.lend(nil, key.ChunkAtoms, 1)
+	if short != 0 {
+		t.Fatalf("%d atoms are missing", short)
+	}
+	for _, a := range again {
+		if a.from.Chunk == bad {
+			t.Fatalf("atom %d of a burned chunk is lent", a.Index)
+		}
+	}
+}
+
+// TestPoolIsNotWaitedFor: a request waits for chunks that somebody else leases no longer
+// than it has time.
+func TestPoolIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	f := newFibre()
+	f.pool.stocking <- struct{}{} // the database hangs
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if got, err := f.pool.take(ctx, 1, 1); !errors.Is(err, context.Canceled) {
+		t.Errorf("take: %d atoms, %v", len(got), err)
 	}
 }

@@ -219,6 +219,9 @@ func (d PeerDoor) Checkpoint(ctx context.Context, from identity.KME, s audit.Sub
 		k.raise(ctx, "audit-log-"+from.String(), fmt.Sprintf("the audit log of %s: %v", from, forked))
 		return answer, &problem.Error{Kind: problem.Forbidden, Detail: forked.Error(), Err: forked}
 	}
+	if p, ok := errors.AsType[*problem.Error](err); ok && p.Kind == problem.Invalid {
+		return answer, d.refuseAs(ctx, from, p)
+	}
 	return answer, err
 }
 

@@ -134,7 +134,7 @@ func FuzzFrames(f *testing.F) {
 		in := bytes.NewReader(wire)
 		var again []byte
 		for {
-			kind, body, err := readFrame(in)
+			kind, body, err := readFrame(in, MaxFrame)
 			if errors.Is(err, io.EOF) && in.Len() != 0 {
 				t.Fatal("EOF before the end")
 			}

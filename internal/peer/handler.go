@@ -127,7 +127,7 @@ func serve[Q, A message](d *door, path string, act func(context.Context, identit
 		}
 		question, err := parse[Q](body)
 		if err != nil {
-			d.refuse(w, r, caller, route, &problem.Error{Kind: problem.Invalid, Detail: err.Error()})
+			d.refuse(w, r, caller, route, &problem.Error{Kind: problem.Invalid, Detail: problem.Brief(err)})
 			return
 		}
 		answer, err := act(r.Context(), from, question)

@@ -177,7 +177,12 @@ func (s *Stream) beat() {
 
 // Recv reads the next frame. The body is the caller's.
 func (s *Stream) Recv() (kind byte, body []byte, err error) {
-	kind, body, err = readFrame(s.in)
+	return s.RecvShort(MaxFrame)
+}
+
+// RecvShort is Recv of a frame of which no more than most bytes are wanted.
+func (s *Stream) RecvShort(most int) (kind byte, body []byte, err error) {
+	kind, body, err = readFrame(s.in, most)
 	if err != nil {
 		return 0, nil, fmt.Errorf("receiving a frame: %w", s.overdue(err))
 	}
@@ -207,7 +212,7 @@ func appendFrame(b []byte, kind byte, body []byte) ([]byte, error) {
 // readFrame reads the next frame that is not a beat. Memory grows with what has
 // arrived, not with what the length promises. The error is io.EOF only at the end
 // of a frame.
-func readFrame(r io.Reader) (kind byte, body []byte, err error) {
+func readFrame(r io.Reader, most int) (kind byte, body []byte, err error) {
 	var head [5]byte
 	for {
 		if _, err := io.ReadFull(r, head[:4]); err != nil {
@@ -218,8 +223,8 @@ func readFrame(r io.Reader) (kind byte, body []byte, err error) {
 		}
 	}
 	n := int(binary.BigEndian.Uint32(head[:]))
-	if n > MaxFrame {
-		return 0, nil, fmt.Errorf("frame of %d bytes is longer than %d", n, MaxFrame)
+	if n > most {
+		return 0, nil, fmt.Errorf("frame of %d bytes is longer than %d", n, most)
 	}
 	if _, err := io.ReadFull(r, head[4:]); err != nil {
 		return 0, nil, unexpected(err)

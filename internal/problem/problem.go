@@ -6,6 +6,7 @@ package problem
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -67,4 +68,17 @@ func KindOf(err error) Kind {
 		return e.Kind
 	}
 	return Internal
+}
+
+// maxBrief bounds the text of Brief, in bytes.
+const maxBrief = 1 << 10
+
+// Brief is the text of an error of which a stranger may have chosen a part, as the name
+// of a member that he made up: no more of it than is worth keeping.
+func Brief(err error) string {
+	text := err.Error()
+	if len(text) <= maxBrief {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxBrief], "") + " ..."
 }

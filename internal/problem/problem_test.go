@@ -83,3 +83,17 @@ func TestKindOf(t *testing.T) {
 		t.Errorf("the cause of %v is %v", gone, e)
 	}
 }
+
+func TestBrief(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"short":                               "short",
+		strings.Repeat("x", 1024):             strings.Repeat("x", 1024),
+		strings.Repeat("x", 1023) + "\u00e4b": strings.Repeat("x", 1023) + " ...",
+		strings.Repeat("x", 1<<20):            strings.Repeat("x", 1024) + " ...",
+	} {
+		if got := Brief(errors.New(text)); got != want {
+			t.Errorf("%d bytes: %d bytes that end with %q", len(text), len(got), got[max(0, len(got)-8):])
+		}
+	}
+}
