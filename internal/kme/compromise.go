@@ -183,14 +183,11 @@ func (k *KME) tellCompromises(ctx context.Context) {
 func (k *KME) endCompromises(ctx context.Context) error {
 	k.burning.Lock()
 	defer k.burning.Unlock()
-	all, err := k.Store.Compromises(ctx, 0)
+	unfinished, err := k.Store.UnfinishedCompromises(ctx)
 	if err != nil {
 		return err
 	}
-	for _, c := range all {
-		if c.Done {
-			continue
-		}
+	for _, c := range unfinished {
 		if _, _, err := k.burnCompromised(ctx, c); err != nil {
 			return err
 		}

@@ -74,11 +74,15 @@ func givePadsUp(ctx context.Context, a *attempt, c Compromise, session, block in
 }
 
 // HearCompromise makes durable what a peer says of the link with it, and gives up the pads
-// of the blocks that are meant. Heard again, it is the same.
+// of the blocks that are meant. Heard again, it is the same. Its number alone tells nothing:
+// an act there may mean several links to here, and one after the peer was set back has the
+// number of one before.
 func (db *DB) HearCompromise(ctx context.Context, from identity.KME, m handover.Compromise, event audit.Event) (Compromise, error) {
 	c := Compromise{Link: m.Link, First: key.Epoch(m.First), Last: key.Epoch(m.Last), Why: "told by " + from.String()}
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		err := a.conn.QueryRow(ctx, "SELECT id, chunks, done_at IS NOT NULL FROM compromise WHERE peer = $1 AND act = $2", from.String(), m.Act).Scan(&c.ID, &c.Chunks, &c.Done)
+		err := a.conn.QueryRow(ctx, `SELECT id, chunks, done_at IS NOT NULL FROM compromise
+			WHERE peer = $1 AND act = $2 AND link = $3 AND first_epoch = $4 AND last_epoch = $5 AND session = $6 AND block = $7`,
+			from.String(), m.Act, m.Link, c.First, c.Last, m.Session, m.Block).Scan(&c.ID, &c.Chunks, &c.Done)
 		if !errors.Is(err, pgx.ErrNoRows) {
 			return err
 		}
@@ -87,8 +91,8 @@ func (db *DB) HearCompromise(ctx context.Context, from identity.KME, m handover.
 			return err
 		}
 		a.record(event)
-		return a.conn.QueryRow(ctx, `INSERT INTO compromise (peer, act, link, first_epoch, last_epoch, chunks, why)
-			SELECT $1, $2, $3, $4, $5, coalesce(max(id), 0), $6 FROM chunk WHERE link = $3 AND (session, block) <= ($7::bigint, $8::bigint)
+		return a.conn.QueryRow(ctx, `INSERT INTO compromise (peer, act, link, first_epoch, last_epoch, chunks, why, session, block)
+			SELECT $1, $2, $3, $4, $5, coalesce(max(id), 0), $6, $7, $8 FROM chunk WHERE link = $3 AND (session, block) <= ($7::bigint, $8::bigint)
 			RETURNING id, chunks`, from.String(), m.Act, m.Link, c.First, c.Last, c.Why, m.Session, m.Block).Scan(&c.ID, &c.Chunks)
 	}), nil)
 	if err != nil {
@@ -99,7 +103,16 @@ func (db *DB) HearCompromise(ctx context.Context, from identity.KME, m handover.
 
 // Compromises lists those after an ID, oldest first.
 func (db *DB) Compromises(ctx context.Context, after int64) ([]Compromise, error) {
-	rows, _ := db.pool.Query(ctx, "SELECT id, link, first_epoch, last_epoch, chunks, why, done_at IS NOT NULL FROM compromise WHERE id > $1 ORDER BY id", after)
+	return db.compromises(ctx, "id > $1", after)
+}
+
+// UnfinishedCompromises lists those of which something may be left here, oldest first.
+func (db *DB) UnfinishedCompromises(ctx context.Context) ([]Compromise, error) {
+	return db.compromises(ctx, "done_at IS NULL")
+}
+
+func (db *DB) compromises(ctx context.Context, which string, args ...any) ([]Compromise, error) {
+	rows, _ := db.pool.Query(ctx, "SELECT id, link, first_epoch, last_epoch, chunks, why, done_at IS NOT NULL FROM compromise WHERE "+which+" ORDER BY id", args...)
 	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Compromise])
 	if err != nil {
 		return nil, away("listing compromises", err)
@@ -136,7 +149,10 @@ func (db *DB) BurnCompromised(ctx context.Context, c Compromise, event func(link
 // event makes the event of each batch.
 func (db *DB) VoidCompromised(ctx context.Context, c Compromise, limit int, event func(rows []DueRef) audit.Event) (ended int, err error) {
 	var all []overdueRow
-	err = db.scan(ctx, func(tx pgx.Tx) error {
+	err = db.proven(ctx, func(tx pgx.Tx) error { // an older list would leave some for ever
+		if _, err := tx.Exec(ctx, wholeTables); err != nil {
+			return err
+		}
 		rows, _ := tx.Query(ctx, `SELECT key_id, sae, expiry_epoch FROM due WHERE ct IS NOT NULL AND key_id >= $1 AND key_id < $2
 			AND ($3 IN ('', link) OR link = '' AND provenance <> 'local-rng')`,
 			[16]byte(key.MinID(c.First.Start(db.cfg.EpochLength))), [16]byte(key.MinID(c.Last.End(db.cfg.EpochLength))), c.Link)

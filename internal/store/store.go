@@ -177,10 +177,12 @@ func away(doing string, err error) error {
 // pool's connections would steer it away from.
 func (db *DB) scan(ctx context.Context, read func(pgx.Tx) error) error {
 	return pgx.BeginTxFunc(ctx, db.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		_, err := tx.Exec(ctx, "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_bitmapscan = on")
-		if err != nil {
+		if _, err := tx.Exec(ctx, wholeTables); err != nil {
 			return err
 		}
 		return read(tx)
 	})
 }
+
+// wholeTables undoes pointLookups until the end of the transaction.
+const wholeTables = "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_bitmapscan = on"
