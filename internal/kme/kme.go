@@ -464,7 +464,8 @@ func (k *KME) hsmWell() error {
 // and a site that was restored to the past, theirs or ours.
 func (k *KME) greet(ctx context.Context) {
 	for id, client := range k.Peers {
-		known, mine := k.figures(ctx, id), k.hello(ctx, id, k.standing(ctx))
+		known, ok := k.figures(ctx, id)
+		mine := k.hello(ctx, id, k.standing(ctx))
 		before, asked := k.Now(), time.Now()
 		asking, cancel := context.WithTimeout(ctx, 2*time.Second)
 		h, err := client.Hello(asking, mine)
@@ -481,7 +482,7 @@ func (k *KME) greet(ctx context.Context) {
 			k.clear(ctx, "slow-"+id.String())
 		}
 		k.judgeClock(ctx, id, h, before)
-		k.judgePeer(ctx, id, h, known)
+		k.judgePeer(ctx, id, h, known, ok)
 		k.judgeSelf(ctx, id, h, k.standing(ctx))
 		k.tellRunAgain(ctx, id)
 	}
@@ -520,7 +521,7 @@ func (k *KME) judgeClock(ctx context.Context, id identity.KME, h handover.Hello,
 // hello is what this node says to a peer; s is how this site stands.
 func (k *KME) hello(ctx context.Context, to identity.KME, s store.Standing) handover.Hello {
 	h := handover.Hello{KME: k.Self, Node: k.Node, Run: k.run.Load(), Site: s.Figures, Suspended: k.suspended() != ""}
-	if h.Yours = k.figures(ctx, to); h.Yours.Origin > 0 {
+	if h.Yours, _ = k.figures(ctx, to); h.Yours.Origin > 0 {
 		h.Acked = k.past.answeredBy(to, k.Node, h.Yours.Origin)
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookTime)

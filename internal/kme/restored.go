@@ -222,19 +222,17 @@ func (k *KME) standing(ctx context.Context) store.Standing {
 	return s
 }
 
-// figures are what a peer has told of itself; of origin 0 if nothing, or while the
-// database is away.
-func (k *KME) figures(ctx context.Context, peer identity.KME) handover.Figures {
+// figures are what a peer has told of itself, of origin 0 if nothing. ok is false while the
+// database is away: then nothing is known of the peer, and it is not known that it has told
+// nothing.
+func (k *KME) figures(ctx context.Context, peer identity.KME) (f handover.Figures, ok bool) {
 	if k.Store.Healthy() != nil {
-		return handover.Figures{}
+		return handover.Figures{}, false
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
 	f, err := k.Store.Figures(ctx, peer)
-	if err != nil {
-		return handover.Figures{}
-	}
-	return f
+	return f, err == nil
 }
 
 // judgeSelf compares what a peer remembers of us with how we stand: now must have
@@ -242,12 +240,8 @@ func (k *KME) figures(ctx context.Context, peer identity.KME) handover.Figures {
 // before it was told.
 func (k *KME) judgeSelf(ctx context.Context, from identity.KME, h handover.Hello, now store.Standing) {
 	why := now.Behind(h.Yours)
-	if h.Yours.Origin == now.Origin && now.Origin > 0 { // otherwise it speaks of a time before our last recovery
-		for _, a := range h.Acked {
-			if known, err := k.Store.PeerRun(ctx, from, a.Node); err == nil {
-				why = cmp.Or(why, known.Behind(a))
-			}
-		}
+	if h.Yours.Origin == now.Origin && now.Origin > 0 && len(h.Acked) > 0 { // otherwise it speaks of a time before our last recovery
+		why = cmp.Or(why, k.forgotten(ctx, from, h.Acked))
 	}
 	if why == "" || k.suspended() != "" {
 		return
@@ -255,10 +249,33 @@ func (k *KME) judgeSelf(ctx context.Context, from identity.KME, h handover.Hello
 	k.Log.Error("restored", "err", k.found(ctx, from, why))
 }
 
+// forgotten says which of the batches that we have answered are not known here any more; ""
+// if all are, or if that cannot be told for sure: what an old primary says accuses nobody.
+func (k *KME) forgotten(ctx context.Context, by identity.KME, acked []handover.Acked) (why string) {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	var nodes []string
+	for _, a := range acked {
+		nodes = append(nodes, a.Node)
+	}
+	known, err := k.Store.PeerRuns(ctx, by, nodes)
+	if err != nil {
+		return "" // the next hello is judged again
+	}
+	for _, a := range acked {
+		why = cmp.Or(why, known[a.Node].Behind(a))
+	}
+	return why
+}
+
 // judgePeer compares a peer's answer with what it had told before it was asked, and
 // keeps its figures if it is not in the past. Nothing is announced to a peer that
-// is, nor accepted from it, until it has been recovered.
-func (k *KME) judgePeer(ctx context.Context, id identity.KME, h handover.Hello, known handover.Figures) {
+// is, nor accepted from it, until it has been recovered. Without knowing what it had told
+// (ok is false) it is what it was.
+func (k *KME) judgePeer(ctx context.Context, id identity.KME, h handover.Hello, known handover.Figures, ok bool) {
+	if !ok {
+		return
+	}
 	behind := h.Site.Behind(known)
 	if behind == "" && h.Suspended {
 		behind = "it says so itself"

@@ -101,6 +101,26 @@ func (db *DB) PeerRun(ctx context.Context, peer identity.KME, node string) (hand
 	return p, nil
 }
 
+// PeerRuns is what is known for sure of the nodes of a peer that are named, by their names:
+// see proven. Of those that are missing nothing is known.
+func (db *DB) PeerRuns(ctx context.Context, peer identity.KME, nodes []string) (map[string]handover.PeerRun, error) {
+	known := make(map[string]handover.PeerRun)
+	err := db.proven(ctx, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, "SELECT node, run, last, anew FROM peer_run WHERE peer = $1 AND node = ANY($2::text[])", peer.String(), nodes)
+		var node string
+		var p handover.PeerRun
+		_, err := pgx.ForEachRow(rows, []any{&node, &p.Run, &p.Last, &p.Anew}, func() error {
+			known[node] = p
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return nil, away("reading a peer's runs", err)
+	}
+	return known, nil
+}
+
 // HearRun notes durably that a peer's node has begun a run: announces of lower ones
 // are refused from then on. ok is false if a higher run is known; otherwise rows
 // are the next keys, in the order of IDs and at most handover.MaxAssigned, that were
