@@ -2,10 +2,12 @@ package deploy
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -40,6 +42,8 @@ func TestAlerts(t *testing.T) {
 		Groups []struct {
 			Rules []struct {
 				Alert       string            `yaml:"alert"`
+				Expr        string            `yaml:"expr"`
+				For         string            `yaml:"for"`
 				Labels      map[string]string `yaml:"labels"`
 				Annotations map[string]string `yaml:"annotations"`
 			} `yaml:"rules"`
@@ -50,9 +54,14 @@ func TestAlerts(t *testing.T) {
 	}
 	tests, index := read(t, "alerts/kme.rules_test.yml"), read(t, "runbooks/README.md")
 	n := 0
+	atOnce := make(map[string]*regexp.Regexp) // which alarms an alert without "for" tells of
 	for _, g := range rules.Groups {
 		for _, r := range g.Rules {
 			n++
+			if about, is := strings.CutPrefix(r.Expr, `kme_alarm{about=~"`); is && r.For == "" {
+				about, _, _ = strings.Cut(about, `"`)
+				atOnce[r.Alert] = regexp.MustCompile("^(?:" + about + ")$") // as Prometheus anchors it
+			}
 			if !strings.Contains(tests, "alertname: "+r.Alert+"\n        exp_alerts: [{") {
 				t.Errorf("%s is not seen to come in kme.rules_test.yml", r.Alert)
 			}
@@ -70,6 +79,23 @@ func TestAlerts(t *testing.T) {
 	}
 	if n < 15 {
 		t.Errorf("%d rules were found", n)
+	}
+
+	// An alarm of what has happened ends by itself: an alert that waits would not come.
+	incidents := alarms(t, "incident")
+	if len(incidents) < 5 {
+		t.Errorf("found %q in internal/kme", slices.Collect(maps.Keys(incidents)))
+	}
+	for name := range incidents {
+		var told []string
+		for alert, about := range atOnce {
+			if about.MatchString(name) {
+				told = append(told, alert)
+			}
+		}
+		if len(told) != 1 {
+			t.Errorf("the alarm %s, which ends by itself, is told of by %q: want one alert without \"for\"", name, told)
+		}
 	}
 }
 
@@ -122,13 +148,13 @@ func TestUnits(t *testing.T) {
 		run(t, "systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit)
 	}
 	unit := read(t, "systemd/kmed.service")
-	for _, line := range []string{"Type=notify", "WatchdogSec=", "LoadCredential=hsm.pin:", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
+	for _, line := range []string{"Type=notify", "WatchdogSec=", "LoadCredential=hsm.pin:", "SetCredential=hsm.pin:\\n\n", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
 		if !strings.Contains(unit, "\n"+line) {
 			t.Errorf("kmed.service has no %s", line)
 		}
 	}
 	sequencer := read(t, "systemd/kmed-sequencer.service")
-	for _, line := range []string{"User=kme-seq", "LoadCredential=hsm.pin:", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
+	for _, line := range []string{"User=kme-seq", "LoadCredential=hsm.pin:", "SetCredential=hsm.pin:\\n\n", "InaccessiblePaths=-/etc/kmed/kmed.yaml\n", "LoadCredential=pgpass:", "RestartPreventExitStatus=78", "LimitCORE=0"} {
 		if !strings.Contains(sequencer, "\n"+line) {
 			t.Errorf("kmed-sequencer.service has no %s", line)
 		}
@@ -210,12 +236,11 @@ func TestPackage(t *testing.T) {
 	}
 }
 
-// raised are the places in internal/kme where an alarm is named.
-var raised = regexp.MustCompile(`(?:raise|suspect|incident|judgeStrays)\(ctx, "([a-z-]+)"`)
-
-// TestAlarms: every alarm has its row in DEGRADED.md, and its page for whoever is on call.
-func TestAlarms(t *testing.T) {
-	t.Parallel()
+// alarms are the names of those that are raised in internal/kme by one of the calls; a
+// name that ends with - is followed by what it is about.
+func alarms(t *testing.T, calls string) map[string]bool {
+	t.Helper()
+	raised := regexp.MustCompile(`(?:` + calls + `)\(ctx, "([a-z-]+)"`)
 	names := make(map[string]bool)
 	files, err := filepath.Glob("../internal/kme/*.go")
 	if err != nil {
@@ -225,14 +250,17 @@ func TestAlarms(t *testing.T) {
 		if strings.HasSuffix(file, "_test.go") {
 			continue
 		}
-		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range raised.FindAllStringSubmatch(string(text), -1) {
+		for _, m := range raised.FindAllStringSubmatch(read(t, file), -1) {
 			names[m[1]] = true
 		}
 	}
+	return names
+}
+
+// TestAlarms: every alarm has its row in DEGRADED.md, and its page for whoever is on call.
+func TestAlarms(t *testing.T) {
+	t.Parallel()
+	names := alarms(t, "raise|suspect|incident|judgeStrays")
 	if len(names) < 20 {
 		t.Errorf("found %d alarms in internal/kme", len(names))
 	}
