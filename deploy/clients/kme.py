@@ -197,7 +197,7 @@ class Etsi014:
     def dec_keys(self, master: str, key_ids: Sequence[str]) -> list[Key]:
         """The keys that master got under these IDs: all of them or none, and each only once."""
         keys = self._keys(master, "dec_keys", {"key_IDs": [{"key_ID": k} for k in key_ids]}, False)
-        if [k.key_id for k in keys] != list(key_ids):
+        if [k.key_id.lower() for k in keys] != [i.lower() for i in key_ids]:  # a UUID may be written either way
             raise AnswerLost("the KME answered with other keys than were asked for")
         return keys
 

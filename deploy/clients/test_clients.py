@@ -122,6 +122,8 @@ class Sae(unittest.TestCase):
         taken = self.bob.dec_keys("alice", [k.key_id for k in reversed(sent)])
         self.assertEqual([k.material for k in reversed(taken)], [k.material for k in sent])
         self.assertEqual(len(sent[0].material), 64)
+        loud, = self.alice.enc_keys("bob")
+        self.assertEqual(self.bob.dec_keys("alice", [loud.key_id.upper()])[0].material, loud.material)
         with self.assertRaises(Refused) as once:
             self.bob.dec_keys("alice", [sent[0].key_id])
         self.assertEqual(once.exception.status, 400)
