@@ -281,8 +281,20 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 		if err := os.WriteFile(b.cfg.RefusalFile, []byte("refused-pin-v1 600000 00"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(t.Context(), b.cfg); err == nil || f.Calls(hsmtest.Login) != 0 {
-			t.Errorf("got %v and %d logins, want none", err, f.Calls(hsmtest.Login))
+		if _, err := Open(t.Context(), b.cfg); !errors.Is(err, ErrPINRefused) || f.Calls(hsmtest.Login) != 0 {
+			t.Errorf("got %v and %d logins, want ErrPINRefused and none", err, f.Calls(hsmtest.Login))
+		}
+
+		// When told to, it is tried once: a wrong one is noted, and the right one takes all notes away.
+		b.cfg.RetryPIN = true
+		b.writePIN(t, "wrong-1", 0o400)
+		if _, err := Open(t.Context(), b.cfg); !errors.Is(err, ErrPINRefused) || f.Calls(hsmtest.Login) != 1 {
+			t.Errorf("a wrong PIN, when told to: got %v and %d logins, want ErrPINRefused and one", err, f.Calls(hsmtest.Login))
+		}
+		b.writePIN(t, testPIN, 0o400)
+		token := b.open(t)
+		if left, err := token.refusals(token.anchor); err != nil || len(left) != 0 {
+			t.Errorf("%d notes are left, %v", len(left), err)
 		}
 	})
 	for name, rv := range map[string]uint{"wrong": pkcs11.CKR_PIN_INCORRECT, "locked": pkcs11.CKR_PIN_LOCKED} {

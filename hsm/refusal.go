@@ -42,6 +42,7 @@ const (
 type refusal struct {
 	salt, hash []byte
 	at         time.Time
+	illegible  error // why it cannot be read, as one that a power cut has cut short: it may be of any PIN
 }
 
 func newRefusal(pin []byte) refusal {
@@ -86,8 +87,7 @@ func parseRefusal(text []byte) (r refusal, err error) {
 	return r, errors.Join(e1, e2, e3)
 }
 
-// refusals reads every note, of the file and of the token. One that cannot be read is
-// an error: it may be of the PIN at hand.
+// refusals reads every note, of the file and of the token.
 func (t *Token) refusals(s pkcs11.SessionHandle) (all []refusal, err error) {
 	var texts [][]byte
 	if t.cfg.RefusalFile != "" {
@@ -114,7 +114,7 @@ func (t *Token) refusals(s pkcs11.SessionHandle) (all []refusal, err error) {
 		}
 		r, err := parseRefusal(text)
 		if err != nil {
-			return nil, err
+			r = refusal{illegible: err}
 		}
 		all = append(all, r)
 	}
@@ -132,7 +132,8 @@ func refusalNotes() []*pkcs11.Attribute {
 }
 
 // note leaves the note of a PIN that was refused. The process ends soon after: if it
-// dies before the note is written, the PIN is tried once more.
+// dies before the note is written, the PIN is tried once more; if while it is, no PIN is
+// until somebody says so (RetryPIN), for the note may be cut short.
 func (t *Token) note(pin []byte) error {
 	r := newRefusal(pin)
 	var inFile error

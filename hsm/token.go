@@ -273,6 +273,9 @@ func (t *Token) mayTry(pin []byte, notes []refusal) error {
 		return fmt.Errorf("%w: the token says that one more wrong PIN locks it, so it is not tried", ErrPINRefused)
 	}
 	for _, n := range notes {
+		if n.illegible != nil {
+			return fmt.Errorf("%w: %w: it may be of this PIN, which is not tried (kmed hsm selftest --retry-pin tries it, once)", ErrPINRefused, n.illegible)
+		}
 		if n.of(pin) {
 			return fmt.Errorf("%w: this PIN was tried at %s and is not tried again", ErrPINRefused, n.at.Format(time.RFC3339))
 		}
