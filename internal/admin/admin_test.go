@@ -127,6 +127,9 @@ func TestElsewhere(t *testing.T) {
 		{"HEAD", "/api/v1/node", 405, "GET"},
 		{"DELETE", "/metrics", 405, "GET"},
 		{"GET", "/api/v1/keys/cleanup", 405, "POST"},
+		{"GET", "/api/v1/links/trust", 405, "POST"},
+		{"PUT", "/console/acts/cleanup", 405, "GET, POST"},
+		{"POST", "/api/v1/keys/a%2Fb/story", 405, "GET"},
 	} {
 		req, err := http.NewRequestWithContext(context.Background(), tt.method, s.server.URL+tt.path, nil)
 		if err != nil {

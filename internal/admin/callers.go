@@ -2,7 +2,6 @@ package admin
 
 import (
 	"context"
-	"net/http"
 	"time"
 
 	"github.com/qutemail/kme/internal/approval"
@@ -130,15 +129,4 @@ func (c *Client) ReloadPolicies(ctx context.Context, given ...approval.Approval)
 	var p Policies
 	err := c.post(ctx, pathReload, approved{given}, &p)
 	return p, err
-}
-
-// posted are the paths that change something.
-var posted = map[string]bool{pathDoctor: true, pathLeave: true, pathCleanup: true, pathDisable: true, pathEnable: true, pathReload: true, pathCompromise: true}
-
-// methodOf is the one method that a path has.
-func methodOf(path string) string {
-	if posted[path] {
-		return http.MethodPost
-	}
-	return http.MethodGet
 }

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -70,8 +71,8 @@ func Handler(c Config) (http.Handler, error) {
 	r.Get("/healthz", c.probe(c.Backend.Healthy))
 	r.Get("/readyz", c.probe(c.Backend.Ready))
 	c.mountConsole(r)
-	r.NotFound(c.elsewhere(http.StatusNotFound, "Endpoint not found"))
-	r.MethodNotAllowed(c.elsewhere(http.StatusMethodNotAllowed, "Method not allowed"))
+	r.NotFound(c.elsewhere(r, http.StatusNotFound, "Endpoint not found"))
+	r.MethodNotAllowed(c.elsewhere(r, http.StatusMethodNotAllowed, "Method not allowed"))
 	return r, nil
 }
 
@@ -214,8 +215,8 @@ func (c Config) probe(how func(context.Context) error) http.HandlerFunc {
 	}
 }
 
-// elsewhere answers what no route takes; a stranger is refused like anywhere.
-func (c Config) elsewhere(status int, why string) http.HandlerFunc {
+// elsewhere answers what no route of routes takes; a stranger is refused like anywhere.
+func (c Config) elsewhere(routes chi.Routes, status int, why string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		x := c.begin(w, r)
 		x.route = "elsewhere" // a caller may think of any method and path
@@ -224,11 +225,21 @@ func (c Config) elsewhere(status int, why string) http.HandlerFunc {
 			return
 		}
 		if status == http.StatusMethodNotAllowed {
-			w.Header().Set("Allow", methodOf(r.URL.Path))
+			w.Header().Set("Allow", strings.Join(methods(routes, cmp.Or(r.URL.RawPath, r.URL.Path)), ", "))
 		}
 		x.writeError(status, why)
 		x.log(slog.LevelInfo, status, errors.New(why))
 	}
+}
+
+// methods are those that the routes take at a path.
+func methods(routes chi.Routes, path string) (taken []string) {
+	for _, m := range []string{http.MethodGet, http.MethodPost} {
+		if routes.Match(chi.NewRouteContext(), m, path) {
+			taken = append(taken, m)
+		}
+	}
+	return taken
 }
 
 // exchange is one request on its way to its answer.
