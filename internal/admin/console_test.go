@@ -274,8 +274,9 @@ func TestConsoleApprovals(t *testing.T) {
 	t.Parallel()
 	s := furnished(t)
 	mine := approval.Approval{Act: "enable-sae eve", Node: "km1/km1-a", Expires: time.Now().Add(time.Minute), Nonce: []byte{1}}
-	hers, other := mine, mine
+	hers, other, foreign := mine, mine, mine
 	hers.Nonce, other.Nonce, other.Act = []byte{2}, []byte{3}, "erase <all>"
+	foreign.Nonce, foreign.Act = []byte{4}, `enable-sae "CN=eve, O=Other \\ Sons"`
 	if _, body := s.page("root", "/console/approvals"); !strings.Contains(body, "Nothing waits") {
 		t.Errorf("nothing waits:\n%s", body)
 	}
@@ -291,12 +292,12 @@ func TestConsoleApprovals(t *testing.T) {
 	if err := s.client("vera").LeaveApproval(t.Context(), mine); err == nil {
 		t.Error("who is no security officer has left an approval")
 	}
-	s.waiting = append(s.waiting, admin.Waiting{Officer: "olga", Approval: hers}, admin.Waiting{Officer: "olga", Approval: other})
-	if list, err := s.client("vera").Waiting(t.Context()); err != nil || len(list) != 3 || list[0].Officer != "root" || list[1].Approval.Act != mine.Act {
+	s.waiting = append(s.waiting, admin.Waiting{Officer: "olga", Approval: hers}, admin.Waiting{Officer: "olga", Approval: other}, admin.Waiting{Officer: "olga", Approval: foreign})
+	if list, err := s.client("vera").Waiting(t.Context()); err != nil || len(list) != 4 || list[0].Officer != "root" || list[1].Approval.Act != mine.Act {
 		t.Errorf("waiting: %+v, %v", list, err)
 	}
 	_, body := s.page("root", "/console/approvals")
-	for _, want := range []string{"another officer&#39;s turn", `<a href="/console/acts/enable?sae=eve"`, "olga", "erase &lt;all&gt;", "by kmectl"} {
+	for _, want := range []string{"another officer&#39;s turn", `<a href="/console/acts/enable?sae=eve"`, `<a href="/console/acts/enable?sae=CN%3Deve%2C&#43;O%3DOther&#43;%5C&#43;Sons"`, "olga", "erase &lt;all&gt;", "by kmectl"} {
 		if !strings.Contains(strings.ReplaceAll(body, "another officer's", "another officer&#39;s"), want) {
 			t.Errorf("the page does not say %q:\n%s", want, body)
 		}

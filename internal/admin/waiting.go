@@ -77,10 +77,13 @@ func (c Config) approvalsPage(x *exchange) (content, error) {
 	rows := make([]waitingRow, len(list))
 	for i, w := range list {
 		rows[i] = waitingRow{Waiting: w, Own: w.Officer == x.caller.ID()}
-		name, on, _ := strings.Cut(string(w.Approval.Act), " ")
+		words := w.Approval.Act.Words() // quoted in the act's text, if there is a blank in one
 		for _, a := range c.acts() {
-			if a.act == name && a.ofSAE == (on != "") {
-				rows[i].Path = a.path(on)
+			switch {
+			case len(words) == 1 && !a.ofSAE && a.act == words[0]:
+				rows[i].Path = a.path("")
+			case len(words) == 2 && a.ofSAE && a.act == words[0]:
+				rows[i].Path = a.path(words[1])
 			}
 		}
 	}

@@ -51,10 +51,9 @@ func NewAct(name string, on ...string) (Act, error) {
 	return Act(strings.Join(said, " ")), nil
 }
 
-// ReadAct returns the Act that an officer was told to sign: text as NewAct says it.
-func ReadAct(text string) (Act, error) {
-	var words []string
-	for rest := strings.TrimSpace(text); rest != ""; rest = strings.TrimPrefix(rest, " ") {
+// Words are the name of an act and what it is done to, as they were given to NewAct.
+func (a Act) Words() (words []string) {
+	for rest := string(a); rest != ""; rest = strings.TrimPrefix(rest, " ") {
 		word, _, _ := strings.Cut(rest, " ")
 		if said, err := strconv.QuotedPrefix(rest); err == nil {
 			word = said
@@ -65,6 +64,12 @@ func ReadAct(text string) (Act, error) {
 		}
 		words = append(words, word)
 	}
+	return words
+}
+
+// ReadAct returns the Act that an officer was told to sign: text as NewAct says it.
+func ReadAct(text string) (Act, error) {
+	words := Act(strings.TrimSpace(text)).Words()
 	if len(words) == 0 {
 		return "", errors.New("an act has a name")
 	}

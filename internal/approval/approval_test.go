@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"math/big"
+	"slices"
 	"testing"
 	"time"
 )
@@ -105,6 +106,9 @@ func TestNewAct(t *testing.T) {
 		act, err := NewAct(words[0], words[1:]...)
 		if err != nil || act != want {
 			t.Errorf("%q: got %q, %v", words, act, err)
+		}
+		if got := act.Words(); !slices.Equal(got, words) {
+			t.Errorf("%q has the words %q, want %q", act, got, words)
 		}
 		if read, err := ReadAct(" " + string(act) + "\n"); err != nil || read != act {
 			t.Errorf("%q is read as %q, %v", act, read, err)
