@@ -3,8 +3,15 @@
     body = encrypt_email("alice@qutemail.example", "bob@qutemail.example", "hello")
     text = decrypt_email("bob@qutemail.example", body)
 
-A mail is AES-256-GCM. That it is from this sender to this recipient, under this key, is part of
-what its tag protects.
+A mail is AES-256-GCM. Its tag says that whoever sealed it had the key, and wrote this text and
+these names. The KME gives the key to the recipient and to whoever asked for it: nobody else can
+read the mail or change it.
+
+It does not say that the sender is who the mail names. QuteMail's routes do not tell a recipient
+who asked for a key, so everybody who may share keys with the recipient can seal a mail in another's
+name, under a key of their own. Hold "from" against what the mail server knows of who submitted the
+mail; or, between SAEs with certificates of their own, take the key with Etsi014.dec_keys(sender, ...),
+which the KME answers only if that sender asked for it.
 """
 
 import base64
@@ -22,7 +29,7 @@ FORMAT = "qutemail-kme-1"
 
 
 class NotAuthentic(Exception):
-    """The mail is not what its sender wrote."""
+    """The mail is not what was sealed, or not for this recipient."""
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +54,8 @@ def encrypt_email(sender: str, recipient: str, plaintext: str) -> str:
 
 
 def decrypt_email(recipient: str, body: str, *, last: bool = False) -> str:
-    """What the sender wrote. With last it is read for the last time: its key is erased."""
+    """What was sealed for recipient, by whoever asked for the key (see above). With last it is read for
+    the last time: its key is erased."""
     mail = json.loads(body)
     if mail.get("format") != FORMAT or mail["to"] != recipient:
         raise NotAuthentic("not a mail to this recipient")
