@@ -17,9 +17,11 @@ const softHSMDir = "hsm"
 
 // token makes the token of owner, with SoftHSM, or names the one that is there.
 func (c *initCommand) token(owner, dir string) (authority.HSMToken, error) {
-	t := authority.HSMToken{Module: c.Module, Label: c.Token[owner], PINFile: c.PINFile[owner]}
-	if t.Label != "" && t.PINFile != "" {
-		return t, nil
+	t := authority.HSMToken{Module: c.Module, Label: c.Token[owner]}
+	if file := c.PINFile[owner]; t.Label != "" && file != "" {
+		var err error
+		t.PINFile, err = filepath.Abs(file)
+		return t, err
 	}
 	if !strings.Contains(filepath.Base(c.Module), "softhsm") {
 		return t, fmt.Errorf("--token %s=LABEL and --pin-file %s=FILE are missing: %s makes no tokens by itself", owner, owner, c.Module)
