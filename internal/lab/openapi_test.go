@@ -178,7 +178,7 @@ func (d *described) whole() error {
 	missing := make(map[string]bool)
 	for _, x := range d.routes {
 		for code := range x.op.Responses {
-			if key := x.op.ID + " " + code; code != "503" && !d.seen[key] {
+			if key := x.op.ID + " " + code; code != "500" && code != "503" && !d.seen[key] {
 				missing[key] = true
 			}
 		}
