@@ -225,7 +225,7 @@ type LinkConfig struct {
 	// InFlight is how many blocks may be at work at a time, at Alice's end. Those whose
 	// messages are on their way to the other end or back do not count: for a peer that is far
 	// away more are begun by themselves, up to 31 in all. Each takes memory at both ends, and
-	// what is under way is lost when an end dies. Default 1, at most 15.
+	// what is under way is lost when an end dies. Default 1, at most 31 (qlink.MaxInFlight).
 	InFlight int `yaml:"in_flight"`
 	// Filler, if not 0, makes blocks of so many random atoms instead of sending
 	// light: for load tests. A production node refuses it. Both ends must have it.
@@ -296,6 +296,9 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	if err := c.check(doc); err != nil {
 		return c, err
 	}
+	if err := c.Audit.resolveSinks(filepath.Dir(path)); err != nil {
+		return c, err
+	}
 	c.digest = sha256.Sum256(text)
 	dir, err := filepath.Abs(filepath.Dir(path))
 	if err != nil {
@@ -312,6 +315,22 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 		}
 	}
 	return c, nil
+}
+
+// resolveSinks has the files of sinks lie where they are relative to dir.
+func (c *AuditConfig) resolveSinks(dir string) error {
+	for i, s := range c.Sinks {
+		file, is := strings.CutPrefix(s.To, "file:")
+		if !is || filepath.IsAbs(file) {
+			continue
+		}
+		file, err := filepath.Abs(filepath.Join(dir, file))
+		if err != nil {
+			return err
+		}
+		c.Sinks[i].To = "file:" + file
+	}
+	return nil
 }
 
 // paths are the members that are files or folders.
