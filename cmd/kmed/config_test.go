@@ -29,7 +29,7 @@ func TestExample(t *testing.T) {
 	want := Config{
 		KME: "km1", Node: "km1-a", Data: "/var/lib/kmed", Policies: "/etc/kmed/policies",
 		Database: "host=/run/postgresql user=kme_app dbname=kme",
-		HSM:      HSMConfig{Module: softHSM, Token: "kme-km1", PINFile: "/etc/kmed/hsm.pin"},
+		HSM:      HSMConfig{Module: softHSM, Token: "kme-km1", PINCredential: "hsm.pin"},
 		Certificates: CertificatesConfig{
 			Dir: "/var/lib/kmed/tls", CA: "https://ca.example.net:9442", RootFingerprint: strings.Repeat("0123456789abcdef", 4),
 			Issuers: map[string]string{"sae": "/etc/kmed/ca/sae.pem", "kme": "/etc/kmed/ca/kme.pem", "operator": "/etc/kmed/ca/operator.pem"},
@@ -92,7 +92,15 @@ func TestExampleIsWhole(t *testing.T) {
 // TestRelativePaths are relative to the file's folder, wherever kmed is started.
 func TestRelativePaths(t *testing.T) {
 	t.Parallel()
-	path := write(t, strings.NewReplacer("/etc/kmed/", "", "/var/lib/kmed", "state", "/run/qlink/", "../run/", "/usr/lib/softhsm/", "lib/").Replace(read(t, example)))
+	path := write(t, strings.NewReplacer("/etc/kmed/", "", "/var/lib/kmed", "state", "/run/qlink/", "../run/", "/usr/lib/softhsm/", "lib/",
+		"pin_credential: hsm.pin", "pin_file: hsm.pin").Replace(read(t, example))+`
+audit:
+  reader: host=/run/postgresql user=kme_auditor dbname=kme
+  sinks:
+    - {name: near, format: jsonl, to: "file:log/events"}
+    - {name: there, format: jsonl, to: "file:/var/log/events"}
+    - {name: far, format: syslog, to: "tls:soc:6514", ca: soc.pem}
+`)
 	c, err := LoadConfig(path, Environment{})
 	if err != nil {
 		t.Fatal(err)
@@ -101,10 +109,14 @@ func TestRelativePaths(t *testing.T) {
 	for got, want := range map[string]string{
 		c.Data: "state", c.Policies: "policies", c.HSM.Module: "lib/libsofthsm2.so", c.HSM.PINFile: "hsm.pin", c.Certificates.Dir: "state/tls",
 		c.Certificates.Issuers["sae"]: "ca/sae.pem", c.Links[0].Socket: "../run/alice.sock", c.Links[0].SecretFile: "qlink.secret",
+		strings.TrimPrefix(c.Audit.Sinks[0].To, "file:"): "log/events", c.Audit.Sinks[2].CA: "soc.pem",
 	} {
 		if got != filepath.Join(dir, want) {
 			t.Errorf("%s, want %s in the file's folder", got, want)
 		}
+	}
+	if c.Audit.Sinks[1].To != "file:/var/log/events" || c.Audit.Sinks[2].To != "tls:soc:6514" {
+		t.Errorf("sinks: %+v", c.Audit.Sinks)
 	}
 	if c.Certificates.TokenFile != "" || !strings.HasPrefix(c.Database, "host=") {
 		t.Errorf("no token file: %q; the DSN: %q", c.Certificates.TokenFile, c.Database)

@@ -176,7 +176,7 @@ fed_since() { [ "$(property WatchdogTimestampMonotonic)" -gt "$1" ]; } # microse
 # runs as the node's; with an HSM it is a user of its own.
 sequencer() {
 	sed -i '/sequencer:/d' /etc/kmed/kmed.yaml
-	sed 's|^data:.*|data: /var/lib/kme-seq|; s|^  reader:.*|  sequencer: "host=/run/postgresql user=kme_seq dbname=kme"|' /etc/kmed/kmed.yaml |
+	sed 's|^data:.*|data: /var/lib/kme-seq|; s|^database:.*|database: unused|; s|^  reader:.*|  sequencer: "host=/run/postgresql user=kme_seq dbname=kme"|' /etc/kmed/kmed.yaml |
 		install -m 640 -g kmed /dev/stdin /etc/kmed/sequencer.yaml
 	cp /etc/default/kmed /etc/default/kmed-sequencer
 	mkdir -p /etc/systemd/system/kmed-sequencer.service.d
