@@ -83,9 +83,10 @@ func (b *Box) Fire(ctx context.Context, session, block, gates int64) error {
 	return nil
 }
 
-// Sent asks Alice's end for what it sent at gates of the block fired last, which must lie
-// above those asked before: the transmitter's buffer is read in order and once. The answer
-// is secret and belongs to the caller.
+// Sent asks Alice's end for what it sent at gates of one of the blocks fired last, which
+// must lie above those asked before, in this block and in all of the session: the
+// transmitter's buffer is read in order and once. The answer is secret and belongs to the
+// caller.
 func (b *Box) Sent(ctx context.Context, session, block int64, gates distill.Gates) (distill.Sent, error) {
 	body, err := b.call(ctx, kindSent, nil, kindChoices, encodeSent(blockName{session, block}, gates)...)
 	if err != nil {

@@ -3,6 +3,7 @@ package qlink
 import (
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 
 	"github.com/qutemail/kme/internal/bb84"
@@ -12,6 +13,11 @@ import (
 // maxDetections is how many detections of a block the receiver is built to hold,
 // on the average.
 const maxDetections = 1 << 22
+
+// maxHeld is how many blocks a device holds, so that light goes on while the ends sift what
+// was fired before: a few, for ends so far apart that a message there and back takes as long
+// as the light of some blocks.
+const maxHeld = 4
 
 // fibre is the quantum channel without its sockets: transmitter, fibre, receiver.
 type fibre struct {
@@ -43,12 +49,17 @@ type transmitter struct {
 	session int64
 	last    int64 // number of the last block begun, -1 before the first
 
-	gates   int64 // of that block; 0 if it failed
-	next    int64 // first gate of it not yet answered for
-	choices *bb84.Choices
-	clicked distill.Gates       // the gates that clicked
-	at      distill.GatesReader // of these, the one at or before next
-	sent    []byte              // what it sent in each of them (sentCode)
+	held []*emission // what may be asked for, ascending; at most maxHeld
+}
+
+// emission is what a transmitter holds of a block.
+type emission struct {
+	block, gates int64
+	next         int64 // first gate not yet answered for
+	choices      *bb84.Choices
+	clicked      distill.Gates       // the gates that clicked
+	at           distill.GatesReader // of these, the one at or before next
+	sent         []byte              // what was sent in each of them (sentCode)
 }
 
 // receiver is Bob's end for as long as one connection lives. All under fibre.mu.
@@ -57,7 +68,11 @@ type receiver struct {
 	seed    [bb84.SeedSize]byte
 	session int64
 
-	full    bool // holds a block
+	held []measurement // what was not fetched, ascending; at most maxHeld
+}
+
+// measurement is what a receiver holds of a block.
+type measurement struct {
 	block   int64
 	clicked distill.Gates
 	seen    []byte // at each of these (seenCode)
@@ -95,29 +110,32 @@ func (f *fibre) detachBob(r *receiver) {
 }
 
 func (t *transmitter) darken() {
-	t.endBlock()
+	t.forget(len(t.held))
 	clear(t.seed[:])
 	*t = transmitter{last: -1}
 }
 
-func (t *transmitter) endBlock() {
-	if t.choices != nil {
-		t.choices.Wipe()
+// forget drops the first blocks that it holds.
+func (t *transmitter) forget(blocks int) {
+	for _, e := range t.held[:blocks] {
+		e.choices.Wipe()
+		scrap(e.sent)
 	}
-	scrap(t.sent)
-	t.choices, t.gates, t.next, t.clicked, t.at, t.sent = nil, 0, 0, distill.Gates{}, distill.GatesReader{}, nil
+	t.held = slices.Delete(t.held, 0, blocks)
 }
 
 func (r *receiver) darken() {
-	r.empty()
+	r.forget(len(r.held))
 	clear(r.seed[:])
 	*r = receiver{}
 }
 
-// empty forgets the block that it holds.
-func (r *receiver) empty() {
-	scrap(r.seen)
-	r.full, r.clicked, r.seen = false, distill.Gates{}, nil
+// forget drops the first blocks that it holds.
+func (r *receiver) forget(blocks int) {
+	for _, m := range r.held[:blocks] {
+		scrap(m.seen)
+	}
+	r.held = slices.Delete(r.held, 0, blocks)
 }
 
 func refuse(format string, args ...any) error {
@@ -149,43 +167,51 @@ func (f *fibre) seedBob(r *receiver, session int64, seed *[bb84.SeedSize]byte) e
 }
 
 // sent answers what was sent at the gates asked for, in wire form. Of a gate in which the
-// receiver saw nothing it is decided now: nobody has had a use for it.
+// receiver saw nothing it is decided now: nobody has had a use for it. What lies before, in
+// this block and those fired before it, is not answered for any more.
 func (f *fibre) sent(t *transmitter, name blockName, question []byte) ([]byte, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	gates, err := parseAsked(question, t.clicked)
+	e, before := new(emission), slices.IndexFunc(t.held, func(e *emission) bool { return e.block == name.block })
+	if before >= 0 {
+		e = t.held[before]
+	}
+	gates, err := parseAsked(question, e.clicked)
 	if err != nil {
 		return nil, err
 	}
 	asked := gates.Reader()
+	asking := asked.Next()
 	switch {
 	case f.alice != t:
 		return nil, refuse("another connection has taken this end")
-	case !t.seeded || t.session != name.session || t.last != name.block || t.gates == 0:
+	case !t.seeded || t.session != name.session || before < 0:
 		return nil, refuse("block %d of session %d is not in the transmitter's buffer", name.block, name.session)
-	case !asked.Next():
-		return encodeChoices(nil), nil
-	case asked.Gate < t.next:
-		return nil, refuse("gate %d was passed before: the next is %d", asked.Gate, t.next)
-	case gates.End() > t.gates:
-		return nil, refuse("gate %d of a block of %d", gates.End()-1, t.gates)
+	case asking && asked.Gate < e.next:
+		return nil, refuse("gate %d was passed before: the next is %d", asked.Gate, e.next)
+	case gates.End() > e.gates:
+		return nil, refuse("gate %d of a block of %d", gates.End()-1, e.gates)
 	}
-	if t.next == 0 && gates.Equal(t.clicked) { // Bob has named all that clicked, as he should
-		t.next = gates.End()
-		return encodeChoices(t.sent), nil
+	t.forget(before)
+	if !asking {
+		return encodeChoices(nil), nil
+	}
+	if e.next == 0 && gates.Equal(e.clicked) { // Bob has named all that clicked, as he should
+		e.next = gates.End()
+		return encodeChoices(e.sent), nil
 	}
 	sent := make([]byte, 0, gates.Len())
 	defer func() { clear(sent) }()
 	for more := true; more; more = asked.Next() {
-		for t.at.Gate < asked.Gate && t.at.Next() {
+		for e.at.Gate < asked.Gate && e.at.Next() {
 		}
-		if t.at.Gate == asked.Gate {
-			sent = append(sent, t.sent[t.at.At])
+		if e.at.Gate == asked.Gate {
+			sent = append(sent, e.sent[e.at.At])
 		} else {
-			sent = append(sent, sentCode(t.choices.Sent()))
+			sent = append(sent, sentCode(e.choices.Sent()))
 		}
 	}
-	t.next = gates.End()
+	e.next = gates.End()
 	return encodeChoices(sent), nil
 }
 
@@ -193,14 +219,17 @@ func (f *fibre) sent(t *transmitter, name blockName, question []byte) ([]byte, e
 func (f *fibre) detections(r *receiver, name blockName) (gates [][]byte, seen []byte, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	at := slices.IndexFunc(r.held, func(m measurement) bool { return m.block == name.block })
 	switch {
 	case f.bob != r:
 		return nil, nil, refuse("another connection has taken this end")
 	case !r.seeded || r.session != name.session:
 		return nil, nil, refuse("the receiver is not seeded for session %d", name.session)
-	case r.full && r.block == name.block:
-		gates, seen = encodeDetections(r.clicked, r.seen)
-		r.empty()
+	case at >= 0:
+		m := r.held[at]
+		gates, seen = encodeDetections(m.clicked, m.seen)
+		scrap(m.seen)
+		r.held = slices.Delete(r.held, at, at+1)
 		return gates, seen, nil
 	case f.cut:
 		return nil, nil, ErrCut

@@ -20,7 +20,8 @@ type shot struct {
 	eve      bb84.Eve
 	stall    time.Duration
 	cuts     int64
-	expected int       // detections, roughly
+	expected int // detections, roughly
+	choices  *bb84.Choices
 	receiver *receiver // nil: nobody looks
 	seed     [bb84.SeedSize]byte
 	physics  mathrand.Source
@@ -84,17 +85,21 @@ func room(list []byte, n int) []byte {
 
 // fire sends a block of gates from t and leaves what the receiver saw with it, all
 // at once after the last gate.
-func (f *fibre) fire(ctx context.Context, t *transmitter, name blockName, gates int64) error {
+func (f *fibre) fire(ctx context.Context, t *transmitter, name blockName, gates int64) (err error) {
 	begun := time.Now()
 	s, err := f.begin(t, name, gates)
 	if err != nil {
 		return err
 	}
-	defer clear(s.seed[:])
+	defer func() {
+		clear(s.seed[:])
+		if err != nil {
+			s.choices.Wipe()
+		}
+	}()
 	var left traces
 	if s.receiver != nil {
 		if left, err = f.fly(ctx, t, s); err != nil {
-			f.abandon(t)
 			return err
 		}
 	}
@@ -122,7 +127,6 @@ func (f *fibre) begin(t *transmitter, name blockName, gates int64) (*shot, error
 	case gates < 1 || gates > distill.MaxGates || expected > maxDetections:
 		return nil, refuse("a block of %d gates, about %.3g detections: want 1 gate to %d detections", gates, expected, maxDetections)
 	}
-	t.endBlock()
 	t.last = name.block
 	if f.cut {
 		return nil, ErrCut
@@ -131,11 +135,11 @@ func (f *fibre) begin(t *transmitter, name blockName, gates int64) (*shot, error
 	if err != nil {
 		return nil, err
 	}
-	t.choices, t.gates = choices, gates
-	s := &shot{blockName: name, gates: gates, expected: int(expected), eve: f.eve, cuts: f.cuts, physics: f.physics()}
+	t.forget(max(0, len(t.held)-maxHeld+1))
+	s := &shot{blockName: name, gates: gates, expected: int(expected), choices: choices, eve: f.eve, cuts: f.cuts, physics: f.physics()}
 	f.upset.strike(s, f.params)
 	if r := f.bob; r != nil {
-		r.empty() // whatever was not fetched by now is stale
+		r.forget(max(0, len(r.held)-maxHeld+1)) // what was not fetched by now is stale
 		if r.seeded && r.session == name.session {
 			s.receiver, s.seed = r, r.seed
 		}
@@ -162,7 +166,7 @@ func (f *fibre) fly(ctx context.Context, t *transmitter, s *shot) (left traces, 
 		return left, err
 	}
 	defer bob.Wipe()
-	sampler, err := bb84.NewSampler(s.params, s.eve, s.gates, t.choices, bob, s.physics)
+	sampler, err := bb84.NewSampler(s.params, s.eve, s.gates, s.choices, bob, s.physics)
 	if err != nil {
 		return left, err
 	}
@@ -210,11 +214,13 @@ func (f *fibre) land(t *transmitter, s *shot, left traces) (lost bool, err error
 	defer f.mu.Unlock()
 	if f.cuts != s.cuts {
 		left.wipe()
-		t.endBlock()
 		return false, ErrCut
 	}
 	r := s.receiver
-	t.clicked, t.at, t.sent = left.clicked, left.clicked.Reader(), left.sent
+	t.held = append(t.held, &emission{
+		block: s.block, gates: s.gates, choices: s.choices,
+		clicked: left.clicked, at: left.clicked.Reader(), sent: left.sent,
+	})
 	if r == nil || f.bob != r || r.session != s.session || r.seed != s.seed {
 		scrap(left.seen)
 		f.stats.lost++
@@ -222,12 +228,6 @@ func (f *fibre) land(t *transmitter, s *shot, left traces) (lost bool, err error
 	}
 	f.stats.detections += int64(left.clicked.Len())
 	f.stats.doubles += left.doubles
-	r.full, r.block, r.clicked, r.seen = true, s.block, left.clicked, left.seen
+	r.held = append(r.held, measurement{s.block, left.clicked, left.seen})
 	return false, nil
-}
-
-func (f *fibre) abandon(t *transmitter) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	t.endBlock()
 }

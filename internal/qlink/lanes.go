@@ -15,6 +15,10 @@ import (
 // lanes its channel has.
 const MaxInFlight = 31
 
+// maxWaiting is how many bytes of messages may wait on all lanes together. Whose turn it is
+// listens, so that hardly any do; the lists of some long blocks may come all at once.
+const maxWaiting = 64 << 20
+
 // lanes carry the messages of several blocks over one channel. Before the body of a
 // message stands the number of its lane. On each lane the ends speak by turns.
 type lanes struct {
@@ -24,6 +28,7 @@ type lanes struct {
 	gone chan struct{} // closed when nothing more comes
 	why  error         // set before it is closed
 
+	waiting  atomic.Int64 // bytes of messages that nobody has read
 	shortest atomic.Int64 // time from a message to its answer, in ns; 0 before the first
 }
 
@@ -53,6 +58,9 @@ func (l *lanes) receive() error {
 		}
 		if len(body) == 0 || int(body[0]) >= len(l.in) {
 			return fmt.Errorf("%w: kind %#x on no lane", errMalformed, kind)
+		}
+		if l.waiting.Add(int64(len(body)-1)) > maxWaiting {
+			return fmt.Errorf("more than %d bytes of the other end's wait", maxWaiting)
 		}
 		select {
 		case l.in[body[0]] <- laneMessage{kind, body[1:]}:
@@ -127,6 +135,7 @@ func (l *lane) Send(kind byte, body []byte) error {
 
 func (l *lane) Recv() (kind byte, body []byte, err error) {
 	m, err := l.recv()
+	l.waiting.Add(-int64(len(m.body)))
 	if err == nil && l.begun.IsZero() {
 		l.begun = time.Now()
 	}

@@ -10,14 +10,14 @@
 //
 // What it promises. A block is a number of gates fixed before the first of them,
 // and Bob's end learns nothing of a block before the last one is measured. The
-// transmitter answers for each gate once, in ascending order, and only for the
-// block fired last. What either end keeps secret comes from the seed of its own
+// transmitter answers for each gate of a session once, in ascending order, and only for
+// the blocks fired last, a few. What either end keeps secret comes from the seed of its own
 // KME. Light that meets no seeded receiver is lost and fails nobody. Either KME
 // may be killed and come back at any moment: its end is as dark as if new, and
 // nothing of a block begun before reaches it.
 //
 // What it must never do: hand one end the seed, the bits or the choices of the
-// other; keep a block for later; log a bit of either.
+// other; keep a block for longer than until the next few are fired; log a bit of either.
 package qlink
 
 import (

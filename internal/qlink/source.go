@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -74,12 +75,12 @@ type SourceConfig struct {
 // goroutine at a time.
 //
 // Several blocks may be under way, each on a lane of the channel. They are fired one after
-// the other: the next when the transmitter has said all that it will be asked about the one
-// before, so that neither device ever holds two. At Alice's end they end in the order of
-// their numbers, because pads are spent in the order of theirs: she does not state the terms
-// of a block before the one before it is over. In between they go as they come. To the theorem each is
-// a block of its own: its light is over before anything is said of it, and what is said of
-// others meanwhile has been drawn without it.
+// the other, and the transmitter is asked about them in that order, while light goes on: at
+// most maxHeld that it has not been asked about, which is as many as the devices hold. At
+// Alice's end they end in the order of their numbers too, because pads are spent in the order
+// of theirs: she does not state the terms of a block before the one before it is over. In
+// between they go as they come. To the theorem each is a block of its own: its light is over
+// before anything is said of it, and what is said of others meanwhile has been drawn without it.
 //
 // All that an end, the other end or the channel loses when it dies are the blocks under way:
 // light, of which no key was made yet. How many there are follows the distance: see window.
@@ -95,10 +96,13 @@ type Source struct {
 	window  window
 	running sync.WaitGroup
 
-	fired, ended <-chan struct{} // closed when the block begun last has left the transmitter, and when it is over
+	next  int64                    // block to fire, at Alice's end
+	last  *flight                  // hers that was begun last
+	asked [maxHeld]<-chan struct{} // of hers begun last, by number modulo maxHeld: flight.asked
 
-	mu   sync.Mutex
-	next int64 // block: at Alice's end the one to fire, at Bob's the lowest that may come
+	mu    sync.Mutex
+	top   int64          // the highest block that has begun, at Bob's end
+	begun map[int64]bool // and which of the MaxInFlight numbers up to it have
 }
 
 // result is how a block went.
@@ -130,17 +134,20 @@ func NewSource(ctx context.Context, cfg SourceConfig) (*Source, error) {
 	}
 	s := &Source{
 		cfg: cfg, lanes: newLanes(cfg.Channel), pending: make(map[int64]distill.PadName),
-		results: make(chan result, MaxInFlight), early: make(map[int64]result), fired: closed, ended: closed, next: 1, due: 1,
+		results: make(chan result, MaxInFlight), early: make(map[int64]result), next: 1, due: 1, begun: make(map[int64]bool),
 		window: window{base: max(1, cfg.InFlight)},
 	}
 	for lane := range MaxInFlight {
 		s.free = append(s.free, lane)
 	}
+	start := mark{reached: make(chan struct{})}
+	close(start.reached)
+	s.last = &flight{fired: start, asked: start, over: start}
+	for i := range s.asked {
+		s.asked[i] = start.reached
+	}
 	return s, nil
 }
-
-// closed is for the first block, before which there is none to wait for.
-var closed = func() <-chan struct{} { c := make(chan struct{}); close(c); return c }()
 
 func (c *SourceConfig) validate() error {
 	if err := c.Params.Validate(); err != nil {
@@ -309,46 +316,72 @@ func (s *Source) lead(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("taking a pad from the reserve: %w", err)
 	}
-	fired, ended := make(chan struct{}), make(chan struct{})
-	f := &flight{block: s.next, pad: pad, mayFire: s.fired, mayEnd: s.ended, fired: sync.OnceFunc(func() { close(fired) })}
-	s.next++ // used up, whatever happens
-	s.fired, s.ended = fired, ended
+	f := s.fly(pad)
 	s.pending[f.block] = pad.Name
 	s.run(ctx, f.block, func(ch *lane) (distill.Outcome, error) {
-		defer close(ended)
-		defer func() { <-f.mayEnd }() // also one that was given up early
-		defer f.fired()
+		defer f.over.reach()
+		defer f.asked.reach()
+		defer f.fired.reach() // also one that was given up early
 		return s.distil(ctx, ch, f)
 	})
 	return nil
 }
 
-// flight is a block of Alice's end.
+// flight is a block of Alice's end on its way.
 type flight struct {
-	block           int64
-	pad             distill.Pad
-	mayFire, mayEnd <-chan struct{} // closed when the block before has left the transmitter, and when it is over
-	fired           func()          // says that this one has left it
+	block int64
+	pad   distill.Pad
+	room  <-chan struct{} // closed when the devices have room for it
+
+	fired mark // its light is over
+	asked mark // the transmitter has said all that it will be asked about it
+	over  mark // its pad is spent, or it was given up
+}
+
+// fly makes the flight of the next block.
+func (s *Source) fly(pad distill.Pad) *flight {
+	f := &flight{block: s.next, pad: pad, fired: s.last.fired.next(), asked: s.last.asked.next(), over: s.last.over.next()}
+	slot := &s.asked[f.block%maxHeld]
+	f.room, *slot = *slot, f.asked.reached
+	s.next++ // used up, whatever happens
+	s.last = f
+	return f
+}
+
+// mark is a point in the life of a block that no block reaches before the one before it.
+type mark struct {
+	before  <-chan struct{} // closed when that one has reached it
+	reached chan struct{}   // and when this one has
+	reach   func()          // waits for that one, and says that this one has
+}
+
+// next is the mark of the next block.
+func (m mark) next() mark {
+	before, reached := m.reached, make(chan struct{})
+	return mark{before, reached, sync.OnceFunc(func() { <-before; close(reached) })}
 }
 
 // distil fires a block and distils it as Alice.
 func (s *Source) distil(ctx context.Context, ch *lane, f *flight) (distill.Outcome, error) {
 	defer clear(f.pad.Bits[:])
-	ch.hold(f.mayFire)
+	ch.hold(f.fired.before)
+	ch.hold(f.room)
 	if err := s.cfg.Box.Fire(ctx, s.cfg.Session, f.block, s.cfg.Params.Gates); err != nil {
 		return distill.Outcome{Session: s.cfg.Session, Block: f.block}, err
 	}
+	f.fired.reach()
 	out, err := distill.Alice(ctx, ch, distill.AliceConfig{
 		Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session, Block: f.block,
 		Sent: func(ctx context.Context, gates distill.Gates) (distill.Sent, error) {
-			defer f.fired()
+			defer f.asked.reach()
+			ch.hold(f.asked.before)
 			return s.cfg.Box.Sent(ctx, s.cfg.Session, f.block, gates)
 		},
 		NextPad:  func(context.Context) (distill.Pad, error) { return f.pad, nil },
 		SpendPad: s.cfg.SpendPad,
-		Random:   s.cfg.Random, Progress: s.progress(f.mayEnd),
+		Random:   s.cfg.Random, Progress: s.progress(f.over.before),
 		Terms: func(atoms, bobStored int) distill.Terms {
-			ch.hold(f.mayEnd)
+			ch.hold(f.over.before)
 			return s.cfg.Terms(atoms, bobStored)
 		},
 	})
@@ -356,8 +389,8 @@ func (s *Source) distil(ctx context.Context, ch *lane, f *flight) (distill.Outco
 	if errors.As(err, &abort) && abort.Reason == distill.ReasonPad {
 		// Bob has spent it, or never had it: it is of no use here either. Giving it up gives up
 		// all below it, which the blocks before this one may still spend.
-		f.fired()
-		ch.hold(f.mayEnd)
+		f.asked.reach()
+		ch.hold(f.over.before)
 		if lost := s.cfg.LosePad(ctx, out.Spent); lost != nil {
 			return out, fmt.Errorf("giving pad %s up: %w", out.Spent, lost)
 		}
@@ -392,16 +425,10 @@ func (s *Source) follow(ctx context.Context) error {
 	return nil
 }
 
-// seen fetches a block from the receiver. It is called once a block that begins, and in
-// the order of their numbers: Alice fires none before Bob has named the gates of the one
-// before.
+// seen fetches a block from the receiver. It is called once a block that begins.
 func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detections, error) {
-	s.mu.Lock()
-	lowest := s.next
-	s.next = max(lowest, block+1)
-	s.mu.Unlock()
-	if block < lowest {
-		return distill.Detections{}, fmt.Errorf("block %d begins, where %d is the lowest to come", block, lowest)
+	if !s.mayBegin(block) {
+		return distill.Detections{}, fmt.Errorf("block %d begins, which has begun before, or is long over", block)
 	}
 	list, err := s.cfg.Box.Detections(ctx, session, block)
 	if errors.Is(err, ErrLost) || errors.Is(err, ErrCut) {
@@ -409,4 +436,18 @@ func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detect
 		return distill.Detections{}, nil
 	}
 	return list, err
+}
+
+// mayBegin says whether a block that Alice begins is one that has not begun yet. Those under
+// way need not begin in the order of their numbers, but she numbers them without a gap.
+func (s *Source) mayBegin(block int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if block < 1 || block <= s.top-MaxInFlight || s.begun[block] { // pads of block 0 are expanded from the shared secret
+		return false
+	}
+	s.begun[block] = true
+	s.top = max(s.top, block)
+	maps.DeleteFunc(s.begun, func(n int64, _ bool) bool { return n <= s.top-MaxInFlight })
+	return true
 }
