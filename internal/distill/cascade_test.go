@@ -2,6 +2,7 @@ package distill
 
 import (
 	"encoding/binary"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -49,21 +50,32 @@ func seedOf(i int) (seed [32]byte) {
 	return seed
 }
 
+// How much is reconciled to see that no error is left.
+var (
+	manyFrames = flag.Int("frames", 2000, "of each error rate")
+	frameLog   = flag.Int("frame-log", 13, "log2 of the bits of a frame; the lab's have 18")
+)
+
 // 10 000 frames in all: a frame error rate of 1e-4 would leave one.
-func TestCascadeLeavesNoError(t *testing.T) { leavesNoError(t, 2000, 0) }
+//
+//	go test ./internal/distill -run TestCascadeLeavesNoError -timeout 1h -v -frames 10000 -frame-log 18
+//
+// has as many of each rate, and of the lab's size.
+func TestCascadeLeavesNoError(t *testing.T) { leavesNoError(t, *manyFrames, *frameLog, 0) }
 
 // Nor do hurried questions leave one, which go after the same errors in several passes.
-func TestHurriedCascadeLeavesNoError(t *testing.T) { leavesNoError(t, 200, 1<<9) }
+func TestHurriedCascadeLeavesNoError(t *testing.T) { leavesNoError(t, *manyFrames/10, *frameLog, 1<<9) }
 
-func leavesNoError(t *testing.T, frames, spare int) {
+func leavesNoError(t *testing.T, frames, log, spare int) {
 	random := rand.New(rand.NewPCG(1, 2))
+	n := 1 << log
 	for _, rate := range []float64{0.01, 0.02, 0.03, 0.05, 0.08} {
 		var p *passes
 		for i := range frames {
 			if i%8 == 0 { // the frames of a block share their passes
-				p = newPasses(1<<13, rate, seedOf(i))
+				p = newPasses(n, rate, seedOf(i))
 			}
-			a, b, errors := noisyPair(random, 1<<13, rate)
+			a, b, errors := noisyPair(random, n, rate)
 			s, revealed, _ := reconciled(t, p, a, b, spare)
 			if !slices.Equal(a, b) {
 				t.Fatalf("rate %v, frame %d: the keys differ", rate, i)
@@ -75,6 +87,7 @@ func leavesNoError(t *testing.T, frames, spare int) {
 				t.Fatalf("rate %v, frame %d: counted %d bits, revealed %d", rate, i, s.leak, revealed)
 			}
 		}
+		t.Logf("rate %v: %d frames of 2^%d bits", rate, frames, log)
 	}
 }
 
