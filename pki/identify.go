@@ -2,10 +2,12 @@ package pki
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -44,6 +46,7 @@ func identify(r *http.Request, judge func(*x509.Certificate) (identity.Caller, e
 	if r.TLS.CurveID != 0 {
 		s.Group = r.TLS.CurveID.String()
 	}
+	s.TLS = strings.TrimSuffix(tls.VersionName(r.TLS.Version)+" "+tls.CipherSuiteName(r.TLS.CipherSuite)+" "+s.Group, " ")
 	s.Since, _ = r.Context().Value(handshakeKey{}).(time.Time)
 	leaf := r.TLS.VerifiedChains[0][0]
 	caller, err := judge(leaf)

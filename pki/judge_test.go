@@ -34,6 +34,9 @@ func TestIdentifyAtGate(t *testing.T) {
 	if !s.Hybrid() || s.Group != tls.X25519MLKEM768.String() || s.Remote == "" || s.Since.IsZero() || time.Since(s.Since) > time.Minute {
 		t.Errorf("the session of alice is %+v", s)
 	}
+	if !strings.HasPrefix(s.TLS, "TLS 1.3 TLS_") || !strings.HasSuffix(s.TLS, " X25519MLKEM768") {
+		t.Errorf("its TLS is recorded as %q", s.TLS)
+	}
 	first := s.Since
 	d.want(c, http.StatusOK)
 	if again := d.caller.Load().Session().Since; !again.Equal(first) {

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -25,12 +28,15 @@ type trusted struct {
 // keys reads them. Without the log's key the one that the log itself names is taken,
 // which proves that the log hangs together, and not whose it is.
 func (t trusted) keys(s *session, named string) (key audit.LogKey, witnesses []audit.Witness, err error) {
-	vkey := t.Vkey
-	if vkey == "" {
-		vkey = named
-		fmt.Fprintf(s.stderr, "kmectl: no --vkey: taking the key that the log names itself, %s\n", printable(vkey))
+	if t.Vkey == "" {
+		fmt.Fprintf(s.stderr, "kmectl: no --vkey: taking the key that the log names itself, %s\n", printable(named))
 	}
-	if key, err = audit.ParseLogKey(vkey); err != nil {
+	return t.readKeys(named)
+}
+
+// readKeys is keys of whoever says himself what was not given.
+func (t trusted) readKeys(named string) (key audit.LogKey, witnesses []audit.Witness, err error) {
+	if key, err = audit.ParseLogKey(cmp.Or(t.Vkey, named)); err != nil {
 		return key, nil, err
 	}
 	for _, text := range t.Witness {
@@ -53,16 +59,19 @@ func cosignedByAll(names []string, witnesses []audit.Witness) error {
 	return nil
 }
 
-// namedKey asks for the key that the log names, if none was given.
-func namedKey(ctx context.Context, client *admin.Client, t trusted) (string, error) {
+// namedKey asks for the key that the log of an origin (0: the present one) names, if none
+// was given.
+func namedKey(ctx context.Context, client *admin.Client, t trusted, origin int64) (named string, err error) {
 	if t.Vkey != "" {
 		return "", nil
 	}
 	trail, err := client.Trail(ctx)
-	if err != nil || len(trail.Logs) == 0 {
-		return "", err
+	for _, l := range trail.Logs {
+		if origin == 0 || l.Origin == origin {
+			named = l.Key
+		}
 	}
-	return trail.Logs[len(trail.Logs)-1].Key, nil
+	return named, err
 }
 
 // print verifies a proof and prints its event.
@@ -94,8 +103,9 @@ func signedBy(names []string) string {
 
 type proveCommand struct {
 	Leaf   int64  `arg:"" help:"The event's number in the log."`
+	Origin int64  `help:"Of the log of this origin (the present one)."`
 	Out    string `default:"-" placeholder:"FILE" help:"Where to write it (standard output)."`
-	Bundle string `type:"existingfile" placeholder:"FILE" help:"Make it of this bundle, and ask no KME."`
+	Bundle string `type:"existingfile" placeholder:"FILE" help:"Make it of this bundle, and ask no KME: of an event that left the database with its day. The KME says which bundle that is."`
 }
 
 // proof asks a KME for it, or makes it of a bundle.
@@ -105,7 +115,7 @@ func (c proveCommand) proof(ctx context.Context, s *session) (audit.Proof, error
 		if err != nil {
 			return audit.Proof{}, err
 		}
-		proof, err := client.Proof(ctx, c.Leaf)
+		proof, err := client.Proof(ctx, c.Origin, c.Leaf)
 		if err != nil {
 			return proof, p.explain(err, p.unlisted())
 		}
@@ -190,6 +200,8 @@ type verifyCommand struct {
 	Offline string `type:"existingfile" placeholder:"FILE" help:"Verify this bundle, and ask no KME."`
 	Part    bool   `help:"The bundle may be of a part of the log."`
 	Origin  int64  `help:"The log of this origin (the present one)."`
+	Archive string `type:"existingdir" placeholder:"DIR" help:"Verify the bundles of archived days in this folder, too, and that from the log's first event on none is missing."`
+	Later   string `type:"existingfile" placeholder:"FILE" help:"A bundle of a later log of the site, which says where archived days of this one went. Without --offline the KME is asked for it."`
 	Also    string `placeholder:"URL" help:"Ask the operator door of the other KME what it has witnessed of this log."`
 	Head    string `placeholder:"NODE:EVENT:HASH" help:"A head of a node's chain that is known from elsewhere, such as an alarm of the other KME; the hash in hex."`
 }
@@ -210,6 +222,9 @@ func (c verifyCommand) Run(ctx context.Context, s *session) error {
 		return err
 	}
 	known, err := c.known(seen, key)
+	if err == nil {
+		known.Archived, err = c.later(ctx, s, key)
+	}
 	if err != nil {
 		return err
 	}
@@ -224,15 +239,98 @@ func (c verifyCommand) Run(ctx context.Context, s *session) error {
 	if r.Cosigned < cp.Size {
 		signed += fmt.Sprintf(" as it had %d", r.Cosigned)
 	}
-	_, err = fmt.Fprintf(s.stdout, "verified: leaves %d to %d of %s, whose checkpoint has %d%s; %d events beyond it, signed by their nodes\n",
-		f.bundle.First, f.bundle.First+r.Leaves-1, cp.Origin, cp.Size, signed, r.Tail)
-	for _, a := range r.Archived {
-		fmt.Fprintf(s.stdout, "leaves %d to %d are in %s, SHA-256 %x\n", a.First, a.Last, printable(a.File), a.Sum)
+	which := fmt.Sprintf("leaves %d to %d", r.First, r.First+r.Leaves-1)
+	if r.Leaves == 0 {
+		which = "no leaves, since all are in bundles,"
 	}
-	if f.bundle.First > 0 { // the event that names them may be in another bundle
+	_, err = fmt.Fprintf(s.stdout, "verified: %s of %s, whose checkpoint has %d%s; %d events beyond it, signed by their nodes\n", which, cp.Origin, cp.Size, signed, r.Tail)
+	for _, a := range slices.Concat(r.Archived, known.Archived) {
+		fmt.Fprintf(s.stdout, "leaves %d to %d of %s are in %s, SHA-256 %x\n", a.First, a.Last, printable(a.Log), printable(a.File), a.Sum)
+	}
+	if r.First > 0 { // the event that names them may be in another bundle
 		known.Earlier = nil
 	}
-	return errors.Join(err, sayFollows(s.stdout, r.Follows, known.Earlier))
+	err = errors.Join(err, sayFollows(s.stdout, r.Follows, known.Earlier))
+	if err == nil && c.Archive != "" {
+		err = c.verifyArchive(ctx, s, key, r)
+	}
+	return err
+}
+
+// later is where days of an earlier log of a site went, as a later one says: the events that
+// say so are in the log that was the present one then.
+func (c verifyCommand) later(ctx context.Context, s *session, key audit.LogKey) ([]audit.Archived, error) {
+	if c.Later == "" && (c.Offline != "" || c.Origin == 0) {
+		return nil, nil
+	}
+	f, err := s.fetch(ctx, c.Later, "", 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.close()
+	later, err := audit.ParseLogKey(f.bundle.Key)
+	if err != nil || later.Name() == key.Name() {
+		return nil, err
+	}
+	if later.Site != key.Site || !later.SamePublic(key) {
+		fmt.Fprintf(s.stderr, "kmectl: what %s says of %s is not believed: it has another key\n", printable(later.Name()), printable(key.Name()))
+		return nil, nil
+	}
+	r, _, _, err := audit.VerifyBundle(ctx, later, nil, audit.Known{}, true, f.bundle)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", later.Name(), err)
+	}
+	return slices.DeleteFunc(r.Archived, func(a audit.Archived) bool { return a.Log != key.Name() }), nil
+}
+
+// verifyArchive verifies the bundles that have the leaves before those that were verified,
+// back to the first. The chain of each node must lead from each bundle to the next: so what
+// is verified of the last holds for all before it.
+func (c verifyCommand) verifyArchive(ctx context.Context, s *session, key audit.LogKey, r audit.Report) error {
+	names, err := filepath.Glob(filepath.Join(c.Archive, "*.bundle"))
+	if err != nil {
+		return err
+	}
+	first, heads, used := r.First, r.Begins, 0
+	for first > 0 {
+		var found bool
+		bad := error(&audit.BadLeaf{Leaf: first - 1, Why: "no bundle in " + c.Archive + " has it"})
+		for _, name := range names {
+			part, err := verifyPart(ctx, name, key, first-1, heads)
+			if errors.Is(err, errNotIn) {
+				continue
+			}
+			if err != nil { // it may be in another one, that was written after a restore
+				bad = fmt.Errorf("%s: %w", name, err)
+				continue
+			}
+			first, found, used = part.First, true, used+1
+			maps.Copy(heads, part.Begins)
+			break
+		}
+		if !found {
+			return bad
+		}
+	}
+	_, err = fmt.Fprintf(s.stdout, "verified: all leaves before %d, in %d bundles\n", r.First, used)
+	return err
+}
+
+// errNotIn says that a bundle is of other leaves.
+var errNotIn = errors.New("the bundle does not have the leaf")
+
+// verifyPart verifies a bundle that has a leaf, and that the chains of nodes come to heads.
+func verifyPart(ctx context.Context, name string, key audit.LogKey, leaf int64, heads map[string]audit.Head) (r audit.Report, err error) {
+	b, f, err := audit.OpenBundleFile(name)
+	if err != nil {
+		return r, err
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	if _, _, err := audit.OpenCheckpoint(b.Signed, key); err != nil || leaf < b.First || leaf >= b.First+b.Leaves {
+		return r, errNotIn // it may be of another log
+	}
+	r, _, _, err = audit.VerifyBundle(ctx, key, nil, audit.Known{Heads: heads}, false, b)
+	return r, err
 }
 
 // sayFollows says which logs a log names that a recovery has begun, and which it does not
@@ -357,14 +455,25 @@ func (s *session) fetch(ctx context.Context, file, url string, origin int64) (f 
 }
 
 type reconcileCommand struct {
-	A string `arg:"" help:"A bundle of the log of the one KME, or the URL of its operator door."`
-	B string `arg:"" help:"The same of the other, taken after it."`
+	A        string   `arg:"" help:"A bundle of the log of the one KME, or the URL of its operator door."`
+	B        string   `arg:"" help:"The same of the other, taken after it."`
+	VkeyA    string   `name:"vkey-a" placeholder:"KEY" help:"The verifier key of A's log, from somebody you trust."`
+	VkeyB    string   `name:"vkey-b" placeholder:"KEY" help:"The same of B's."`
+	WitnessA []string `name:"witness-a" placeholder:"KEY" help:"The verifier key of a witness of A's log; all that are given must have signed. Repeatable."`
+	WitnessB []string `name:"witness-b" placeholder:"KEY" help:"The same of B's."`
 }
 
-// Run compares two logs. Each is verified, by the key that it names, before it is
-// believed.
+// sides are the keys that were given for each log.
+func (c reconcileCommand) sides() [2]trusted {
+	return [2]trusted{{c.VkeyA, c.WitnessA}, {c.VkeyB, c.WitnessB}}
+}
+
+// Run compares two logs. Each is verified before it is believed: by the key that was given
+// for it, or by the one that it names itself, which proves of neither site that it is it.
 func (c reconcileCommand) Run(ctx context.Context, s *session) error {
 	var accounts [2]*audit.Account
+	var names [2]string
+	sides := c.sides()
 	for i, from := range []string{c.A, c.B} {
 		file, url := from, ""
 		if strings.HasPrefix(from, "https://") {
@@ -375,13 +484,18 @@ func (c reconcileCommand) Run(ctx context.Context, s *session) error {
 			return err
 		}
 		defer f.close()
-		key, err := audit.ParseLogKey(f.bundle.Key)
+		key, witnesses, err := sides[i].readKeys(f.bundle.Key)
 		if err != nil {
-			return err
-		}
-		if _, _, _, err := audit.VerifyBundle(ctx, key, nil, audit.Known{}, true, f.bundle); err != nil {
 			return fmt.Errorf("%s: %w", from, err)
 		}
+		_, _, signed, err := audit.VerifyBundle(ctx, key, witnesses, audit.Known{}, true, f.bundle)
+		if err == nil {
+			err = cosignedByAll(signed, witnesses)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", from, err)
+		}
+		names[i] = key.Name()
 		accounts[i] = audit.NewAccount()
 		add := func(r audit.Row) error {
 			e, err := audit.ParseEvent(r.Body)
@@ -391,6 +505,9 @@ func (c reconcileCommand) Run(ctx context.Context, s *session) error {
 		if err := errors.Join(f.bundle.Rows(ctx, 0, 1<<62, add), f.bundle.Tail(ctx, add)); err != nil {
 			return fmt.Errorf("%s: %w", from, err)
 		}
+	}
+	if names[0] == names[1] {
+		return fmt.Errorf("%s and %s are of one log, %s: there is nothing to compare", c.A, c.B, names[0])
 	}
 	findings := audit.Reconcile(accounts[0], accounts[1])
 	for _, f := range findings {
@@ -402,5 +519,10 @@ func (c reconcileCommand) Run(ctx context.Context, s *session) error {
 	_, err := fmt.Fprintf(s.stdout, "%s and %s agree: %d and %d requests, %d and %d keys given to masters, %d and %d to slaves; for these the HSMs have opened %d and %d blobs\n",
 		accounts[0].Site, accounts[1].Site, accounts[0].Requests(), accounts[1].Requests(), accounts[0].Served(), accounts[1].Served(),
 		accounts[0].Taken(), accounts[1].Taken(), accounts[0].Opened(), accounts[1].Opened())
+	for i, side := range sides {
+		if side.Vkey == "" {
+			fmt.Fprintf(s.stdout, "NOT CHECKED: whose log %s is. It was verified with the key that it names itself: give --vkey-%c\n", printable(names[i]), 'a'+i)
+		}
+	}
 	return err
 }

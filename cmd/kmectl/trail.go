@@ -153,7 +153,8 @@ func sentence(e audit.Event) string {
 
 type showCommand struct {
 	trusted
-	Leaf int64 `arg:"" help:"The event's number in the log."`
+	Leaf   int64 `arg:"" help:"The event's number in the log."`
+	Origin int64 `help:"Of the log of this origin (the present one)."`
 }
 
 // Run prints an event that was proved.
@@ -162,11 +163,11 @@ func (c showCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	proof, err := client.Proof(ctx, c.Leaf)
+	proof, err := client.Proof(ctx, c.Origin, c.Leaf)
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	named, err := namedKey(ctx, client, c.trusted)
+	named, err := namedKey(ctx, client, c.trusted, c.Origin)
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}

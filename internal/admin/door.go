@@ -265,8 +265,8 @@ func (c Config) begin(w http.ResponseWriter, r *http.Request) *exchange {
 
 // identify sets the caller, who must be an operator.
 func (x *exchange) identify() error {
-	var err error
-	if x.caller, err = x.c.Identify(x.r); err != nil {
+	caller, err := x.c.Identify(x.r)
+	if x.caller = caller.OnRoute(x.route); err != nil {
 		return problem.Because(problem.Unauthorized, err)
 	}
 	if _, ok := x.caller.Operator(); !ok {

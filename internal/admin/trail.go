@@ -151,8 +151,9 @@ type TrailBackend interface {
 	// Search lists events of the log of an origin in the order of its leaves, and then
 	// those that are in no log yet.
 	Search(ctx context.Context, c identity.Caller, rid string, q Query) (Findings, error)
-	// Proof proves that the present log has a leaf.
-	Proof(ctx context.Context, c identity.Caller, rid string, leaf int64) (audit.Proof, error)
+	// Proof proves that the log of an origin (0: the present one) has a leaf. If its event
+	// is in a bundle and not in the database any more, that is Gone, and Detail says which.
+	Proof(ctx context.Context, c identity.Caller, rid string, origin, leaf int64) (audit.Proof, error)
 	// Bundle writes the leaves from first up to, and without, end of the log of an origin
 	// to w; an end of 0 is that of the log, and what is not in it yet follows. ready is
 	// called before the first byte, and not if there is an error before that.
@@ -218,10 +219,11 @@ func (c Config) search(ctx context.Context, x *exchange) (Findings, error) {
 
 func (c Config) proof(ctx context.Context, x *exchange) (audit.Proof, error) {
 	leaf, err := number(x.r.URL.Query(), "leaf")
-	if err != nil {
+	origin, oerr := number(x.r.URL.Query(), "origin")
+	if err = errors.Join(err, oerr); err != nil {
 		return audit.Proof{}, refusal{err}
 	}
-	return c.Trail.Proof(ctx, x.caller, x.rid, leaf)
+	return c.Trail.Proof(ctx, x.caller, x.rid, origin, leaf)
 }
 
 func number(v url.Values, name string) (int64, error) {
@@ -283,9 +285,10 @@ func (c *Client) Search(ctx context.Context, q Query) (f Findings, err error) {
 	return f, c.get(ctx, pathSearch+"?"+q.values().Encode(), &f)
 }
 
-// Proof proves that the log has a leaf. Whoever gets the proof verifies it.
-func (c *Client) Proof(ctx context.Context, leaf int64) (p audit.Proof, err error) {
-	return p, c.get(ctx, fmt.Sprintf("%s?leaf=%d", pathProof, leaf), &p)
+// Proof proves that the log of an origin (0: the present one) has a leaf. Whoever gets the
+// proof verifies it.
+func (c *Client) Proof(ctx context.Context, origin, leaf int64) (p audit.Proof, err error) {
+	return p, c.get(ctx, fmt.Sprintf("%s?origin=%d&leaf=%d", pathProof, origin, leaf), &p)
 }
 
 // Bundle copies a bundle of the log of an origin (0: the present one) to w: the leaves

@@ -57,6 +57,11 @@ func examples() []*Event {
 			Site: "km2", Node: "km2-a", Run: 2, At: at.Add(3 * time.Second), Action: Recover, Outcome: Done, Reason: "origin 2 begins",
 			Actor: Actor{Role: "node", ID: "km2-a"}, Count: 2, Follows: []string{"qutemail.example/km2/audit/1\n5\nroot=\n\n— qutemail.example/km2/audit/1 sig=\n"},
 		},
+		{
+			Site: "km2", Node: "km2-a", Run: 2, At: at.Add(4 * time.Second), Action: Malformed, Outcome: Refused, Reason: "unauthorized: no rule",
+			Request: "0193e6c0-1a00-7c41-9f6e-0d2f6a4b8e12", Route: "POST /api/v1/keys/{sae}/enc_keys",
+			Actor: Actor{Serial: "99", Fingerprint: "ef", Subject: "CN=mallory, URI:spiffe://x/y", Remote: "127.0.0.1:40001", TLS: "TLS 1.3 TLS_AES_128_GCM_SHA256 X25519MLKEM768"},
+		},
 	}
 }
 

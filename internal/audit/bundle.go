@@ -352,22 +352,34 @@ func VerifyBundle(ctx context.Context, key LogKey, witnesses []Witness, known Kn
 	if c, cosigned, err = OpenCheckpoint(b.Signed, key, witnesses...); err != nil {
 		return r, c, nil, err
 	}
-	end := b.First + b.Leaves
+	first, end := b.First, b.First+b.Leaves
 	if whole {
 		end = c.Size
+		if b.Leaves == 0 {
+			first = c.Size // all of it is in other bundles, or nowhere
+		}
 	}
 	if end > c.Size {
 		return r, c, cosigned, &BadLeaf{Leaf: c.Size, Why: "the checkpoint does not have it"}
 	}
-	r, err = verify(ctx, key, c, b.First, end, known, b)
-	if before := b.First - 1; err == nil && whole && !slices.ContainsFunc(r.Archived, func(a Archived) bool { return a.First <= before && before <= a.Last }) && before >= 0 {
-		err = &BadLeaf{Leaf: before, Why: "it is missing, and no event of the log says that it went into a bundle"}
+	r, err = verify(ctx, key, c, first, end, known, b)
+	if err == nil && whole && first > 0 {
+		err = named(first-1, key, slices.Concat(r.Archived, known.Archived))
 	}
 	r.Cosigned = c.Size
 	if err == nil && len(cosigned) < len(witnesses) && b.Cosigned != nil {
 		cosigned, r.Cosigned, err = b.cosigned(key, c, cosigned, witnesses)
 	}
 	return r, c, cosigned, err
+}
+
+// named is nil if one of the bundles that were named has a leaf of the log.
+func named(leaf int64, key LogKey, bundles []Archived) error {
+	has := func(a Archived) bool { return a.Log == key.Name() && a.First <= leaf && leaf <= a.Last }
+	if slices.ContainsFunc(bundles, has) {
+		return nil
+	}
+	return &BadLeaf{Leaf: leaf, Why: "it is missing, and no event of the log says that it went into a bundle"}
 }
 
 // cosigned are the witnesses that have signed the bundle's earlier checkpoint, and its
@@ -377,15 +389,8 @@ func (b *Bundle) cosigned(key LogKey, c Checkpoint, names []string, witnesses []
 	if err != nil || len(more) <= len(names) {
 		return names, c.Size, err
 	}
-	if earlier.Size > c.Size {
-		return names, c.Size, &BadLeaf{Leaf: c.Size, Why: fmt.Sprintf("it is missing: witnesses have signed for %d leaves, and the log has %d", earlier.Size, c.Size)}
-	}
-	root, err := tlog.TreeHash(earlier.Size, tlog.TileHashReader(tlog.Tree{N: c.Size, Hash: c.Root}, tileReader{b}))
-	if err != nil {
-		return names, c.Size, fmt.Errorf("comparing the tree with the one of %d leaves that witnesses have signed: %w", earlier.Size, err)
-	}
-	if root != earlier.Root {
-		return names, c.Size, &BadLeaf{Leaf: earlier.Size - 1, Why: "this leaf or one before is another than witnesses have signed for: the log was forked"}
+	if err := Follows(c, earlier, b); err != nil {
+		return names, c.Size, err
 	}
 	return more, earlier.Size, nil
 }

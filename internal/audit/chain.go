@@ -76,7 +76,9 @@ func (e *Event) AppendText(b []byte) []byte {
 		w.text("serial", e.Actor.Serial)
 		w.text("issuer", e.Actor.Issuer)
 		w.text("fingerprint", e.Actor.Fingerprint)
+		w.text("subject", e.Actor.Subject)
 		w.text("remote", e.Actor.Remote)
+		w.text("tls", e.Actor.TLS)
 		w.b = append(w.b, '}')
 	}
 	w.list("policy", e.Policy)

@@ -9,6 +9,25 @@
 //
 // An event's text is written once and stored as it is; the leaf that is hashed is
 // that text. No event has a field that could hold key material, wrapped or plain.
+// Fields are added and never changed: an old text stays what it is, and one without a
+// field is read as if that were empty.
+//
+// Some of what auditors ask for is no field or action of its own, on purpose:
+//
+//   - the status of an answer: the event is committed before the answer is written. It
+//     follows from the outcome, from the kind of problem that the reason of what was
+//     refused or failed begins with, and from the route (deploy/AUDIT.md has the table);
+//   - names in a certificate that a rule has named: they are the ID, or the rule says
+//     how they lead to it, and the fingerprint says which certificate it was;
+//   - slot and session of the HSM: a site has one token, and any session does any
+//     operation. What the module has returned (CKR_...) stands in the reason;
+//   - an operator's login: there is none. Each act has the certificate that made it;
+//     looking at how things stand, which changes nothing and shows no event, is not one;
+//   - a refused PIN at the start of a node, which has no key then to sign with and ends
+//     with a status of its own, which the service manager keeps. One that is refused
+//     later is an alarm, and that is an event;
+//   - each checkpoint and each cosignature: an event would make another checkpoint. They
+//     are kept beside the tree; those that fail are alarms, and so events.
 package audit
 
 import (
@@ -70,8 +89,9 @@ const (
 	Certificate Action = "certificate"    // this node's own was renewed, or could not be
 	Outage      Action = "outage-summary" // refusals that could not be recorded while the database was away
 
-	FactsChanged Action = "facts-changed" // what Facts says is other than at the start
-	ClockStep    Action = "clock-step"    // the clock was set; Reason says by how much
+	FactsChanged Action = "facts-changed"   // what Facts says is other than at the start
+	ClockStep    Action = "clock-step"      // the clock was set; Reason says by how much
+	Migrated     Action = "schema-migrated" // the database's schema is another than when this was recorded last; Reason says which and since when
 
 	AuditStart    Action = "audit-start"       // this node folds the site's events into the tree from now on
 	AuditStop     Action = "audit-stop"        // and no more: another sequencer does, or, as the last event of a run, the node ends in order
@@ -101,7 +121,9 @@ type Actor struct {
 	Serial      string `json:"serial"`      // certificate serial, decimal
 	Issuer      string `json:"issuer"`      // authority key identifier of the certificate, hex
 	Fingerprint string `json:"fingerprint"` // SHA-256 of the certificate, hex
+	Subject     string `json:"subject"`     // of a certificate that no rule named: its subject and alternative names; "" of others, whose ID it is
 	Remote      string `json:"remote"`      // address and port
+	TLS         string `json:"tls"`         // of the connection: version, cipher suite and key exchange
 }
 
 // Facts are what holds for all events of a node from the one that has them on, until
@@ -138,7 +160,7 @@ type Event struct {
 	Outcome Outcome  `json:"outcome"`
 	Reason  string   `json:"reason"`  // why it was refused or failed; never seen by the caller
 	Request string   `json:"request"` // request ID, "" for a node's own acts
-	Route   string   `json:"route"`   // method and route pattern of the request
+	Route   string   `json:"route"`   // method and route pattern of the request; of refused handshakes the door
 	Actor   Actor    `json:"actor"`   //
 	Policy  []string `json:"policy"`  // IDs of the policies that decided
 

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
 )
 
 // A log that a recovery has begun names the last checkpoints of the logs before it. They
@@ -47,7 +48,11 @@ func TestLogFollows(t *testing.T) {
 		"what is no checkpoint":         {[]string{"?"}, 3, nil, nil, "is no log of qutemail.example/km1/audit"},
 	} {
 		recovery := Event{Action: Recover, Outcome: Done, Count: test.count, Follows: test.follows}
-		l := newMemoryLogOf(t, 3, Event{Action: Alarm}, Event{Action: Start}, recovery, Event{Action: Alarm})
+		last := Event{Action: Alarm}
+		if test.count != 3 {
+			last = Event{Action: Recover, Outcome: Done, Count: 3}
+		}
+		l := newMemoryLogOf(t, 3, Event{Action: Alarm}, Event{Action: Start}, recovery, last)
 		r, err := Verify(context.Background(), l.key, l.c, 0, Known{Earlier: test.earlier}, l)
 		var bad *BadLeaf
 		switch {
@@ -56,5 +61,91 @@ func TestLogFollows(t *testing.T) {
 		case test.bad != "" && (!errors.As(err, &bad) || bad.Leaf != 2 || !strings.Contains(bad.Why, test.bad)):
 			t.Errorf("%s: %v, want %q", name, err, test.bad)
 		}
+	}
+}
+
+// A log of a later origin that no recovery has begun is whoever's that has changed the number
+// in the database: what the log before had at its end is nowhere.
+func TestLogBegunByNobody(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		origin int64
+		event  Event
+		good   bool
+	}{
+		"the first":                {1, Event{Action: Alarm}, true},
+		"by a recovery":            {2, Event{Action: Recover, Outcome: Done, Count: 2}, true},
+		"by nobody":                {2, Event{Action: Alarm}, false},
+		"by one of another origin": {3, Event{Action: Recover, Outcome: Done, Count: 2}, false},
+	} {
+		l := newMemoryLogOf(t, test.origin, Event{Action: Alarm}, test.event)
+		_, err := Verify(t.Context(), l.key, l.c, 0, Known{}, l)
+		var bad *BadLeaf
+		if is := errors.As(err, &bad) && bad.Leaf == 0 && strings.Contains(bad.Why, "recovery"); is == test.good {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// What a witness has seen is compared with the tree also where its first leaves are in
+// bundles, and so is what somebody shows to accuse a log.
+func TestForkedBeforeWhatIsKept(t *testing.T) {
+	t.Parallel()
+	l := newMemoryLog(t, 600)
+	other := newMemoryLogOf(t, 1, slices.Repeat([]Event{{Action: Alarm, Outcome: Done, Reason: "another"}}, 550)...)
+	for name, test := range map[string]struct {
+		seen Checkpoint
+		bad  int64 // -1: none is
+	}{
+		"its own":         {newMemoryLog(t, 550).c, -1},
+		"nothing":         {newMemoryLog(t, 0).c, -1},
+		"all of it":       {l.c, -1},
+		"of another tree": {other.c, 549},
+		"more of it":      {newMemoryLog(t, 601).c, 600},
+	} {
+		_, err := Verify(t.Context(), l.key, l.c, 300, Known{Checkpoints: []Checkpoint{test.seen}}, l)
+		for _, err := range []error{err, Follows(l.c, test.seen, l)} {
+			var bad *BadLeaf
+			if errors.As(err, &bad) != (test.bad >= 0) || bad != nil && bad.Leaf != test.bad || bad == nil && err != nil {
+				t.Errorf("%s: %v, want leaf %d", name, err, test.bad)
+			}
+		}
+	}
+}
+
+// What goes on to others is what the log has signed.
+func TestProved(t *testing.T) {
+	t.Parallel()
+	read := func(l *memoryLog, first, end int64) (n int64, err error) {
+		return n, Proved(t.Context(), l.c, first, end, l, func(r Row) error {
+			if r.Leaf != first+n {
+				t.Errorf("leaf %d came after %d others from %d on", r.Leaf, n, first)
+			}
+			n++
+			return nil
+		})
+	}
+	l := newMemoryLog(t, 600)
+	for _, at := range [][2]int64{{0, 600}, {255, 257}, {599, 600}, {7, 7}} {
+		if n, err := read(l, at[0], at[1]); err != nil || n != at[1]-at[0] {
+			t.Errorf("leaves %v: %d, %v", at, n, err)
+		}
+	}
+	l.rows[300].Body = bytes.Replace(l.rows[300].Body, []byte(`"r"`), []byte(`"s"`), 1)
+	n, err := read(l, 290, 310)
+	var bad *BadLeaf
+	if !errors.As(err, &bad) || bad.Leaf != 300 || n != 10 {
+		t.Errorf("leaf 300 was changed: %d were read, %v", n, err)
+	}
+	tile := l.tiles[[2]int64{0, 1}]
+	h := tlog.RecordHash(l.rows[300].Body)
+	copy(tile[(300-256)*tlog.HashSize:], h[:])
+	if n, err := read(l, 290, 310); err == nil || n != 0 {
+		t.Errorf("leaf 300 was changed, and its tile: %d were read, %v", n, err)
+	}
+	l = newMemoryLog(t, 600)
+	l.rows = slices.Delete(l.rows, 300, 301)
+	if n, err := read(l, 290, 310); !errors.As(err, &bad) || bad.Leaf != 300 || n != 10 {
+		t.Errorf("leaf 300 was deleted: %d were read, %v", n, err)
 	}
 }

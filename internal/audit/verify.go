@@ -121,15 +121,19 @@ type Source interface {
 
 // Report is what was verified.
 type Report struct {
-	Leaves int64           // in the tree
+	First  int64           // leaf
+	Leaves int64           // in the tree, from First on
 	Tail   int64           // beyond it, signed by their nodes
 	Heads  map[string]Head // where the chain of each node ends
 	// Follows are the last checkpoints of the site's logs before this one that the log
 	// names, each signed by its log: of a log that was begun by a recovery.
 	Follows []Checkpoint
-	// Archived are the bundles that the log names, where leaves before the first one of
-	// those that were verified went.
+	// Archived are the bundles that the log names, where leaves went of it and of the
+	// site's logs before it.
 	Archived []Archived
+	// Begins is, of each node, the head of its chain before the first event that was
+	// verified: where the chain ends of what is before, which may be in a bundle.
+	Begins map[string]Head
 	// Cosigned is how many leaves the witnesses have signed for that VerifyBundle names.
 	Cosigned int64
 }
@@ -148,6 +152,7 @@ type Known struct {
 	Heads       map[string]Head // of nodes: what a node's witness file says, or another site
 	Checkpoints []Checkpoint    // that a witness has seen, the log's signature verified
 	Earlier     []Checkpoint    // that a witness has last seen of the logs before, likewise (LogKey.OpenEarlier)
+	Archived    []Archived      // leaves of this log that a later log of the site says are in bundles (Report.Archived of that one)
 }
 
 // verify is Verify of the leaves up to, and without, end.
@@ -159,7 +164,7 @@ func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, kno
 		}
 		v.seen[seen.Size] = seen.Root
 	}
-	r := Report{Heads: make(map[string]Head)}
+	r := Report{Heads: make(map[string]Head), Begins: make(map[string]Head)}
 	notes, err := src.NodeKeys(ctx)
 	if err != nil {
 		return r, err
@@ -167,7 +172,12 @@ func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, kno
 	v.chains.notes = notes
 	v.proved = tlog.TileHashReader(tlog.Tree{N: c.Size, Hash: c.Root}, tileReader{src})
 	v.size, v.next, v.first = c.Size, first, first
-	err = src.Rows(ctx, first, end, v.leaf)
+	if first > 0 { // otherwise the leaves are compared one by one
+		err = v.compareSeen(known.Checkpoints)
+	}
+	if err == nil {
+		err = src.Rows(ctx, first, end, v.leaf)
+	}
 	if err == nil && v.next != end {
 		err = &BadLeaf{Leaf: v.next, Why: fmt.Sprintf("it is missing, and so is all before leaf %d", end)}
 	}
@@ -176,15 +186,18 @@ func verify(ctx context.Context, key LogKey, c Checkpoint, first, end int64, kno
 			err = &BadLeaf{Leaf: 0, Why: "the tree's root is another one than its checkpoint's"}
 		}
 	}
-	r.Leaves = v.next - first
+	r.First, r.Leaves = first, v.next-first
 	if err == nil {
 		err = src.Tail(ctx, func(row Row) error { r.Tail++; return v.tail(row) })
 	}
 	if err == nil {
 		err = v.end()
 	}
+	if err == nil && first == 0 && key.Origin > 1 && !v.begun {
+		err = &BadLeaf{Leaf: 0, Why: fmt.Sprintf("no event of it is of the recovery that has begun it: who has called it the log of origin %d?", key.Origin)}
+	}
 	for node, s := range v.chains.nodes {
-		r.Heads[node] = s.head
+		r.Heads[node], r.Begins[node] = s.head, s.begins
 	}
 	r.Follows, r.Archived = v.follows, v.archived
 	return r, err
@@ -201,25 +214,90 @@ type verification struct {
 	seen   map[int64]tlog.Hash // roots, by size
 
 	earlier, follows []Checkpoint // of the logs before: that are known, that this one names
-	archived         []Archived   // leaves of this log that it says are in bundles
+	archived         []Archived   // leaves of the site's logs that it says are in bundles
+	begun            bool         // the recovery that has begun it was seen
 
 	size, first, next int64
 	tile              int64 // the one whose hashes are in hashes
 	hashes            []tlog.Hash
 }
 
-func (v *verification) leaf(row Row) error {
-	if row.Leaf != v.next {
-		return &BadLeaf{Leaf: v.next, Why: fmt.Sprintf("it is missing: leaf %d comes after %d", row.Leaf, v.next-1)}
+// compareSeen compares the tree with what witnesses have seen of it, by its tiles.
+func (v *verification) compareSeen(seen []Checkpoint) error {
+	for _, was := range seen {
+		if err := follows(v.size, was, v.proved); err != nil {
+			return err
+		}
 	}
+	return nil
+}
+
+// Follows is nil if the tree of a log's checkpoint begins with that of one that somebody has
+// seen of it. Its error is a *BadLeaf if it does not.
+func Follows(now, was Checkpoint, tiles TileSource) error {
+	return follows(now.Size, was, tlog.TileHashReader(tlog.Tree{N: now.Size, Hash: now.Root}, tileReader{tiles}))
+}
+
+func follows(size int64, was Checkpoint, proved tlog.HashReader) error {
+	if was.Size > size {
+		return &BadLeaf{Leaf: size, Why: fmt.Sprintf("it is missing: a witness has seen %d leaves, and the log has %d", was.Size, size)}
+	}
+	root, err := tlog.TreeHash(was.Size, proved)
+	if err != nil {
+		return fmt.Errorf("comparing the tree with the one of %d leaves that a witness has seen: %w", was.Size, err)
+	}
+	if root != was.Root {
+		return &BadLeaf{Leaf: max(0, was.Size-1), Why: "this leaf or one before is another than a witness has seen: the log was forked"}
+	}
+	return nil
+}
+
+// Proved calls do for the leaves from first up to, and without, end, in order, of which
+// each is shown to be the log's by its checkpoint: the text, and not who has written it.
+// Its error is, or wraps, a *BadLeaf at one that is not.
+func Proved(ctx context.Context, c Checkpoint, first, end int64, src Source, do func(Row) error) error {
+	v := &verification{proved: tlog.TileHashReader(tlog.Tree{N: c.Size, Hash: c.Root}, tileReader{src}), size: c.Size, next: first}
+	err := src.Rows(ctx, first, end, func(row Row) error {
+		if row.Leaf != v.next {
+			return &BadLeaf{Leaf: v.next, Why: "it is missing"}
+		}
+		if _, err := v.prove(row); err != nil {
+			return err
+		}
+		v.next++
+		return do(row)
+	})
+	if err == nil && v.next != end {
+		err = &BadLeaf{Leaf: v.next, Why: "it is missing"}
+	}
+	return err
+}
+
+// prove compares a row's text with its leaf, and returns the leaf's hash. An error that
+// is no *BadLeaf says that the tile of the leaf could not be read, or not be proved.
+func (v *verification) prove(row Row) (tlog.Hash, error) {
 	if v.hashes == nil || row.Leaf>>TileHeight != v.tile {
 		if err := v.openTile(row.Leaf >> TileHeight); err != nil {
-			return v.narrow(row, err)
+			return tlog.Hash{}, err
 		}
 	}
 	h := tlog.RecordHash(row.Body)
 	if h != v.hashes[row.Leaf&(tileWidth-1)] {
-		return &BadLeaf{row.Leaf, row.Node, row.Seq, "its text is another one than that of its leaf"}
+		return h, &BadLeaf{row.Leaf, row.Node, row.Seq, "its text is another one than that of its leaf"}
+	}
+	return h, nil
+}
+
+func (v *verification) leaf(row Row) error {
+	if row.Leaf != v.next {
+		return &BadLeaf{Leaf: v.next, Why: fmt.Sprintf("it is missing: leaf %d comes after %d", row.Leaf, v.next-1)}
+	}
+	h, err := v.prove(row)
+	if _, bad := errors.AsType[*BadLeaf](err); err != nil && !bad {
+		return v.narrow(row, err)
+	}
+	if err != nil {
+		return err
 	}
 	if _, err := v.chains.add(row, false); err != nil {
 		return err
@@ -312,13 +390,13 @@ func (v *verification) told(row Row) error {
 	return nil
 }
 
-// archive takes in which leaves of the log are in a bundle.
+// archive takes in which leaves of the log, or of one before it, are in a bundle.
 func (v *verification) archive(row Row) error {
 	e, err := ParseEvent(row.Body)
 	if err != nil || e.Outcome != Done {
 		return err
 	}
-	if a, err := ParseArchived(e.Reason); err == nil && a.Log == v.key.Name() {
+	if a, err := ParseArchived(e.Reason); err == nil && VouchName(a.Log) == v.key.Site {
 		v.archived = append(v.archived, a)
 	}
 	return nil
@@ -332,6 +410,7 @@ func (v *verification) follow(row Row) error {
 	if err != nil || int64(e.Count) != v.key.Origin {
 		return err
 	}
+	v.begun = true
 	for _, signed := range e.Follows {
 		c, err := v.key.OpenEarlier(signed)
 		if err != nil {
@@ -388,6 +467,7 @@ type Chains struct {
 }
 
 type chainState struct {
+	begins Head // before the first event that was added
 	head   Head
 	key    ed25519.PublicKey // nil: no event has named it yet
 	note   string            // that vouches for it
@@ -400,16 +480,20 @@ func NewChains(key LogKey) *Chains { return &Chains{key: key, nodes: make(map[st
 
 // Load goes on with a chain where it was left: its head, and the note that vouches for
 // the node's key, "" if none does yet.
-func (c *Chains) Load(node string, head Head, keyNote string) error {
-	s := &chainState{head: head, signed: head.Seq, note: keyNote}
-	if keyNote != "" {
-		var err error
-		if s.key, err = c.key.NodeKey(keyNote, node); err != nil {
-			return err
-		}
-	}
+func (c *Chains) Load(node string, head Head, keyNote string) {
+	s := &chainState{begins: head, head: head, signed: head.Seq}
+	s.vouched(c.key, node, keyNote)
 	c.nodes[node] = s
-	return nil
+}
+
+// vouched takes the node's key from a note that vouches for it. One that the log's key has
+// not signed is as none: the log has another key since its token was zeroized, or somebody
+// wrote it into the database. What the node signs is then not believed before an event of
+// the node names its key anew.
+func (s *chainState) vouched(log LogKey, node, keyNote string) {
+	if key, err := log.NodeKey(keyNote, node); err == nil {
+		s.key, s.note = key, keyNote
+	}
 }
 
 // Head is where the chain of a node ends.
@@ -452,12 +536,8 @@ func (c *Chains) add(row Row, verify bool) (signed bool, err error) {
 				return false, bad("the hash before it is missing")
 			}
 			s.head = Head{Seq: row.Seq - 1, Hash: [32]byte(row.Prev)}
-			if note := c.notes[row.Node]; note != "" {
-				if s.key, err = c.key.NodeKey(note, row.Node); err != nil {
-					return false, bad("%v", err)
-				}
-				s.note = note
-			}
+			s.begins = s.head
+			s.vouched(c.key, row.Node, c.notes[row.Node])
 		}
 		s.signed = s.head.Seq
 		c.nodes[row.Node] = s

@@ -50,7 +50,11 @@ type LogState struct {
 	Key    string // its verifier key, as the database says
 	Size   int64
 	Begun  time.Time
+	Ended  bool // a recovery has begun another
 }
+
+// logColumns are those of a LogState.
+const logColumns = "origin, name, vkey, size, begun_at, origin < (SELECT max(origin) FROM audit_log)"
 
 // Snapshot is the log of one origin as it stands at one moment. It is a source for
 // audit.Verify, for bundles and for proofs.
@@ -65,7 +69,7 @@ var ErrNoLog = errors.New("there is no such audit log yet")
 // Snapshot has do read the log of an origin; 0 is the present one.
 func (r *Reader) Snapshot(ctx context.Context, origin int64, do func(*Snapshot) error) error {
 	return pgx.BeginTxFunc(ctx, r.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		rows, _ := tx.Query(ctx, "SELECT origin, name, vkey, size, begun_at FROM audit_log WHERE $1::bigint IN (0, origin) ORDER BY origin DESC LIMIT 1", origin)
+		rows, _ := tx.Query(ctx, "SELECT "+logColumns+" FROM audit_log WHERE $1::bigint IN (0, origin) ORDER BY origin DESC LIMIT 1", origin)
 		state, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[LogState])
 		if errors.Is(err, pgx.ErrNoRows) {
 			return ErrNoLog
@@ -79,7 +83,7 @@ func (r *Reader) Snapshot(ctx context.Context, origin int64, do func(*Snapshot) 
 
 // Logs lists the logs of the site's origins, the present one last.
 func (r *Reader) Logs(ctx context.Context) ([]LogState, error) {
-	rows, _ := r.pool.Query(ctx, "SELECT origin, name, vkey, size, begun_at FROM audit_log ORDER BY origin")
+	rows, _ := r.pool.Query(ctx, "SELECT "+logColumns+" FROM audit_log ORDER BY origin")
 	logs, err := pgx.CollectRows(rows, pgx.RowToStructByPos[LogState])
 	if err != nil {
 		return nil, fmt.Errorf("reading the audit logs: %w", err)
@@ -223,8 +227,12 @@ func scanRow(row pgx.CollectableRow) (r audit.Row, err error) {
 }
 
 // Tail implements audit.Source: the events beyond the tree, and then those that are
-// somewhere they cannot have come to.
+// somewhere they cannot have come to. What a recovery ended has none: they are on their
+// way into the log that it began.
 func (l *Snapshot) Tail(ctx context.Context, do func(audit.Row) error) error {
+	if l.Ended {
+		return nil
+	}
 	node, seq := "", int64(0)
 	for {
 		rows, _ := l.tx.Query(ctx, `SELECT a.node, a.seq, a.prev, a.body, a.sig FROM audit a LEFT JOIN audit_node n ON n.node = a.node
@@ -372,8 +380,9 @@ func (l *Snapshot) Prove(ctx context.Context, leaf int64, key audit.LogKey) (p a
 
 // Leaves calls do for up to limit leaves of the log of an origin, from first on; origin
 // 0 is the first log that there is. It returns the log's state, and the origin of the
-// log that follows it, 0 if none does.
-func (r *Reader) Leaves(ctx context.Context, origin, first int64, limit int, do func(audit.Row) error) (state LogState, following int64, err error) {
+// log that follows it, 0 if none does. A leaf is shown to be the log's by its last
+// checkpoint, which key has signed: its error is a *audit.BadLeaf at one that is not.
+func (r *Reader) Leaves(ctx context.Context, key func(LogState) string, origin, first int64, limit int, do func(audit.Row) error) (state LogState, following int64, err error) {
 	logs, err := r.Logs(ctx)
 	if err != nil || len(logs) == 0 {
 		return LogState{}, 0, err
@@ -389,24 +398,42 @@ func (r *Reader) Leaves(ctx context.Context, origin, first int64, limit int, do 
 		following = logs[at+1].Origin
 	}
 	err = r.Snapshot(ctx, state.Origin, func(l *Snapshot) error {
-		return l.Rows(ctx, first, min(first+int64(limit), l.Size), do)
+		end := min(first+int64(limit), l.Size)
+		if first >= end {
+			return nil
+		}
+		k, err := audit.ParseLogKey(key(l.LogState))
+		if err != nil {
+			return err
+		}
+		signed, err := l.Checkpoint(ctx, 0)
+		if err != nil {
+			return err
+		}
+		c, _, err := audit.OpenCheckpoint(signed, k)
+		if err != nil {
+			return err
+		}
+		return audit.Proved(ctx, c, first, end, l, do)
 	})
 	return state, following, err
 }
 
-// Day is a day of the audit log and the leaves that its events are among.
+// Day is a day of the audit log, and the leaves of the log of an origin that its events
+// are among.
 type Day struct {
+	Origin      int64
 	Day         time.Time
 	First, Last int64
 }
 
-// Days lists the days whose events are in the database and all in the log, oldest
-// first, before one.
-func (l *Snapshot) Days(ctx context.Context, before time.Time) ([]Day, error) {
-	rows, _ := l.tx.Query(ctx, `SELECT r.day, min(r.first), max(r.first + r.n - 1) FROM audit_range r
-		WHERE r.origin = $1 AND r.day < $2 AND NOT EXISTS (SELECT FROM audit_archive a WHERE a.origin = r.origin AND a.day = r.day)
-			AND NOT EXISTS (SELECT FROM audit_range o WHERE o.origin <> r.origin AND o.day = r.day)
-		GROUP BY r.day ORDER BY r.day`, l.Origin, before)
+// Days lists the days before one whose events are in the database and in a log, oldest
+// first: one for each log that has leaves of it.
+func (r *Reader) Days(ctx context.Context, before time.Time) ([]Day, error) {
+	rows, _ := r.pool.Query(ctx, `SELECT r.origin, r.day, min(r.first), max(r.first + r.n - 1) FROM audit_range r
+		WHERE r.day < $1 AND r.day IN (SELECT to_date(substr(c.relname, 8), 'YYYYMMDD') FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+			WHERE i.inhparent = 'audit'::regclass)
+		GROUP BY r.origin, r.day ORDER BY r.day, r.origin`, before)
 	days, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Day])
 	if err != nil {
 		return nil, fmt.Errorf("listing the audit log's days: %w", err)
@@ -414,12 +441,32 @@ func (l *Snapshot) Days(ctx context.Context, before time.Time) ([]Day, error) {
 	return days, nil
 }
 
+// Archived is where leaves are that are not in the database any more.
+type Archived struct {
+	Day         time.Time
+	First, Last int64
+	File        string // in the folder of the archive
+	Sum         []byte // SHA-256
+}
+
+// Archived says which bundle has a leaf, as the database has it; false if the leaf is in
+// the database.
+func (l *Snapshot) Archived(ctx context.Context, leaf int64) (a Archived, ok bool, err error) {
+	rows, _ := l.tx.Query(ctx, "SELECT day, first, last, file, sha256 FROM audit_archive WHERE origin = $1 AND $2 BETWEEN first AND last ORDER BY day LIMIT 1", l.Origin, leaf)
+	a, err = pgx.CollectExactlyOneRow(rows, pgx.RowToStructByPos[Archived])
+	if errors.Is(err, pgx.ErrNoRows) {
+		return a, false, nil
+	}
+	if err != nil {
+		return a, false, fmt.Errorf("looking for the bundle of leaf %d: %w", leaf, err)
+	}
+	return a, true, nil
+}
+
 // Kept is the first leaf whose event, and that of each after it, is in the database:
 // those before it are in bundles.
 func (l *Snapshot) Kept(ctx context.Context) (leaf int64, err error) {
-	err = l.tx.QueryRow(ctx, `SELECT coalesce(max(r.first + r.n), 0) FROM audit_range r JOIN audit_archive a ON a.origin = r.origin AND a.day = r.day
-		WHERE r.origin = $1`, l.Origin).Scan(&leaf)
-	if err != nil {
+	if err = l.tx.QueryRow(ctx, "SELECT coalesce(max(last) + 1, 0) FROM audit_archive WHERE origin = $1", l.Origin).Scan(&leaf); err != nil {
 		return 0, fmt.Errorf("reading what of the audit log is kept: %w", err)
 	}
 	return leaf, nil

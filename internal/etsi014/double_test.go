@@ -78,6 +78,9 @@ var errForbidden = problem.Because(problem.Unauthorized, errors.New("the double 
 // and whom it shares keys with.
 func (d at) begin(rid string, c identity.Caller, others ...identity.SAE) error {
 	d.events[rid]++
+	if c.Route() == "" {
+		return errors.New("a caller without a route")
+	}
 	if d.fault != nil {
 		return d.fault
 	}

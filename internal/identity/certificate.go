@@ -17,6 +17,7 @@ type Certificate struct {
 	Serial      string // decimal
 	Issuer      string // authority key identifier, hex; "" if the certificate has none
 	Fingerprint string // SHA-256 of the DER, hex
+	Subject     string // its subject and alternative names, of a Stranger's; "" of any other
 	NotBefore   time.Time
 	NotAfter    time.Time
 }
@@ -32,12 +33,14 @@ type Caller struct {
 	row     *Principal // of whoever the certificate names; nil for a stranger
 	cert    Certificate
 	session Session
+	route   string
 }
 
 // Session is the connection that a caller uses.
 type Session struct {
 	Remote string    // address and port; "" if nobody knows
 	Group  string    // the key exchange of its TLS, such as X25519MLKEM768; "" if nobody knows
+	TLS    string    // version, cipher suite and key exchange, for the record; "" if nobody knows
 	Since  time.Time // of its handshake
 }
 
@@ -54,6 +57,7 @@ func Stranger(leaf *x509.Certificate) Caller {
 	cert := Certificate{
 		Issuer:      hex.EncodeToString(leaf.AuthorityKeyId),
 		Fingerprint: hex.EncodeToString(fingerprint[:]),
+		Subject:     named(leaf),
 		NotBefore:   leaf.NotBefore,
 		NotAfter:    leaf.NotAfter,
 	}
@@ -61,6 +65,25 @@ func Stranger(leaf *x509.Certificate) Caller {
 		cert.Serial = leaf.SerialNumber.String()
 	}
 	return Caller{cert: cert}
+}
+
+// longestSubject is the most that is kept of what a stranger calls itself, in bytes.
+const longestSubject = 512
+
+// named is what a certificate calls its owner: the record has no rule's word for it.
+func named(leaf *x509.Certificate) string {
+	names := []string{leaf.Subject.String()}
+	for _, u := range leaf.URIs {
+		names = append(names, "URI:"+u.String())
+	}
+	for _, e := range leaf.EmailAddresses {
+		names = append(names, "email:"+e)
+	}
+	for _, d := range leaf.DNSNames {
+		names = append(names, "DNS:"+d)
+	}
+	all := strings.Join(slices.DeleteFunc(names, func(n string) bool { return n == "" }), ", ")
+	return strings.ToValidUTF8(all[:min(len(all), longestSubject)], "")
 }
 
 // Role is the part that c plays; RoleNone for a stranger.
@@ -90,6 +113,15 @@ func (c Caller) Session() Session { return c.session }
 // WithSession returns c, using the given connection.
 func (c Caller) WithSession(s Session) Caller {
 	c.session = s
+	return c
+}
+
+// Route is the method and path pattern of the request that c makes; "" if nobody set it.
+func (c Caller) Route() string { return c.route }
+
+// OnRoute returns c, making a request of the given method and path pattern.
+func (c Caller) OnRoute(route string) Caller {
+	c.route = route
 	return c
 }
 

@@ -217,7 +217,9 @@ func (m *Map) Judge(poolName string, leaf *x509.Certificate, now time.Time) (Cal
 	if denial != nil {
 		return Caller{cert: v.caller.cert}, denial
 	}
-	return v.caller, nil
+	c := v.caller
+	c.cert.Subject = "" // the rule's word for it is the ID
+	return c, nil
 }
 
 func judgeTime(leaf *x509.Certificate, now time.Time) *Denial {

@@ -18,6 +18,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -324,7 +325,11 @@ func TestJudge(t *testing.T) {
 				if got != tt.want {
 					t.Errorf("%s: Judge: got %q (%v), want %q", again, got, err, tt.want)
 				}
-				want := Certificate{Serial: "4711", Issuer: "abcd", Fingerprint: c.Certificate().Fingerprint, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter}
+				subject := "" // of whom a rule has named it says nothing that the ID does not
+				if err != nil {
+					subject = named(leaf)
+				}
+				want := Certificate{Subject: subject, Serial: "4711", Issuer: "abcd", Fingerprint: c.Certificate().Fingerprint, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter}
 				if diff := cmp.Diff(want, c.Certificate()); diff != "" || len(want.Fingerprint) != 64 {
 					t.Errorf("%s: facts of the certificate (-want +got):\n%s", again, diff)
 				}
@@ -400,6 +405,23 @@ func TestJudgeAgain(t *testing.T) {
 	}
 	if c, err := m.Judge("sae", nil, now); err == nil || c != (Caller{}) {
 		t.Errorf("Judge without a certificate: got %v, %v", c, err)
+	}
+}
+
+// What a stranger calls itself is kept, as far as that is not made to fill the log.
+func TestStrangerIsNamed(t *testing.T) {
+	t.Parallel()
+	leaf := recipe{uris: []string{alice, "spiffe://x/y"}, subject: cn("mallory")}.make(t)
+	c := Stranger(leaf)
+	if got := c.Certificate().Subject; got != "CN=mallory, URI:"+alice+", URI:spiffe://x/y" {
+		t.Errorf("a stranger is called %q", got)
+	}
+	leaf.DNSNames = []string{strings.Repeat("\u00e9", longestSubject)}
+	if got := Stranger(leaf).Certificate().Subject; len(got) > longestSubject || !utf8.ValidString(got) {
+		t.Errorf("a stranger is called %d bytes: %q", len(got), got)
+	}
+	if c = c.OnRoute("GET /x"); c.Route() != "GET /x" || c.WithRemote("r").Route() != "GET /x" {
+		t.Errorf("its route is %q", c.Route())
 	}
 }
 

@@ -35,10 +35,10 @@ func (k *KME) begin(c identity.Caller, rid string, a audit.Action, other identit
 	sae, _ := c.SAE()
 	cert := c.Certificate()
 	return &call{k: k, sae: sae, session: c.Session(), missed: make(chan struct{}), ev: audit.Event{
-		Action: a, Request: rid, Peer: other.String(),
+		Action: a, Request: rid, Route: c.Route(), Peer: other.String(),
 		Actor: audit.Actor{
 			Role: string(c.Role()), ID: c.ID(), Gateway: c.Gateway(), Rule: c.Rule(), Remote: c.Remote(),
-			Serial: cert.Serial, Issuer: cert.Issuer, Fingerprint: cert.Fingerprint,
+			Serial: cert.Serial, Issuer: cert.Issuer, Fingerprint: cert.Fingerprint, Subject: cert.Subject, TLS: c.Session().TLS,
 		},
 	}}
 }

@@ -78,7 +78,7 @@ func (k *KME) reload(ctx context.Context, ev audit.Event) (*policies.Set, error)
 		k.raise(ctx, "policies", fmt.Sprintf("the files of policies are not right, and what was in force stays so: %v", err))
 		return nil, &problem.Error{Kind: problem.Invalid, Detail: fmt.Sprintf("the policies stay what they were: %v", err), Err: err}
 	}
-	ev.Reason = "digest " + set.Digest
+	ev.Reason = "digest " + set.Digest + ", before " + k.Policies().Digest
 	ev.Outcome = audit.Done
 	if err := k.Store.Record(ctx, ev); err != nil { // no change without its record
 		return nil, fmt.Errorf("recording that policies change: %w", err)

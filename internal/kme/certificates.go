@@ -24,6 +24,7 @@ func (k *KME) RecordRefusals(ctx context.Context, rs []pki.Refusal) error {
 			Action: audit.Handshake, Outcome: audit.Refused, Reason: reason, Route: r.Door, Count: r.Count,
 			Actor: audit.Actor{
 				Remote: r.Remote, Serial: r.Certificate.Serial, Issuer: r.Certificate.Issuer, Fingerprint: r.Certificate.Fingerprint,
+				Subject: r.Certificate.Subject,
 			},
 		}
 	}

@@ -67,7 +67,17 @@ func (k *KME) beginRun(ctx context.Context) error {
 	ev.Reason = fmt.Sprintf("run %d", k.run.Load())
 	ev.Facts = k.factsNow()
 	k.told = ev.Facts
-	return k.Store.Record(ctx, ev)
+	if err := k.Store.Record(ctx, ev); err != nil {
+		return err
+	}
+	return k.Store.TellSchema(ctx, k.migrated)
+}
+
+// migrated makes the event of migrations of the database.
+func (k *KME) migrated(c store.SchemaChange) audit.Event {
+	ev := k.own(audit.Migrated)
+	ev.Reason = fmt.Sprintf("from version %d to %d, the last migration at %s", c.From, c.To, c.Last.UTC().Format(time.RFC3339))
+	return ev
 }
 
 // nextRun begins a run above atLeast. The order of its steps is what beginRun's

@@ -112,6 +112,16 @@ func (k *KME) logKeyText(origin int64) string {
 	return s.VerifierKey()
 }
 
+// logKeyOf is the verifier key of a log. One that was ended by a recovery has, if the token
+// was zeroized before that, another key than the log has now: that of its row, which an
+// auditor holds against the one that he was given.
+func (k *KME) logKeyOf(l auditlog.LogState) string {
+	if key, err := audit.ParseLogKey(l.Key); err == nil && l.Ended && key.Name() == k.logName(l.Origin) {
+		return l.Key
+	}
+	return k.logKeyText(l.Origin)
+}
+
 // factsNow are this node's facts as they are now.
 func (k *KME) factsNow() audit.Facts {
 	f := k.facts

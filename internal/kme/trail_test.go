@@ -6,9 +6,11 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -19,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -26,6 +29,7 @@ import (
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/auditlog"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/peer"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/internal/store"
@@ -362,6 +366,371 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// recovered has a site's log begin anew, as kmed recover does.
+func (s *site) recovered(k *KME, origin int64) {
+	s.t.Helper()
+	ev := k.own(audit.Recover)
+	ev.Count = int(origin)
+	k.Store.Witness().Start(origin)
+	if err := k.Store.EndRecovery(s.t.Context(), origin, nil, ev); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// archiving is a node that keeps events for a week, and records five a day for three days,
+// of which the first two are over for more than a week in the end; between is called in the
+// middle of the second.
+func (s *site) archiving(between func(*KME)) (k *KME, fold func()) {
+	s.t.Helper()
+	k, q := s.trailed()
+	k.Trail.Keep, k.Trail.Archive = 7*24*time.Hour, s.t.TempDir()
+	fold = func() {
+		s.t.Helper()
+		if _, err := q.Step(s.t.Context()); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	for day := range 3 {
+		for i := range 5 {
+			if day == 1 && i == 2 {
+				fold()
+				between(k)
+			}
+			k.note(s.t.Context(), k.own(audit.Alarm))
+		}
+		fold()
+		s.step(24 * time.Hour)
+	}
+	s.step(6 * 24 * time.Hour)
+	return k, fold
+}
+
+// bundles are the names in a node's archive.
+func (k *KME) bundles(t *testing.T) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(k.Trail.Archive, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range names {
+		names[i] = filepath.Base(names[i])
+	}
+	return names
+}
+
+// days are those whose events are in the database.
+func (s *site) days(k *KME) (days []string) {
+	s.t.Helper()
+	list, err := k.Trail.Reader.Days(s.t.Context(), s.now().Add(24*time.Hour))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, d := range list {
+		days = append(days, fmt.Sprintf("%d %s", d.Origin, d.Day.Format(time.DateOnly)))
+	}
+	return days
+}
+
+// Days of a log that a recovery has ended are archived as those of the present one are, and
+// the day of the recovery as one of both; what was in them can still be proved, and each log
+// be verified: the present one says where the days of the other went.
+func TestRetentionOverRecovery(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, fold := s.archiving(func(k *KME) { s.recovered(k, 2) })
+	if err := k.archiveDays(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	fold()
+	if diff := cmp.Diff([]string{"km1-1-2026-03-01.bundle", "km1-1-2026-03-02.bundle", "km1-2-2026-03-02.bundle"}, k.bundles(t)); diff != "" {
+		t.Fatalf("bundles (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"2 2026-03-03", "2 2026-03-10"}, s.days(k)); diff != "" {
+		t.Errorf("days in the database (-want +got):\n%s", diff)
+	}
+	if err := k.archiveDays(t.Context()); err != nil || len(k.bundles(t)) != 3 {
+		t.Errorf("archived again: %v, %v", k.bundles(t), err)
+	}
+
+	// The present log, and the one before: of leaves 0 to 7, all in bundles.
+	present, _, err := s.wholeLogOf(k, 2, audit.Known{})
+	if err != nil || present.First != 4 || len(present.Archived) != 3 {
+		t.Errorf("the present log: %+v, %v", present, err)
+	}
+	ended, _, err := s.wholeLogOf(k, 1, audit.Known{Archived: present.Archived})
+	if err != nil || ended.First != 8 || ended.Leaves != 0 || ended.Tail != 0 {
+		t.Errorf("the log before: %+v, %v", ended, err)
+	}
+	var bad *audit.BadLeaf
+	if _, _, err := s.wholeLogOf(k, 1, audit.Known{}); !errors.As(err, &bad) || bad.Leaf != 7 {
+		t.Errorf("the log before, of which nobody says where it went: %v", err)
+	}
+
+	for _, test := range []struct {
+		bundle       string
+		origin, leaf int64
+		seq          int64
+	}{
+		{"km1-1-2026-03-01.bundle", 1, 5, 6},
+		{"km1-1-2026-03-02.bundle", 1, 6, 7},
+		{"km1-2-2026-03-02.bundle", 2, 0, 9},
+	} {
+		key, err := audit.ParseLogKey(k.logKeyText(test.origin))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, f, err := audit.OpenBundleFile(filepath.Join(k.Trail.Archive, test.bundle))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := b.Prove(test.leaf, key)
+		if err != nil {
+			t.Error(err)
+		} else if e, _, _, err := p.Verify(key); err != nil || e.Seq != test.seq {
+			t.Errorf("leaf %d of the log of origin %d is event %d, want %d: %v", test.leaf, test.origin, e.Seq, test.seq, err)
+		}
+		_ = f.Close()
+		// And whoever asks the KME is told where it is.
+		_, err = k.TrailDoor(k.Trail.Reader).Proof(t.Context(), identity.Caller{}, "rid", test.origin, test.leaf)
+		var gone *problem.Error
+		if !errors.As(err, &gone) || gone.Kind != problem.Gone || !strings.Contains(gone.Detail, fmt.Sprintf("kmectl audit prove %d --bundle %s", test.leaf, test.bundle)) {
+			t.Errorf("leaf %d of the log of origin %d: %v", test.leaf, test.origin, err)
+		}
+	}
+	key, err := audit.ParseLogKey(k.logKeyText(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := k.TrailDoor(k.Trail.Reader).Proof(t.Context(), identity.Caller{}, "rid", 0, 4)
+	if err == nil {
+		_, _, _, err = p.Verify(key)
+	}
+	if err != nil {
+		t.Errorf("the proof of an event that is kept: %v", err)
+	}
+}
+
+// A clock that is set back over midnight leaves the events of a day among those of the day
+// before: they are archived together, or not yet.
+func TestRetentionClockSetBack(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.ms.Store(time.Date(2026, 3, 1, 23, 59, 0, 0, time.UTC).UnixMilli())
+	k, q := s.trailed()
+	k.Trail.Keep, k.Trail.Archive = 7*24*time.Hour, t.TempDir()
+	for _, step := range []time.Duration{0, 2 * time.Minute, -2 * time.Minute, 2 * time.Minute} {
+		s.step(step)
+		k.note(t.Context(), k.own(audit.Alarm))
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.step(7*24*time.Hour + 12*time.Hour) // the first day is older than a week, and not the second
+	if err := k.archiveDays(t.Context()); err != nil || len(k.bundles(t)) != 0 {
+		t.Fatalf("archived %v: %v", k.bundles(t), err)
+	}
+	s.step(24 * time.Hour)
+	if err := k.archiveDays(t.Context()); err != nil || len(k.bundles(t)) != 2 {
+		t.Fatalf("archived %v: %v", k.bundles(t), err)
+	}
+	if _, err := q.Step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if r, _, err := s.wholeLogOf(k, 1, audit.Known{}); err != nil || r.First != 5 || len(r.Archived) != 2 {
+		t.Errorf("the log: %+v, %v", r, err)
+	}
+}
+
+// A bundle is never written over, unless it is the same: it may have what a restore has
+// taken out of the database.
+func TestBundleStays(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, _ := s.archiving(func(*KME) {})
+	name := filepath.Join(k.Trail.Archive, "km1-1-2026-03-01.bundle")
+	if err := os.WriteFile(name, []byte("what it had before"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.exec(s.name, "REVOKE ALL ON FUNCTION kme.drop_audit_days FROM kme_app") // each time it fails in the end
+	for range 2 {
+		if err := k.archiveDays(t.Context()); err == nil {
+			t.Fatal("days were dropped")
+		}
+		if diff := cmp.Diff([]string{"km1-1-2026-03-01.2.bundle", "km1-1-2026-03-01.bundle"}, k.bundles(t)); diff != "" {
+			t.Errorf("bundles (-want +got):\n%s", diff)
+		}
+	}
+	s.exec(s.name, "GRANT EXECUTE ON FUNCTION kme.drop_audit_days TO kme_app")
+	if err := k.archiveDays(t.Context()); err != nil || len(k.bundles(t)) != 3 {
+		t.Errorf("archived %v: %v", k.bundles(t), err)
+	}
+	if text, err := os.ReadFile(name); err != nil || string(text) != "what it had before" {
+		t.Errorf("the file that was there is now %.40q: %v", text, err)
+	}
+}
+
+// Nothing is archived, and no more is handed out, if what would be before it is nowhere, or
+// is not what was signed: the bundles would be all there is.
+func TestRetentionOfForged(t *testing.T) {
+	t.Parallel()
+	for name, forge := range map[string]string{
+		"a day was deleted":   "DELETE FROM kme.audit WHERE day = '2026-03-01'; DELETE FROM kme.audit_range WHERE day = '2026-03-01'",
+		"a day is not whole":  "DELETE FROM kme.audit WHERE day = '2026-03-01' AND seq = 3",
+		"an event was edited": "UPDATE kme.audit SET body = replace(body, 'alarm', 'start') WHERE day = '2026-03-01' AND seq = 3",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			k, _ := s.archiving(func(*KME) {})
+			s.exec(s.name, forge)
+			k.retainOnce(t.Context())
+			for _, file := range k.bundles(t) {
+				if strings.HasSuffix(file, ".bundle") {
+					t.Errorf("there is a bundle: %s", file)
+				}
+			}
+			if k.distrusted() == "" || k.trailWell() == nil {
+				t.Error("keys are handed out as if nothing was wrong")
+			}
+		})
+	}
+}
+
+// What somebody has changed in the database since it was signed is not sent to those who
+// watch over it.
+func TestForgedIsNotSent(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	for range 5 {
+		k.note(t.Context(), k.own(audit.Alarm))
+	}
+	if _, err := q.Step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	read := func() (n int, err error) {
+		_, err = wayOut{k}.Leaves(t.Context(), 0, 0, 100, func(audit.Row) error { n++; return nil })
+		return n, err
+	}
+	if n, err := read(); n != 6 || err != nil || k.distrusted() != "" {
+		t.Fatalf("%d leaves: %v; distrusted %q", n, err, k.distrusted())
+	}
+	s.exec(s.name, "UPDATE kme.audit SET body = replace(body, 'alarm', 'start') WHERE seq = 4")
+	if n, err := read(); n != 3 || err == nil || k.distrusted() == "" {
+		t.Errorf("%d leaves: %v; distrusted %q", n, err, k.distrusted())
+	}
+}
+
+// A peer that says that this site's log was forked or rewound must show it: a checkpoint
+// that the log has signed and does not follow. Its word alone stops nothing.
+func TestAccused(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	fold := func() store.Signed {
+		t.Helper()
+		k.note(t.Context(), k.own(audit.Alarm))
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		now, err := k.Store.LastCheckpoint(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return now
+	}
+	first, now := fold(), fold()
+	sign := func(key audit.Key, size int64, root tlog.Hash) string {
+		t.Helper()
+		signer, err := audit.NewLogSigner(k.logName(1), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed, err := note.Sign(&note.Note{Text: audit.Checkpoint{Origin: signer.Name(), Size: size, Root: root}.Text()}, signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(signed)
+	}
+	refuses := func(context.Context, audit.Submission) (audit.Cosigned, error) {
+		return audit.Cosigned{}, &peer.Refused{Status: http.StatusForbidden}
+	}
+	claims := func(context.Context, audit.Submission) (audit.Cosigned, error) { return audit.Cosigned{Size: 99}, nil }
+	for _, test := range []struct {
+		name  string
+		says  func(context.Context, audit.Submission) (audit.Cosigned, error)
+		shows []string
+		true  bool
+	}{
+		{"it shows nothing", refuses, nil, false},
+		{"it shows what the log follows", refuses, []string{first.Note, now.Note}, false},
+		{"it shows what others have signed", refuses, []string{sign(newSoftKey(t), 99, tlog.Hash{1})}, false},
+		{"it shows no checkpoint", refuses, []string{"?"}, false},
+		{"it shows another tree", refuses, []string{first.Note, sign(k.trail.logKey, 2, tlog.Hash{1})}, true},
+		{"it shows more", refuses, []string{sign(k.trail.logKey, 99, tlog.Hash{1})}, true},
+		{"it claims more, and shows nothing", claims, []string{now.Note}, false},
+		{"it claims more, and shows it", claims, []string{sign(k.trail.logKey, 99, tlog.Hash{1})}, true},
+	} {
+		k.trail.broken, k.trail.chosen = atomic.Value{}, nil
+		k.submit(t.Context(), now, cosigner{"km2", test.says, func(context.Context) (audit.Witnessed, error) { return audit.Witnessed{Notes: test.shows}, nil }})
+		if is := k.distrusted() != "" && k.trailWell() != nil; is != test.true {
+			t.Errorf("%s: distrusted %q", test.name, k.distrusted())
+		}
+		if told := k.stands("audit-witness-km2"); told == test.true {
+			t.Errorf("%s: an alarm about the witness: %v", test.name, told)
+		}
+		k.clear(t.Context(), "audit-witness-km2")
+	}
+}
+
+// A checkpoint a minute stands in the daemon's log, which the service manager keeps: whole,
+// as the log has signed it.
+func TestCheckpointInJournal(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, q := s.trailed()
+	var journal bytes.Buffer
+	k.Log = slog.New(slog.NewJSONHandler(&journal, nil))
+	key, err := audit.ParseLogKey(k.logKeyText(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p published
+	for i, step := range []struct {
+		after time.Duration
+		size  int64 // of the checkpoint that is told; 0: none is
+	}{{0, 2}, {time.Second, 0}, {loudEvery - 2*time.Second, 0}, {time.Second, 5}, {time.Second, 0}} {
+		s.step(step.after)
+		k.note(t.Context(), k.own(audit.Alarm))
+		if _, err := q.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		journal.Reset()
+		k.publishNew(t.Context(), &p)
+		k.publishNew(t.Context(), &p)
+		var told []int64
+		for line := range strings.Lines(journal.String()) {
+			var entry struct {
+				Level, Msg, Checkpoint string
+			}
+			if err := json.Unmarshal([]byte(line), &entry); err != nil {
+				t.Fatal(err)
+			}
+			if entry.Checkpoint == "" {
+				continue
+			}
+			c, _, err := audit.OpenCheckpoint([]byte(entry.Checkpoint), key)
+			if err != nil || entry.Level != "INFO" {
+				t.Errorf("%s: %v", line, err)
+			}
+			told = append(told, c.Size)
+		}
+		if want := []int64{step.size}; step.size == 0 && len(told) > 0 || step.size > 0 && !slices.Equal(told, want) {
+			t.Errorf("step %d: checkpoints %v are told, want %d", i, told, step.size)
+		}
+	}
+}
+
 // Whoever watches a log is told when it has ended and he has seen all of it, and not before.
 func TestWatchedLogEnds(t *testing.T) {
 	t.Parallel()
@@ -402,12 +771,18 @@ func TestWatchedLogEnds(t *testing.T) {
 // wholeLog has an auditor get the whole log of a node's site, and verify it.
 func (s *site) wholeLog(k *KME, witnesses ...audit.Witness) (r audit.Report, cosigned []string, err error) {
 	s.t.Helper()
-	key, err := audit.ParseLogKey(k.logKeyText(1))
+	return s.wholeLogOf(k, 1, audit.Known{}, witnesses...)
+}
+
+// wholeLogOf is wholeLog of an origin, of which something is known from elsewhere.
+func (s *site) wholeLogOf(k *KME, origin int64, known audit.Known, witnesses ...audit.Witness) (r audit.Report, cosigned []string, err error) {
+	s.t.Helper()
+	key, err := audit.ParseLogKey(k.logKeyText(origin))
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	var text bytes.Buffer
-	err = k.TrailDoor(k.Trail.Reader).Bundle(s.t.Context(), identity.Caller{}, "rid", 0, 0, 0, func() io.Writer { return &text })
+	err = k.TrailDoor(k.Trail.Reader).Bundle(s.t.Context(), identity.Caller{}, "rid", origin, 0, 0, func() io.Writer { return &text })
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -415,7 +790,7 @@ func (s *site) wholeLog(k *KME, witnesses ...audit.Witness) (r audit.Report, cos
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	r, _, cosigned, err = audit.VerifyBundle(s.t.Context(), key, witnesses, audit.Known{}, true, b)
+	r, _, cosigned, err = audit.VerifyBundle(s.t.Context(), key, witnesses, known, true, b)
 	return r, cosigned, err
 }
 
@@ -468,7 +843,7 @@ func TestArchiveWaitsForSinks(t *testing.T) {
 		// What a sink has not been sent can still be read for it.
 		for _, c := range []store.Cursor{step.soc, step.other} {
 			n := 0
-			_, _, err := k.Trail.Reader.Leaves(t.Context(), 1, c.Next, 100, func(audit.Row) error { n++; return nil })
+			_, _, err := k.Trail.Reader.Leaves(t.Context(), k.logKeyOf, 1, c.Next, 100, func(audit.Row) error { n++; return nil })
 			if err != nil || int64(n) < 16-c.Next {
 				t.Errorf("a sink at %v is sent %d leaves: %v", c, n, err)
 			}
@@ -543,7 +918,7 @@ func TestOtherWitness(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		k.submit(t.Context(), "witness.example", now, other.add)
+		k.submit(t.Context(), now, cosigner{name: "witness.example", add: other.add})
 		return now
 	}
 	publish()
@@ -575,7 +950,7 @@ func TestOtherWitness(t *testing.T) {
 	if r, names, err := s.wholeLog(k, pub); err != nil || len(names) != 1 || r.Cosigned != now.Size || r.Leaves <= now.Size {
 		t.Errorf("the whole log: %+v, signed by %q, error %v", r, names, err)
 	}
-	proof, err := k.TrailDoor(k.Trail.Reader).Proof(t.Context(), identity.Caller{}, "rid", 1)
+	proof, err := k.TrailDoor(k.Trail.Reader).Proof(t.Context(), identity.Caller{}, "rid", 0, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -647,16 +1022,16 @@ func TestStaleCheckpoint(t *testing.T) {
 	}
 	s.change("UPDATE audit_log SET size = $1", first.Size) // as an old primary has it
 	published(2)
-	k.judgeRewound(t.Context(), "witness.example", last, last.Size)
+	k.judgeRewound(t.Context(), last, cosigner{name: "witness.example"}, last.Size)
 	trusted(true)
 	prove(true)
 	s.change("UPDATE audit_log SET size = $1", last.Size)
-	k.judgeRewound(t.Context(), "witness.example", last, last.Size)
+	k.judgeRewound(t.Context(), last, cosigner{name: "witness.example"}, last.Size)
 	published(2)
 	trusted(true)
 
 	s.change("UPDATE audit_log SET size = $1", first.Size) // and now it was cut
-	k.judgeRewound(t.Context(), "witness.example", last, last.Size)
+	k.judgeRewound(t.Context(), last, cosigner{name: "witness.example"}, last.Size)
 	trusted(false)
 	k.trail.broken = atomic.Value{}
 	published(2)

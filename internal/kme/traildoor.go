@@ -69,7 +69,7 @@ func (d TrailDoor) Trail(ctx context.Context, c identity.Caller, rid string) (t 
 			return err
 		}
 		for _, l := range logs {
-			log := admin.TrailLog{Origin: l.Origin, Name: l.Name, Key: k.logKeyText(l.Origin), Size: l.Size, Begun: l.Begun}
+			log := admin.TrailLog{Origin: l.Origin, Name: l.Name, Key: k.logKeyOf(l), Size: l.Size, Begun: l.Begun}
 			err := d.reader.Snapshot(ctx, l.Origin, func(s *auditlog.Snapshot) error {
 				signed, err := s.Checkpoint(ctx, 0)
 				log.Checkpoint = string(signed)
@@ -194,14 +194,22 @@ func described(q admin.Query) string {
 	return cmp.Or(strings.Join(parts, ", "), "all")
 }
 
-// Proof proves that the log has a leaf.
-func (d TrailDoor) Proof(ctx context.Context, c identity.Caller, rid string, leaf int64) (p audit.Proof, err error) {
-	err = d.read(ctx, c, rid, fmt.Sprintf("proof of leaf %d", leaf), func(ctx context.Context) error {
-		return d.reader.Snapshot(ctx, 0, func(l *auditlog.Snapshot) error {
+// Proof proves that the log of an origin has a leaf, if the database still has its event.
+// Of one that has not it says which bundle has it.
+func (d TrailDoor) Proof(ctx context.Context, c identity.Caller, rid string, origin, leaf int64) (p audit.Proof, err error) {
+	what := fmt.Sprintf("proof of leaf %d", leaf)
+	if origin > 0 {
+		what += fmt.Sprintf(" of the log of origin %d", origin)
+	}
+	err = d.read(ctx, c, rid, what, func(ctx context.Context) error {
+		return d.reader.Snapshot(ctx, origin, func(l *auditlog.Snapshot) error {
 			if leaf >= l.Size {
 				return problem.New(problem.NotFound, "the log has %d leaves", l.Size)
 			}
-			key, err := audit.ParseLogKey(d.k.logKeyText(l.Origin))
+			if a, archived, err := l.Archived(ctx, leaf); archived || err != nil {
+				return cmp.Or(err, error(inBundle(leaf, a)))
+			}
+			key, err := audit.ParseLogKey(d.k.logKeyOf(l.LogState))
 			if err != nil {
 				return err
 			}
@@ -212,6 +220,12 @@ func (d TrailDoor) Proof(ctx context.Context, c identity.Caller, rid string, lea
 	return p, err
 }
 
+// inBundle says where the event of a leaf is.
+func inBundle(leaf int64, a auditlog.Archived) *problem.Error {
+	return problem.New(problem.Gone, "leaf %d left the database with its day, %s: it is in the bundle %s of the archive (SHA-256 %x), of which kmectl audit prove %d --bundle %[3]s makes the proof",
+		leaf, a.Day.Format(time.DateOnly), a.File, a.Sum, leaf)
+}
+
 // Bundle writes a part of the log.
 func (d TrailDoor) Bundle(ctx context.Context, c identity.Caller, rid string, origin, first, end int64, ready func() io.Writer) error {
 	what := fmt.Sprintf("bundle of leaves %d to %d", first, end-1)
@@ -220,14 +234,19 @@ func (d TrailDoor) Bundle(ctx context.Context, c identity.Caller, rid string, or
 	}
 	return d.read(ctx, c, rid, what, func(ctx context.Context) error {
 		return d.reader.Snapshot(ctx, origin, func(l *auditlog.Snapshot) error {
-			key, err := audit.ParseLogKey(d.k.logKeyText(l.Origin))
+			key, err := audit.ParseLogKey(d.k.logKeyOf(l.LogState))
 			if err != nil {
 				return err
 			}
 			if first > l.Size || end > l.Size || end > 0 && first > end {
 				return problem.New(problem.Invalid, "leaves %d to %d: the log has %d", first, end, l.Size)
 			}
-			spec := audit.BundleSpec{Key: d.k.logKeyText(l.Origin), First: first, End: end, At: d.k.Now()}
+			if end > first {
+				if a, archived, err := l.Archived(ctx, first); archived || err != nil {
+					return cmp.Or(err, error(inBundle(first, a)))
+				}
+			}
+			spec := audit.BundleSpec{Key: d.k.logKeyOf(l.LogState), First: first, End: end, At: d.k.Now()}
 			if end > 0 {
 				spec.Signed, err = l.Cosigned(ctx, end)
 			} else {
@@ -251,7 +270,7 @@ func (d TrailDoor) wholeLog(ctx context.Context, l *auditlog.Snapshot, spec *aud
 	if err != nil {
 		return err
 	}
-	spec.First, spec.End, spec.Tail = max(spec.First, kept), l.Size, true // what is before is in archives
+	spec.First, spec.End, spec.Tail = max(spec.First, kept), l.Size, !l.Ended // what is before is in archives
 	if spec.Signed, err = l.Checkpoint(ctx, 0); err != nil {
 		return err
 	}

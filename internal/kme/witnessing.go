@@ -90,19 +90,25 @@ func (k *KME) publishNew(ctx context.Context, p *published) {
 		p.last = now
 	}
 	for id, client := range k.Peers {
-		k.submit(ctx, id.String(), now, func(ctx context.Context, s audit.Submission) (audit.Cosigned, error) {
-			return client.Checkpoint(ctx, s)
-		})
+		k.submit(ctx, now, cosigner{id.String(), client.Checkpoint, client.Witnessed})
 	}
 	for _, w := range k.Trail.Witnesses {
-		k.submit(ctx, w.Key.Name(), now, w.add)
+		k.submit(ctx, now, cosigner{name: w.Key.Name(), add: w.add})
 	}
 }
 
+// cosigner is a witness as the log sees it.
+type cosigner struct {
+	name string
+	add  func(context.Context, audit.Submission) (audit.Cosigned, error)
+	seen func(context.Context) (audit.Witnessed, error) // tells what it has last seen of the site's logs; nil: it cannot
+}
+
+func (w cosigner) alarm() string { return "audit-witness-" + w.name }
+
 // submit has a witness sign a checkpoint that it has not signed yet.
-func (k *KME) submit(ctx context.Context, witness string, s store.Signed, ask func(context.Context, audit.Submission) (audit.Cosigned, error)) {
-	alarm := "audit-witness-" + witness
-	known := fmt.Sprintf("%s/%d", witness, s.Origin)
+func (k *KME) submit(ctx context.Context, s store.Signed, w cosigner) {
+	known := fmt.Sprintf("%s/%d", w.name, s.Origin)
 	ctx, cancel := context.WithTimeout(ctx, publishTime)
 	defer cancel()
 	for range 2 { // a second time if it has last seen another one than we know of
@@ -110,39 +116,88 @@ func (k *KME) submit(ctx context.Context, witness string, s store.Signed, ask fu
 		if old == s.Size {
 			return
 		}
-		answer, err := k.askWitness(ctx, s, old, ask)
+		answer, err := k.askWitness(ctx, s, old, w.add)
 		var forked *forkError
 		switch {
 		case errors.As(err, &forked):
-			k.distrust(ctx, fmt.Sprintf("%s refuses checkpoint %d: %v", witness, s.Size, err))
+			k.accused(ctx, s, w, fmt.Sprintf("%s refuses checkpoint %d: %v", w.name, s.Size, err))
 			return
 		case err != nil:
-			k.suspect(ctx, alarm, fmt.Sprintf("%s does not cosign the audit log: %v", witness, err))
+			k.suspect(ctx, w.alarm(), fmt.Sprintf("%s does not cosign the audit log: %v", w.name, err))
 			return
 		}
 		k.trail.saw(known, answer.Size)
 		if answer.Line == "" {
 			if answer.Size > s.Size {
-				k.judgeRewound(ctx, witness, s, answer.Size)
+				k.judgeRewound(ctx, s, w, answer.Size)
 				return
 			}
 			continue
 		}
-		if err := k.Store.AddCosignature(ctx, s, witness, answer.Line); err != nil {
-			k.Log.Warn("keeping a cosignature", "witness", witness, "err", err)
+		if err := k.Store.AddCosignature(ctx, s, w.name, answer.Line); err != nil {
+			k.Log.Warn("keeping a cosignature", "witness", w.name, "err", err)
 		}
-		k.clear(ctx, alarm)
+		k.clear(ctx, w.alarm())
 		return
 	}
 }
 
 // judgeRewound looks again, for sure: another node of the site may have published more.
 // If the log is shorter than what a witness has signed, it was cut.
-func (k *KME) judgeRewound(ctx context.Context, witness string, s store.Signed, size int64) {
+func (k *KME) judgeRewound(ctx context.Context, s store.Signed, w cosigner, size int64) {
 	now, err := k.Store.SurelyLastCheckpoint(ctx)
 	if err == nil && now.Origin == s.Origin && now.Size < size {
-		k.distrust(ctx, fmt.Sprintf("the log has %d leaves, and %s has witnessed %d", now.Size, witness, size))
+		k.accused(ctx, now, w, fmt.Sprintf("the log has %d leaves, and %s has witnessed %d", now.Size, w.name, size))
 	}
+}
+
+// accused judges a witness's word that the log was forked or rewound. A peer shows what it
+// has seen, which the log's key must have signed and the log not follow: by its word alone
+// it could stop this site. Another witness has no way to show it, and was named by this
+// site's owner to be believed.
+func (k *KME) accused(ctx context.Context, s store.Signed, w cosigner, why string) {
+	if w.seen != nil {
+		seen, err := w.seen(ctx)
+		if err == nil {
+			s, err = k.Store.SurelyLastCheckpoint(ctx) // after what was seen
+		}
+		if err == nil {
+			err = k.contradicted(s, seen.Notes)
+		}
+		if err == nil {
+			err = errors.New("it shows nothing that the log does not follow")
+		}
+		if bad, ok := errors.AsType[*audit.BadLeaf](err); ok {
+			why += ": " + bad.Error()
+		} else {
+			k.raise(ctx, w.alarm(), fmt.Sprintf("%s; %v", why, err))
+			return
+		}
+	}
+	k.distrust(ctx, why)
+}
+
+// contradicted says that the log does not follow one of the checkpoints that somebody shows,
+// a *audit.BadLeaf, or is nil. Those that the log has not signed count for nothing.
+func (k *KME) contradicted(s store.Signed, shown []string) error {
+	key, err := audit.ParseLogKey(k.logKeyText(s.Origin))
+	if err != nil {
+		return err
+	}
+	now, _, err := audit.OpenCheckpoint([]byte(s.Note), key)
+	if err != nil {
+		return err
+	}
+	for _, note := range shown {
+		was, _, err := audit.OpenCheckpoint([]byte(note), key)
+		if err != nil {
+			continue // of another origin, or nobody's
+		}
+		if err := audit.Follows(now, was, k.Store.Tiles(s.Origin)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // forkError is a witness's word that a checkpoint does not follow what it has seen.
@@ -235,6 +290,10 @@ func (d PeerDoor) Witnessed(ctx context.Context, from identity.KME) (w audit.Wit
 	return w, err
 }
 
+// maxWitnessedLogs is of how many logs of one peer it is kept what was seen, which is for
+// ever: a peer has one for each of its recoveries.
+const maxWitnessedLogs = 1024
+
 // witness judges a submission. Nothing is signed before it is kept.
 func (k *KME) witness(ctx context.Context, from identity.KME, s audit.Submission) (audit.Cosigned, error) {
 	me, err := audit.NewCosigner(k.witnessName(), k.trail.witnessKey)
@@ -258,6 +317,9 @@ func (k *KME) witness(ctx context.Context, from identity.KME, s audit.Submission
 		if w.Log == c.Origin {
 			was = w
 		}
+	}
+	if was.Note == "" && len(seen) >= maxWitnessedLogs {
+		return audit.Cosigned{}, problem.New(problem.Invalid, "%d logs of %s are known here: its site has not been recovered so often", len(seen), from)
 	}
 	before, err := sizeAndRoot(was, key)
 	if err != nil {

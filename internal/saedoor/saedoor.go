@@ -53,8 +53,9 @@ func Begin(w http.ResponseWriter, r *http.Request, route string, log *slog.Logge
 
 // Know sets the caller, as identify says, who must be an SAE, or a gateway that speaks for
 // some. Its error is a problem, Unauthorized.
-func (x *Exchange) Know(identify func(*http.Request) (identity.Caller, error)) (err error) {
-	if x.Caller, err = identify(x.R); err != nil {
+func (x *Exchange) Know(identify func(*http.Request) (identity.Caller, error)) error {
+	caller, err := identify(x.R)
+	if x.Caller = caller.OnRoute(x.Route); err != nil {
 		return problem.Because(problem.Unauthorized, err)
 	}
 	if role := x.Caller.Role(); role != identity.RoleSAE && role != identity.RoleGateway {

@@ -209,15 +209,54 @@ type Archived struct {
 	Sum         [32]byte // SHA-256 of the file
 }
 
-// DropAuditDay drops the events of a day that were written to a bundle and verified
-// there. event says so, and is recorded first: no dropping without its record.
-func (db *DB) DropAuditDay(ctx context.Context, a Archived, event audit.Event) error {
-	if err := db.Record(ctx, event); err != nil {
+// DropAuditDays drops the events of days that were written to bundles and verified
+// there, all or none. events say so, one for each bundle, and are recorded first: no
+// dropping without its record.
+func (db *DB) DropAuditDays(ctx context.Context, bundles []Archived, events ...audit.Event) error {
+	if err := db.Record(ctx, events...); err != nil {
 		return err
 	}
-	_, err := db.pool.Exec(ctx, "SELECT drop_audit_day($1, $2, $3, $4, $5, $6)", a.Origin, a.Day, a.First, a.Last, a.File, a.Sum[:])
+	var days []time.Time
+	var origins, firsts, lasts []int64
+	var files []string
+	var sums [][]byte
+	for _, a := range bundles {
+		days, origins, firsts, lasts = append(days, a.Day), append(origins, a.Origin), append(firsts, a.First), append(lasts, a.Last)
+		files, sums = append(files, a.File), append(sums, a.Sum[:])
+	}
+	_, err := db.pool.Exec(ctx, "SELECT drop_audit_days($1::date[], $2, $3, $4, $5, $6)", days, origins, firsts, lasts, files, sums)
 	if err != nil {
-		return away("dropping a day of the audit log", err)
+		return away("dropping days of the audit log", err)
+	}
+	return nil
+}
+
+// SchemaChange says which migrations have made the schema what it is.
+type SchemaChange struct {
+	From, To int64     // its versions
+	Last     time.Time // when the last one was applied, by the database's clock
+}
+
+// TellSchema records the event of the schema's migrations since it was recorded last, in
+// one transaction with that it was: each is told of once, whoever has applied it.
+func (db *DB) TellSchema(ctx context.Context, event func(SchemaChange) audit.Event) error {
+	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		var c SchemaChange
+		if err := a.conn.QueryRow(ctx, "SELECT schema_told FROM settings FOR UPDATE").Scan(&c.From); err != nil {
+			return err
+		}
+		var last *time.Time
+		err := a.conn.QueryRow(ctx, "SELECT coalesce(max(version_id), 0), max(tstamp) AT TIME ZONE current_setting('TimeZone') FROM goose_db_version WHERE is_applied").Scan(&c.To, &last)
+		if err != nil || c.To == c.From || last == nil {
+			return err
+		}
+		c.Last = *last
+		a.record(event(c))
+		a.writes.Queue("UPDATE settings SET schema_told = $1", c.To)
+		return nil
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("recording the schema's migrations: %w", err)
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
+
+	"github.com/qutemail/kme/internal/audit"
 )
 
 // Old checkpoints go, but for the last of each hour and the last of each hour that each
@@ -88,5 +90,49 @@ func TestOldCheckpointsEnd(t *testing.T) {
 	}
 	if _, err := db.pool.Exec(t.Context(), "DELETE FROM audit_checkpoint"); err == nil {
 		t.Error("the daemon may delete checkpoints as it likes")
+	}
+}
+
+// The schema's migrations are told of once, whoever has applied them and whichever node
+// is first to start after that.
+func TestSchemaIsToldOnce(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n0")
+	var told []SchemaChange
+	tell := func(want ...SchemaChange) {
+		t.Helper()
+		told = nil
+		for range 2 {
+			err := db.TellSchema(t.Context(), func(c SchemaChange) audit.Event {
+				told = append(told, c)
+				return audit.Event{Action: audit.Migrated, Outcome: audit.Done}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range told {
+			if since := time.Since(told[i].Last); since < -time.Minute || since > time.Hour {
+				t.Errorf("the last migration was %v ago", since)
+			}
+			told[i].Last = time.Time{}
+		}
+		if diff := cmp.Diff(want, told); diff != "" {
+			t.Errorf("told (-want +got):\n%s", diff)
+		}
+	}
+	tell(SchemaChange{To: schemaVersion})
+	s.super(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(t.Context(), "INSERT INTO kme.goose_db_version (version_id, is_applied) VALUES (998, true), (999, true), (1000, false)")
+		return err
+	})
+	tell(SchemaChange{From: schemaVersion, To: 999})
+	var events int
+	s.super(func(conn *pgx.Conn) error {
+		return conn.QueryRow(t.Context(), "SELECT count(*) FROM kme.audit WHERE body::json->>'action' = $1", string(audit.Migrated)).Scan(&events)
+	})
+	if events != 2 {
+		t.Errorf("%d events are recorded", events)
 	}
 }
