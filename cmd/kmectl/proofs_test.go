@@ -260,4 +260,3 @@ func TestVerifyEndedLog(t *testing.T) {
 	ended.bundle("1.bundle", 0, 10)
 	wants{append(slices.Clone(offline), "--later", says, "--archive", ended.dir), "verified: all leaves before 10, in 1 bundles", false}.check(t)
 }
-

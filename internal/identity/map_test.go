@@ -413,7 +413,7 @@ func TestStrangerIsNamed(t *testing.T) {
 	t.Parallel()
 	leaf := recipe{uris: []string{alice, "spiffe://x/y"}, subject: cn("mallory")}.make(t)
 	c := Stranger(leaf)
-	if got := c.Certificate().Subject; got != "CN=mallory, URI:"+alice+", URI:spiffe://x/y" {
+	if got := c.Certificate().Subject; got != "CN=mallory,OU=SAE, URI:"+alice+", URI:spiffe://x/y" {
 		t.Errorf("a stranger is called %q", got)
 	}
 	leaf.DNSNames = []string{strings.Repeat("\u00e9", longestSubject)}

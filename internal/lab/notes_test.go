@@ -21,7 +21,8 @@ func TestNotes(t *testing.T) {
 	}{
 		"all as it should be": {
 			map[string]int{"a": 200, "b": 400, "c": 503},
-			map[string]told{"a": ok, "b": {outcomes: 1, outcome: "refused"}, "c": {outcomes: 1, outcome: "failed"}}, 0, 0, "", 0,
+			map[string]told{"a": ok, "b": {outcomes: 1, outcome: "refused"}, "c": {outcomes: 1, outcome: "failed"}},
+			0, 0, "", 0,
 		},
 		"an answer without an event":         {map[string]int{"a": 200}, nil, 0, 0, `request a with 200, and tells of it in 0`, 0},
 		"a refusal without one":              {map[string]int{"a": 401}, nil, 1, 0, `request a with 401, and tells of it in 0`, 0},
