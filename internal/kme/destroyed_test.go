@@ -81,7 +81,7 @@ func TestCopyLives(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(dir, func(c *Config) { c.Token = token })
 	stand(t, k)
-	n := &ending{k: k, over: make(map[key.Epoch]int64)}
+	n := newEnding(k)
 	first := s.drained(k, n)
 	for range 2 {
 		faults.Fail(hsmtest.DestroyObject, pkcs11.CKR_DEVICE_ERROR, hsmtest.Always)
@@ -117,7 +117,7 @@ func TestKEKNotSeen(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(tokenDir(t))
 	stand(t, k)
-	n := &ending{k: k, over: make(map[key.Epoch]int64)}
+	n := newEnding(k)
 	e := s.drained(k, n)
 	if err := follow(t, k); err != nil {
 		t.Fatal(err)
@@ -195,7 +195,7 @@ func TestUndestroyable(t *testing.T) {
 	s := newSite(t)
 	k := s.withToken(tokenDir(t))
 	stand(t, k)
-	n := &ending{k: k, over: make(map[key.Epoch]int64)}
+	n := newEnding(k)
 	old := s.drained(k, n)
 	info, err := infoOf(old.KEKs[0].KEK)
 	if err != nil {

@@ -78,7 +78,7 @@ func (k *KME) tendEpochs(ctx context.Context) {
 // endEpochs moves epochs towards their end, as long as this node is the one of its site
 // that does so.
 func (k *KME) endEpochs(ctx context.Context) error {
-	e := ending{k: k, over: make(map[key.Epoch]int64)}
+	e := newEnding(k)
 	t := time.NewTicker(tendEvery)
 	defer t.Stop()
 	for {
@@ -103,27 +103,38 @@ func (k *KME) endEpochs(ctx context.Context) error {
 // ending is a node that has epochs come to their end.
 type ending struct {
 	k       *KME
-	over    map[key.Epoch]int64 // open epochs whose time is over: how often the peers had been greeted when that was seen
-	checked time.Time           // when the token was last held against the register
+	over    map[key.Epoch]int64     // open epochs whose time is over: how often the peers had been greeted when that was seen
+	tried   map[key.Epoch]time.Time // sealed epochs that are late: when it was last tried to drain them
+	checked time.Time               // when the token was last held against the register
+}
+
+func newEnding(k *KME) *ending {
+	return &ending{k: k, over: make(map[key.Epoch]int64), tried: make(map[key.Epoch]time.Time)}
 }
 
 // advance takes all steps that can be taken now. An epoch that cannot be ended keeps none
-// of the others from it, nor from the look at the token.
+// of the others from it, nor from the look at the token. The sealed ones are drained in
+// order, so that not all of them are looked through each second, but for those that are
+// late: one whose keys nobody can end must not keep those of all later ones.
 func (n *ending) advance(ctx context.Context) error {
 	failed := make(map[key.Epoch]bool)
-	var errs []error
+	var errs, late []error
 	for moved := true; moved; {
 		epochs, err := n.k.Store.Epochs(ctx)
 		if err != nil {
 			return err
 		}
-		moved = false
-		full := false // an epoch that is older still has keys
+		moved, late = false, nil
+		full := false // an epoch that is older, and not late, still has keys
 		for _, e := range epochs {
 			var done bool
 			var err error
+			isLate := n.isLate(e)
+			if isLate && e.State != store.EpochDestroyed {
+				late = append(late, fmt.Errorf("epoch %d, of %s, should have ended, and is %s", e.Epoch, e.StartsAt.UTC().Format(time.RFC3339), e.State))
+			}
 			if failed[e.Epoch] {
-				full = full || e.State == store.EpochSealed
+				full = full || e.State == store.EpochSealed && !isLate
 				continue
 			}
 			switch e.State {
@@ -132,7 +143,11 @@ func (n *ending) advance(ctx context.Context) error {
 					done, err = n.seal(ctx, e)
 				}
 			case store.EpochSealed:
-				if !full {
+				switch {
+				case isLate && time.Since(n.tried[e.Epoch]) > checkEvery:
+					n.tried[e.Epoch] = time.Now()
+					done, err = n.drain(ctx, e)
+				case !isLate && !full:
 					done, err = n.drain(ctx, e)
 					full = !done
 				}
@@ -154,7 +169,12 @@ func (n *ending) advance(ctx context.Context) error {
 	if n.k.hsmWell() == nil && time.Since(n.checked) > checkEvery {
 		errs = append(errs, n.check(ctx))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, late...)...)
+}
+
+// isLate says whether an epoch should have ended already.
+func (n *ending) isLate(e store.Epoch) bool {
+	return n.k.Now().After(e.StartsAt.Add(n.k.unrecoverableAfter()))
 }
 
 // sure says whether an epoch is over, and not only by a clock that is wrong: what ends
@@ -205,6 +225,7 @@ func (n *ending) drain(ctx context.Context, e store.Epoch) (bool, error) {
 	}
 	done, err := n.k.Store.DrainEpoch(ctx, e.Epoch, n.event(audit.EpochDraining, e))
 	if done {
+		delete(n.tried, e.Epoch)
 		failpoint.Hit(failpoint.EpochDraining)
 	}
 	return done, err

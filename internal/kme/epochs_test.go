@@ -316,6 +316,51 @@ func TestPrepare(t *testing.T) {
 	}
 }
 
+// TestStuckEpoch: an epoch with a key that nobody can end holds up no later one for longer
+// than it should have ended itself: from then on it is an alarm, and theirs end.
+func TestStuckEpoch(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	stand(t, k)
+	n := newEnding(k)
+	stuck := key.EpochAt(s.now(), time.Hour)
+	s.exec(s.name, fmt.Sprintf("INSERT INTO kme.key (id, chunk, index, kek, iv, ct) SELECT '%s', 0, 0, min(id), '', '' FROM kme.kek", key.MinID(stuck.Start(time.Hour))))
+	advance := func() (err error) {
+		t.Helper()
+		for range 3 { // the node gives up its copies, and the next step can be taken
+			err = n.advance(t.Context())
+			k.tendEpochs(t.Context())
+		}
+		return err
+	}
+	want := func(when string, want map[key.Epoch]store.EpochState) {
+		t.Helper()
+		got := states(t, k)
+		for e, state := range want {
+			if got[e] != state {
+				t.Errorf("%s: epoch %+d is %q, want %q", when, e-stuck, got[e], state)
+			}
+		}
+	}
+	s.step(3 * time.Hour)
+	if err := advance(); err != nil {
+		t.Errorf("in order: %v", err)
+	}
+	want("in order", map[key.Epoch]store.EpochState{stuck: store.EpochSealed, stuck + 1: store.EpochSealed})
+	s.step(k.unrecoverableAfter() - 2*time.Hour)
+	if err := advance(); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("epoch %d, of ", stuck)) || strings.Contains(err.Error(), fmt.Sprint("epoch ", stuck+1)) {
+		t.Errorf("when one is late: %v", err)
+	}
+	want("when one is late", map[key.Epoch]store.EpochState{stuck: store.EpochSealed, stuck + 1: ""})
+	s.exec(s.name, "DELETE FROM kme.key")
+	clear(n.tried) // a minute passes
+	if err := advance(); err != nil {
+		t.Errorf("when it has no keys any more: %v", err)
+	}
+	want("when it has no keys any more", map[key.Epoch]store.EpochState{stuck: "", stuck + 1: ""})
+}
+
 // TestStrays: keys of the token that the register does not know are an alarm: a copy of
 // a KEK under another label above all, which would open what the KEK had sealed when
 // that is destroyed. What a process has left that died while it made a KEK is cleared
@@ -331,7 +376,7 @@ func TestStrays(t *testing.T) {
 	if err := k.keks.prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	n := ending{k: k}
+	n := newEnding(k)
 	alarms := func() (names string) {
 		t.Helper()
 		if err := n.check(t.Context()); err != nil {

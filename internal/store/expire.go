@@ -103,13 +103,19 @@ func (w *expire) settle(_ context.Context, a *attempt) error {
 // expireChunks bounds the chunks of one ExpirePool.
 const expireChunks = 256
 
+// expirable are the chunks whose atoms nobody may be about to serve: those that nobody leases,
+// or this run does, or a run that has been taken over, which commits nothing any more. What
+// that one had announced is the takeover's to void, however long it waits for the peer.
+const expirable = `link = $1 AND epoch < $2 AND remaining > 0
+	AND (node IS NULL OR node = $3 AND run = $4 OR run < (SELECT r.run FROM node_run r WHERE r.node = chunk.node))`
+
 // ExpirePool deletes atoms of a link, of epochs before the given one, of chunks that nobody
-// leases or this run does, of up to 256 chunks, and returns how many. event makes
-// the event of those of one link. The caller lends no such atom any more; of one
-// that is lent already the Serve is short.
+// leases, or this run or one that has been taken over, of up to 256 chunks, and returns how
+// many. event makes the event of those of one link. The caller lends no such atom any more;
+// of one that is lent already the Serve is short.
 func (db *DB) ExpirePool(ctx context.Context, link string, before key.Epoch, event func(link string, atoms []audit.Atoms) audit.Event) (n int, err error) {
 	var old int
-	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM chunk WHERE link = $3 AND epoch < $1 AND (node IS NULL OR node = $2) AND remaining > 0", before, db.cfg.Node, link).Scan(&old)
+	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM chunk WHERE "+expirable, link, before, db.cfg.Node, db.committer.run).Scan(&old)
 	if err != nil {
 		return 0, away("looking for old chunks", err)
 	}
@@ -117,8 +123,7 @@ func (db *DB) ExpirePool(ctx context.Context, link string, before key.Epoch, eve
 		return 0, nil
 	}
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		chunks, err := lockChunks(ctx, a, `link = $5 AND epoch < $1 AND remaining > 0 AND (node IS NULL OR node = $3 AND run = $4)
-			ORDER BY epoch, id LIMIT $2 FOR UPDATE SKIP LOCKED`, before, expireChunks, a.c.db.cfg.Node, a.c.run, link)
+		chunks, err := lockChunks(ctx, a, expirable+" ORDER BY epoch, id LIMIT $5 FOR UPDATE SKIP LOCKED", link, before, db.cfg.Node, a.c.run, expireChunks)
 		if err != nil {
 			return err
 		}

@@ -341,6 +341,67 @@ func TestExpirePool(t *testing.T) {
 	s.check()
 }
 
+// TestExpirePoolOfTheDead: what a run has leased that was taken over expires, also while the
+// takeover waits for the peer, which may be for ever: the link may be gone. What a run has
+// that may still commit stays, and none of its own are taken for it.
+func TestExpirePoolOfTheDead(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	ctx := t.Context()
+	db, living := s.open("n1"), s.open("n2")
+	b := s.fill(db, 256, mine)
+	dead := s.open("n3")
+	for _, node := range []*DB{dead, living, db} { // the first chunk, the second, the third
+		if leases, err := node.Lease(ctx, linkName, 1); err != nil || len(leases) != 1 {
+			t.Fatalf("leased %d chunks, %v", len(leases), err)
+		}
+	}
+	if err := dead.Park(ctx, ids(b.Atoms[:2]), 1); err != nil {
+		t.Fatal(err)
+	}
+	s.step(hour)
+	var gone []audit.Atoms
+	expire := func() int {
+		t.Helper()
+		gone = nil
+		n, err := db.ExpirePool(ctx, linkName, s.epoch(), func(link string, atoms []audit.Atoms) audit.Event {
+			gone = atoms
+			return audit.Event{Action: audit.Expire, Outcome: audit.Done, Link: link, Atoms: atoms}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if n := expire(); n != 128 {
+		t.Errorf("%d expired beside two that live, want what is ours and what is nobody's, 128", n)
+	}
+	heir, err := living.Depose(ctx, NodeRun{"n3", 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := expire(); n != 64 {
+		t.Errorf("%d expired when one was taken over, want its 64", n)
+	}
+	if diff := cmp.Diff(rangeOf(b.BlockRef, 0, 64), gone); diff != "" {
+		t.Errorf("expired (-want +got):\n%s", diff)
+	}
+	if err := dead.Serve(ctx, ServeJob{Atoms: ids(b.Atoms[5:6])}); !errors.Is(err, ErrShort) {
+		t.Errorf("serving what has expired: %v, want ErrShort", err)
+	}
+	if err := living.EndTakeover(ctx, heir, nil); err != nil {
+		t.Fatal(err)
+	}
+	if n := ask[int](s, "SELECT count(*) FROM parked"); n != 0 {
+		t.Errorf("%d keys are parked that have expired", n)
+	}
+	before := ask[int64](s, "SELECT mark FROM node_run WHERE node = 'n1'")
+	if n := expire(); n != 0 || ask[int64](s, "SELECT mark FROM node_run WHERE node = 'n1'") != before {
+		t.Errorf("%d expired in a commit of nothing", n)
+	}
+	s.check()
+}
+
 // TestDropped: a job whose caller has gone before its batch began is not done.
 func TestDropped(t *testing.T) {
 	t.Parallel()
