@@ -182,6 +182,58 @@ func TestAssignAnswersAlike(t *testing.T) {
 	}
 }
 
+// TestConflictsTogether: announces of many nodes come in one batch, and of each the pool has
+// changed since it was looked at. Each is answered, and the database is not unwell for that.
+func TestConflictsTogether(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n1")
+	b := s.fill(db, 64, theirs)
+	var jobs []AssignJob
+	for i := range 2 * maxTries {
+		node := fmt.Sprint("p", i)
+		if _, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: node, Run: 1}); err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		r := request(node, b.BlockRef, b.Atoms[i])
+		j := s.assignJob(1, 1, r)
+		j.Announce.Node = node
+		var err error
+		if j.Seen, err = db.PoolAtoms(t.Context(), r.Keys, linkName); err != nil || len(j.Seen) != 1 {
+			t.Fatal(j.Seen, err)
+		}
+		jobs = append(jobs, j)
+	}
+	burn := BurnJob{Atoms: ids(b.Atoms[:len(jobs)]), Event: func([]key.ID) audit.Event {
+		return audit.Event{Action: audit.Burn, Outcome: audit.Done, Atoms: rangeOf(b.BlockRef, 0, len(jobs))}
+	}}
+	if err := db.Burn(t.Context(), burn); err != nil {
+		t.Fatal(err)
+	}
+	release := s.holdUp(db)
+	answers := make(chan error)
+	for _, j := range jobs {
+		go func() {
+			answer, err := db.Assign(t.Context(), j)
+			if err == nil && (answer.Standing != handover.Fresh || len(answer.Results[0].Lacking) != 1) {
+				err = fmt.Errorf("answered %+v", answer)
+			}
+			answers <- err
+		}()
+	}
+	s.await("all announces to wait", func() bool { return len(db.committer.queue) == len(jobs) })
+	release()
+	for range jobs {
+		if err := <-answers; err != nil {
+			t.Error(err)
+		}
+	}
+	if err := db.Healthy(); err != nil {
+		t.Error(err)
+	}
+	s.check()
+}
+
 // TestAssignTrustsNothing sends requests that no honest peer sends.
 func TestAssignTrustsNothing(t *testing.T) {
 	t.Parallel()

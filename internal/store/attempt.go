@@ -129,18 +129,22 @@ func (a *attempt) try(jobs []*job) (refused map[*job]error, err error) {
 }
 
 // each calls do for the jobs in turn and gathers those refused; an error of the
-// database ends it.
+// database ends it. Conflicts do not: the next try knows of all that there are in this one.
 func each(jobs []*job, do func(*job) error) (refused map[*job]error, err error) {
 	refused = make(map[*job]error)
+	var conflict error
 	for _, j := range jobs {
 		err := do(j)
-		if r := (*refusal)(nil); errors.As(err, &r) {
+		switch r := (*refusal)(nil); {
+		case errors.As(err, &r):
 			refused[j] = r.err
-		} else if err != nil {
+		case errors.Is(err, errConflict):
+			conflict = err
+		case err != nil:
 			return nil, err
 		}
 	}
-	return refused, nil
+	return refused, conflict
 }
 
 // rollback ends the transaction and returns cause. If that fails, the connection

@@ -178,7 +178,7 @@ func (c *committer) verdict(err error, tries int) verdict {
 		if tries < maxTries {
 			return verdictAgain
 		}
-		return verdictFail
+		return verdictSplit // the database is well: the fewer jobs, the fewer that others can be in the way of
 	case code == "": // ours: a row that cannot be read
 		return verdictSplit
 	}
