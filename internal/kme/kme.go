@@ -91,6 +91,7 @@ type KME struct {
 	waiting    waiting      // for a second officer
 	greeted    atomic.Int64 // how often all peers were
 	known      compromises
+	listing    sync.Map   // identity.KME -> chan struct{} of one place: taken while what was assigned for its earlier runs is listed
 	burning    sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
 	alarms     alarms
 	debts      debts

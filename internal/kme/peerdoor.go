@@ -112,6 +112,16 @@ func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStar
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
+	// One answer at a time, which may have to be looked for long: whoever asks again and again
+	// keeps none of the others waiting.
+	v, _ := d.k.listing.LoadOrStore(from, make(chan struct{}, 1))
+	place := v.(chan struct{})
+	select {
+	case place <- struct{}{}:
+		defer func() { <-place }()
+	case <-ctx.Done():
+		return nil, problem.Because(problem.Unavailable, errors.New("other questions of that peer are being answered"))
+	}
 	rows, ok, err := d.k.Store.HearRun(ctx, from, r)
 	if err != nil {
 		return nil, err

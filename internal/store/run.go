@@ -126,8 +126,33 @@ func (db *DB) PeerRuns(ctx context.Context, peer identity.KME, nodes []string) (
 // are the next keys, in the order of IDs and at most handover.MaxAssigned, that were
 // assigned here for lower runs and may still be in the peer's pool: one that was
 // taken or consumed had been served there before, and one that was voided had been
-// burned.
+// burned. They are looked for beside the committer, since that may take long.
 func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (rows []handover.Assigned, ok bool, err error) {
+	known, err := db.PeerRuns(ctx, peer, []string{r.Node})
+	ok = known[r.Node].Run == r.Run // a question that was asked before, or goes on
+	if err == nil && !ok {
+		ok, err = db.beginPeerRun(ctx, peer, r)
+	}
+	if err == nil && ok {
+		// It is committed that the run is the node's, for which whoever assigns for a lower one
+		// locks the row: this read sees all that there will ever be.
+		err = db.proven(ctx, func(tx pgx.Tx) (err error) {
+			rows, err = assigned(ctx, tx, peer, r)
+			return err
+		})
+		if err != nil {
+			err = away("reading what was assigned", err)
+		}
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("hearing of run %d of %s: %w", r.Run, r.Node, err)
+	}
+	return rows, ok, nil
+}
+
+// beginPeerRun makes a run of a peer's node the one whose announces are taken. It says false
+// if a higher one is known.
+func (db *DB) beginPeerRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (ok bool, err error) {
 	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
 		_, err := a.conn.Exec(ctx, "INSERT INTO peer_run (peer, node, run, last, anew) SELECT $1, $2, 0, 0, origin > 1 FROM settings ON CONFLICT DO NOTHING", peer.String(), r.Node)
 		if err != nil {
@@ -137,24 +162,17 @@ func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStar
 		if err := a.conn.QueryRow(ctx, readPeerRun+" FOR UPDATE", peer.String(), r.Node).Scan(&p.Run, &p.Last, &p.Anew); err != nil {
 			return err
 		}
-		if p, ok = p.Hear(r.Run); !ok {
-			rows = nil
-			return nil
+		if p, ok = p.Hear(r.Run); ok {
+			a.writes.Queue("UPDATE peer_run SET run = $3, last = $4 WHERE peer = $1 AND node = $2", peer.String(), r.Node, p.Run, p.Last)
 		}
-		a.writes.Queue("UPDATE peer_run SET run = $3, last = $4 WHERE peer = $1 AND node = $2", peer.String(), r.Node, p.Run, p.Last)
-		// No other transaction can add to these: it would have to lock the row above.
-		rows, err = assigned(ctx, a.conn, peer, r)
-		return err
+		return nil
 	}), nil)
-	if err != nil {
-		return nil, false, fmt.Errorf("hearing of run %d of %s: %w", r.Run, r.Node, err)
-	}
-	return rows, ok, nil
+	return ok, err
 }
 
 // assigned reads the next page, along the index of each partition.
-func assigned(ctx context.Context, conn *pgx.Conn, peer identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
-	rows, _ := conn.Query(ctx, `SELECT DISTINCT ON (key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
+func assigned(ctx context.Context, tx pgx.Tx, peer identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+	rows, _ := tx.Query(ctx, `SELECT DISTINCT ON (key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
 		WHERE peer = $1 AND node = $2 AND run < $3 AND key_id > $4 AND (gone_how IS NULL OR gone_how = 'expired')
 		ORDER BY key_id LIMIT $5`, peer.String(), r.Node, r.Run, [16]byte(r.After), handover.MaxAssigned)
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {

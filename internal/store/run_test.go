@@ -74,6 +74,36 @@ func TestFencing(t *testing.T) {
 	s.check()
 }
 
+// TestHearRunBesideTheCommitter: while what was assigned is looked for, which may take long,
+// the node commits on.
+func TestHearRunBesideTheCommitter(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	db := s.open("n1")
+	b := s.fill(db, 64, theirs)
+	hear(t, db, 1)
+	mustAssign(t, db, s.assignJob(1, 1, request("r", b.BlockRef, b.Atoms[0])), handover.Fresh, "")
+	unlock := s.lock("LOCK TABLE " + dueTable(s.epoch()+2)) // nothing is written there
+	got := make(chan []handover.Assigned, 1)
+	go func() {
+		rows, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: "p1", Run: 2})
+		if err != nil || !ok {
+			t.Errorf("HearRun: %v, %v", ok, err)
+		}
+		got <- rows
+	}()
+	s.awaitLock()
+	if err := db.Record(t.Context(), audit.Event{Action: audit.Status, Outcome: audit.Done}); err != nil {
+		t.Error(err)
+	}
+	mustAssign(t, db, s.assignJob(1, 2), handover.Stale) // and nothing comes to what is looked for
+	unlock()
+	if rows := <-got; len(rows) != 1 || rows[0].Key != b.Atoms[0].ID {
+		t.Errorf("listed: %v", rows)
+	}
+	s.check()
+}
+
 // TestEndTakeoverFreesLowerRuns: what the current run has leased and parked stays.
 func TestEndTakeoverFreesLowerRuns(t *testing.T) {
 	t.Parallel()
