@@ -211,7 +211,15 @@ func (d PeerDoor) Compromise(ctx context.Context, from identity.KME, m handover.
 		Action: audit.Compromise, Outcome: audit.Done, Actor: audit.Actor{Role: string(identity.RoleKME), ID: from.String()}, Link: m.Link,
 		Reason: fmt.Sprintf("keys made from %s to %s", key.Epoch(m.First).Start(k.EpochLength).UTC().Format(time.RFC3339), key.Epoch(m.Last).End(k.EpochLength).UTC().Format(time.RFC3339)),
 	}
+	leave, err := d.turn(ctx, from)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	c, err := k.Store.HearCompromise(ctx, from, m, ev)
+	if errors.Is(err, store.ErrTooManyCompromises) {
+		return d.refuse(ctx, from, err)
+	}
 	if err != nil || c.Done {
 		return err
 	}

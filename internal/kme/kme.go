@@ -91,7 +91,8 @@ type KME struct {
 	waiting    waiting      // for a second officer
 	greeted    atomic.Int64 // how often all peers were
 	known      compromises
-	listing    sync.Map   // identity.KME -> chan struct{} of one place: taken while what was assigned for its earlier runs is listed
+	searching  sync.Map   // identity.KME -> chan struct{} of one place: see PeerDoor.turn
+	reclaimed  sync.Map   // reclaiming -> key.ID: how far takeovers have come that are not done
 	burning    sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
 	alarms     alarms
 	debts      debts

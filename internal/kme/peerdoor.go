@@ -112,16 +112,11 @@ func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStar
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
-	// One answer at a time, which may have to be looked for long: whoever asks again and again
-	// keeps none of the others waiting.
-	v, _ := d.k.listing.LoadOrStore(from, make(chan struct{}, 1))
-	place := v.(chan struct{})
-	select {
-	case place <- struct{}{}:
-		defer func() { <-place }()
-	case <-ctx.Done():
-		return nil, problem.Because(problem.Unavailable, errors.New("other questions of that peer are being answered"))
+	leave, err := d.turn(ctx, from)
+	if err != nil {
+		return nil, err
 	}
+	defer leave()
 	rows, ok, err := d.k.Store.HearRun(ctx, from, r)
 	if err != nil {
 		return nil, err
@@ -130,6 +125,19 @@ func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStar
 		return nil, d.refuseAs(ctx, from, problem.New(problem.Invalid, "a higher run of node %s is known", r.Node))
 	}
 	return rows, nil
+}
+
+// turn waits until nothing else of a peer is being done for which tables are searched through:
+// one that asks again and again has nobody wait but itself.
+func (d PeerDoor) turn(ctx context.Context, from identity.KME) (leave func(), err error) {
+	v, _ := d.k.searching.LoadOrStore(from, make(chan struct{}, 1))
+	place := v.(chan struct{})
+	select {
+	case place <- struct{}{}:
+		return func() { <-place }, nil
+	case <-ctx.Done():
+		return nil, problem.Because(problem.Unavailable, fmt.Errorf("waiting for what else %s has asked: %w", from, ctx.Err()))
+	}
 }
 
 // Refused records what the peer door turned away after TLS.

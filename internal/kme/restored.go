@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -301,7 +302,12 @@ func (k *KME) learn(ctx context.Context, id identity.KME, h handover.Hello) {
 	if h.Suspended || h.Site.Origin == 0 {
 		return
 	}
-	if err := k.Store.HearFigures(ctx, id, h.Site); err != nil {
+	own := h.Site // without nodes that network.yaml does not give to the peer: each is kept for ever
+	own.Nodes = slices.DeleteFunc(slices.Clone(own.Nodes), func(n handover.NodeFigures) bool {
+		_, ok := k.Policies().KMEs[id].Node(n.Node)
+		return !ok
+	})
+	if err := k.Store.HearFigures(ctx, id, own); err != nil {
 		k.Log.Debug("keeping a peer's figures", "peer", id.String(), "err", err)
 		return
 	}

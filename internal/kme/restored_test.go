@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -139,9 +140,11 @@ func TestPeerInThePast(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k := s.node()
+	judge, _ := core(t)
+	k.Policies = judge.Policies
 	peer := kmeID(t, "km2")
 	figures := func(origin, run, seq int64) handover.Figures {
-		return handover.Figures{Origin: origin, Nodes: []handover.NodeFigures{{Node: "b", Run: run, Seq: seq}}}
+		return handover.Figures{Origin: origin, Nodes: []handover.NodeFigures{{Node: "km2-a", Run: run, Seq: seq}}}
 	}
 	for i, step := range []struct {
 		answer handover.Hello
@@ -166,6 +169,16 @@ func TestPeerInThePast(t *testing.T) {
 	if n := len(k.Alarms()); n != 0 {
 		t.Errorf("%d alarms stand after the recovery", n)
 	}
+
+	// Of nodes that it does not have nothing is kept.
+	many := figures(2, 5, 46)
+	for i := range handover.MaxNodes - 1 {
+		many.Nodes = append(many.Nodes, handover.NodeFigures{Node: fmt.Sprint("invented-", i), Run: 1})
+	}
+	k.learn(t.Context(), peer, handover.Hello{Site: many})
+	if diff := cmp.Diff(figures(2, 5, 46), toldBy(t, k, peer)); diff != "" {
+		t.Errorf("after it has invented nodes (-want +got):\n%s", diff)
+	}
 }
 
 // A peer that is in the past stays so while it cannot be looked up what it had told: its
@@ -174,9 +187,11 @@ func TestPeerInThePastWithoutDatabase(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k := s.node()
+	judge, _ := core(t)
+	k.Policies = judge.Policies
 	peer := kmeID(t, "km2")
 	site := func(events int64) handover.Hello {
-		return handover.Hello{Site: handover.Figures{Origin: 1, Nodes: []handover.NodeFigures{{Node: "b", Run: 2, Seq: events}}}}
+		return handover.Hello{Site: handover.Figures{Origin: 1, Nodes: []handover.NodeFigures{{Node: "km2-a", Run: 2, Seq: events}}}}
 	}
 	answers := func(events int64) { k.judgePeer(t.Context(), peer, site(events), toldBy(t, k, peer), true) }
 	answersUnseen := func(events int64) {

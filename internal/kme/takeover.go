@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/qutemail/kme/internal/audit"
@@ -190,29 +191,34 @@ func (k *KME) isReady() bool {
 	return true
 }
 
-// inherit deals with what a dead node's runs below n.Run have left behind, peer by peer:
-// one that is away holds up its own links alone.
+// inherit deals with what a dead node's runs below n.Run have left behind, at all peers at
+// once: one that is away, or whose list has no end, holds up its own links alone.
 func (k *KME) inherit(ctx context.Context, n store.NodeRun) error {
 	left, err := k.Store.LeftBy(ctx, n)
 	if err != nil {
 		return err
 	}
+	var mu sync.Mutex
 	var errs []error
+	var all sync.WaitGroup
 	for id := range k.Peers {
 		if !slices.ContainsFunc(left.Earlier, k.leadsTo(id)) {
 			continue
 		}
-		err := k.inheritAt(ctx, id, n)
-		if errors.Is(err, store.ErrFenced) || errors.Is(err, store.ErrOvertaken) {
-			return err
-		}
-		if alarm := takeoverAlarm(n.Node, id); err == nil {
-			k.clear(ctx, alarm)
-		} else if ctx.Err() == nil {
-			k.suspect(ctx, alarm, err.Error())
-		}
-		errs = append(errs, err)
+		all.Go(func() {
+			err := k.inheritAt(ctx, id, n)
+			over := errors.Is(err, store.ErrFenced) || errors.Is(err, store.ErrOvertaken) || ctx.Err() != nil
+			if alarm := takeoverAlarm(n.Node, id); err == nil {
+				k.clear(ctx, alarm)
+			} else if !over {
+				k.suspect(ctx, alarm, err.Error())
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			errs = append(errs, err)
+		})
 	}
+	all.Wait()
 	return errors.Join(errs...)
 }
 
@@ -249,11 +255,14 @@ func (k *KME) inheritAt(ctx context.Context, id identity.KME, n store.NodeRun) e
 // reclaimAt tells a peer of the node's run and burns and voids what it had assigned
 // for lower ones and is still in the pool here. What is not was served.
 func (k *KME) reclaimAt(ctx context.Context, id identity.KME, n store.NodeRun) error {
-	started := handover.RunStarted{Node: n.Node, Run: n.Run}
+	ctx, cancel := context.WithTimeoutCause(ctx, reclaimTime, fmt.Errorf("not all of it was said within %v", reclaimTime))
+	defer cancel()
+	of := reclaiming{id, n}
+	started := handover.RunStarted{Node: n.Node, Run: n.Run, After: k.reclaimedUpTo(of)}
 	for {
 		assigned, err := k.assignedAt(ctx, id, started)
 		if err != nil {
-			return err
+			return errors.Join(err, context.Cause(ctx))
 		}
 		for _, l := range k.links {
 			if l.Peer != id {
@@ -264,10 +273,30 @@ func (k *KME) reclaimAt(ctx context.Context, id identity.KME, n store.NodeRun) e
 			}
 		}
 		if len(assigned) < handover.MaxAssigned {
+			k.reclaimed.Delete(of)
 			return nil
 		}
 		started.After = assigned[len(assigned)-1].Key
+		k.reclaimed.Store(of, started.After)
 	}
+}
+
+// reclaimTime bounds how long one peer is asked at a time. Whoever asks it again goes on
+// where that ended: of lower runs nothing comes to what has been dealt with.
+const reclaimTime = 10 * time.Second
+
+// reclaiming is a takeover at a peer that is under way.
+type reclaiming struct {
+	peer identity.KME
+	store.NodeRun
+}
+
+// reclaimedUpTo is the last key of a takeover that has been dealt with.
+func (k *KME) reclaimedUpTo(of reclaiming) (last key.ID) {
+	if v, ok := k.reclaimed.Load(of); ok {
+		last = v.(key.ID)
+	}
+	return last
 }
 
 // assignedAt asks a peer for the next keys that it has assigned for lower runs.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,6 +24,7 @@ import (
 	"github.com/qutemail/kme/internal/peer"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/qlink"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // farSite is the KME at the other end of a link of km1: its database, its node, which
@@ -33,15 +35,17 @@ type farSite struct {
 	slave  string // an SAE at home there
 	k      *KME
 	shut   atomic.Bool
-	delay  atomic.Int64 // of each answer, in nanoseconds
-	ahead  atomic.Int64 // its clock, likewise
-	client *peer.Client // km1's way there
+	delay  atomic.Int64             // of each answer, in nanoseconds
+	ahead  atomic.Int64             // its clock, likewise
+	lies   atomic.Bool              // it lists keys without end that it never assigned
+	asked  chan handover.RunStarted // the questions that are answered with lies, as far as they find a place
+	client *peer.Client             // km1's way there
 }
 
 // far is a KME that shares clock and token with km1, and lies at Bob's end of a link.
 func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 	s.t.Helper()
-	f := &farSite{site: newSite(s.t), link: link, slave: slave}
+	f := &farSite{site: newSite(s.t), link: link, slave: slave, asked: make(chan handover.RunStarted, 2)}
 	f.self, f.clock = self, s.clock
 	c := km1.Config
 	c.Self, c.Node, c.DataDir = kmeID(s.t, self), self+"-a", f.data
@@ -60,7 +64,7 @@ func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 	asKM1 := func(*http.Request) (identity.Caller, error) {
 		return asOne(s.t, identity.RoleKME, km1.Self.String(), s.now()), nil
 	}
-	door := peer.Handler(f.k.PeerDoor(), asKM1, c.Log)
+	door := peer.Handler(farDoor{f.k.PeerDoor(), f}, asKM1, c.Log)
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if f.shut.Load() {
 			panic(http.ErrAbortHandler)
@@ -77,6 +81,31 @@ func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 	}
 	s.t.Cleanup(f.client.Close)
 	return f
+}
+
+// farDoor is the door for peers of a far site, which may lie.
+type farDoor struct {
+	PeerDoor
+	f *farSite
+}
+
+// Run answers, if it is to lie, with as many keys as there may be in an answer.
+func (d farDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+	if !d.f.lies.Load() {
+		return d.PeerDoor.Run(ctx, from, r)
+	}
+	select {
+	case d.f.asked <- r:
+	default:
+	}
+	rows := make([]handover.Assigned, handover.MaxAssigned)
+	last := binary.BigEndian.Uint64(r.After[:8])
+	for i := range rows {
+		var id key.ID
+		binary.BigEndian.PutUint64(id[:8], last+uint64(i)+1)
+		rows[i] = handover.Assigned{Run: 1, Batch: 1, Key: id, Atoms: []key.ID{id}}
+	}
+	return rows, nil
 }
 
 // linked gives km1 links without light in its configuration.
@@ -286,6 +315,76 @@ func TestPeerAwayAtStart(t *testing.T) {
 	}
 	if took != 2 {
 		t.Errorf("%d takeovers are recorded, want one at each peer", took)
+	}
+}
+
+// TestPeerWithoutEnd: a peer that lists keys without end holds up the takeover of its own
+// links alone, and what it is asked next goes on where the last question ended.
+func TestPeerWithoutEnd(t *testing.T) {
+	t.Parallel()
+	dir := tokenDir(t)
+	s := newSite(t)
+	plain := s.withToken(dir)
+	km2, km3 := s.far(plain, "km2", "fibre", "bob"), s.far(plain, "km3", "long", "far")
+	node := func(name string) *KME {
+		c := plain.Config
+		c.Node, c.DataDir = name, t.TempDir()
+		c.Store = s.connectAs(name, c.DataDir)
+		c.linked(km2, km3)
+		k, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	dead, heir := node("km1-a"), node("km1-b")
+	for _, k := range []*KME{dead, heir, km2.k, km3.k} {
+		stand(t, k)
+	}
+	for _, f := range []*farSite{km2, km3} {
+		f.distilled(t, s, dead)
+		if lends, err := dead.links[f.link].pool.take(t.Context(), 1, 1); err != nil || len(lends) != 1 {
+			t.Fatal(lends, err)
+		}
+	}
+	run, err := heir.Store.Depose(t.Context(), store.NodeRun{Node: "km1-a", Run: dead.run.Load()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	leased := func(link string) int64 {
+		return s.ask("SELECT count(*) FROM kme.chunk WHERE node = 'km1-a' AND link = '" + link + "'")
+	}
+	km2.lies.Store(true)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- heir.inherit(ctx, run) }()
+	first, second := <-km2.asked, <-km2.asked
+	if second.After == first.After || first.After != (key.ID{}) {
+		t.Errorf("asked for what comes after %s, and then after %s", first.After, second.After)
+	}
+	eventually(t, "the other peer's link to be free", func() bool { return leased("long") == 0 })
+	if n := leased("fibre"); n != 1 {
+		t.Errorf("%d chunks wait for the peer that does not come to an end", n)
+	}
+	cancel()
+	if err := <-ended; err == nil {
+		t.Error("the takeover at the peer that does not come to an end is done")
+	}
+	for len(km2.asked) > 0 {
+		<-km2.asked
+	}
+	again, stop := context.WithCancel(t.Context())
+	defer stop()
+	go func() { ended <- heir.inherit(again, run) }()
+	if on := <-km2.asked; bytes.Compare(on.After[:], second.After[:]) < 0 {
+		t.Errorf("asked again for what comes after %s, and that was dealt with up to %s", on.After, second.After)
+	}
+	stop()
+	<-ended
+	km2.lies.Store(false)
+	if err := heir.inherit(t.Context(), run); err != nil || leased("fibre") != 0 {
+		t.Errorf("when it lies no more: %v, %d chunks are not free", err, leased("fibre"))
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -73,10 +74,17 @@ func givePadsUp(ctx context.Context, a *attempt, c Compromise, session, block in
 	return event, err
 }
 
+// maxHeard is how many compromises of a peer are heard in a day: each is kept for ever, and
+// has all that waits looked through.
+const maxHeard = 1000
+
+// ErrTooManyCompromises: more than anybody can mean in a day.
+var ErrTooManyCompromises = errors.New("too many compromises in a day")
+
 // HearCompromise makes durable what a peer says of the link with it, and gives up the pads
 // of the blocks that are meant. Heard again, it is the same. Its number alone tells nothing:
 // an act there may mean several links to here, and one after the peer was set back has the
-// number of one before.
+// number of one before. With ErrTooManyCompromises nothing has happened.
 func (db *DB) HearCompromise(ctx context.Context, from identity.KME, m handover.Compromise, event audit.Event) (Compromise, error) {
 	c := Compromise{Link: m.Link, First: key.Epoch(m.First), Last: key.Epoch(m.Last), Why: "told by " + from.String()}
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
@@ -84,6 +92,14 @@ func (db *DB) HearCompromise(ctx context.Context, from identity.KME, m handover.
 			WHERE peer = $1 AND act = $2 AND link = $3 AND first_epoch = $4 AND last_epoch = $5 AND session = $6 AND block = $7`,
 			from.String(), m.Act, m.Link, c.First, c.Last, m.Session, m.Block).Scan(&c.ID, &c.Chunks, &c.Done)
 		if !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		var lately int
+		err = a.conn.QueryRow(ctx, "SELECT count(*) FROM compromise WHERE peer = $1 AND (done_at IS NULL OR done_at > $2)", from.String(), a.now.Add(-24*time.Hour)).Scan(&lately)
+		if err == nil && lately >= maxHeard {
+			err = refuse(ErrTooManyCompromises)
+		}
+		if err != nil {
 			return err
 		}
 		event, err := givePadsUp(ctx, a, c, m.Session, m.Block, event)

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -99,6 +100,22 @@ func TestCompromiseOfTwoLinks(t *testing.T) {
 	if err != nil || len(all) != 4 {
 		t.Errorf("%d compromises are known, want 4: %v", len(all), err)
 	}
+
+	// A peer that makes up acts is heard no more that day.
+	s.super(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(t.Context(), `INSERT INTO compromise (peer, act, link, first_epoch, last_epoch, session, block, chunks, why, done_at)
+			SELECT 'KM2', n, 'fibre', 0, 0, 1, 1, 0, '', $2 FROM generate_series(100, 99 + $1::int) n`, maxHeard-len(all), s.now())
+		return err
+	})
+	one := handover.Compromise{Act: 8, Link: linkName, First: 1, Last: 1, Session: 1, Block: 1}
+	if _, err := db.HearCompromise(t.Context(), kme("KM2"), one, audit.Event{}); !errors.Is(err, ErrTooManyCompromises) {
+		t.Errorf("one more than is heard in a day: %v", err)
+	}
+	if burned, voided := s.burnHeard(db, meant(b)); burned != 0 || voided != 0 {
+		t.Errorf("one that is done, again: %d keys burned and %d voided", burned, voided)
+	}
+	s.step(25 * hour)
+	s.burnHeard(db, one)
 	s.check()
 }
 
