@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -33,17 +35,38 @@ func TestLegacy(t *testing.T) {
 	l := start(t, func(c *Config) {
 		c.Filler, c.PoolLimit = 4096, 8192
 		c.Settings = map[string]string{"km2": "legacy: {reread: once}\n"}
+		c.Env = map[string][]string{"km1": {"QKD_KEY_SIZE=512", "QKD_KEY_TTL=600"}}
 	})
 	keysStored(t, l, 1000)
 	if err := l.enrol(t.Context(), "sae", "dave", l.KM1.URL()); err != nil {
 		t.Fatal(err)
 	}
 	alice, dave := sae(t, l, "alice"), at(t, l, "dave", "km1")
+	t.Run("environment of the old service", func(t *testing.T) { legacyEnvironment(t, l, alice, dave) })
 	t.Run("expiry", func(t *testing.T) { legacyExpiry(t, l, alice, dave) })
 	t.Run("reads and a take at once", func(t *testing.T) { legacyReads(t, l, alice, dave) })
 	t.Run("reread once", func(t *testing.T) {
 		legacyOnce(t, sae(t, l, "alice@qutemail.example"), sae(t, l, "bob@qutemail.example"))
 	})
+}
+
+// legacyEnvironment: what the old service's variables said of keys that are asked for
+// without more is so, and the log says where it is from.
+func legacyEnvironment(t *testing.T, l *Lab, alice, dave *Person) {
+	sent := request(t, alice, dave, 0)
+	defer sent.Material.Wipe()
+	if left := time.Until(sent.ExpiresAt); sent.Bits != 512 || left > 10*time.Minute || left < time.Minute {
+		t.Errorf("a key of %d bits for %v, want 512 and 10 minutes", sent.Bits, left)
+	}
+	log, err := os.ReadFile(l.KM1.LogFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"QKD_KEY_SIZE", "QKD_KEY_TTL"} {
+		if !strings.Contains(string(log), "of the environment: "+name+" is set: ") {
+			t.Errorf("the log says nothing of %s", name)
+		}
+	}
 }
 
 // legacyExpiry: (e) a key that lived for a second is gone, and (f) an operator can have

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/qutemail/kme/deploy/runbooks"
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/key"
@@ -104,6 +105,18 @@ func eve(t *testing.T, l *Lab) {
 		t.Errorf("%d and %d keys are stored, and %d and %d were: key that Eve knows of has come in", a, b, here, there)
 	}
 	take(t, bob, alice, get(t, alice, bob, 2)) // the keys from before are none of hers
+	olga, err := l.Operator("olga", "km1")     // who may only look: no key is burned for it
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "doctor to tell of Eve", func(ctx context.Context) error {
+		found, err := olga.Doctor(ctx)
+		told := runbooks.Complaints(runbooks.Node)["somebody on the line"]
+		if err == nil && !slices.ContainsFunc(found, func(f admin.Finding) bool { return told.Is(f.About, f.Says, f.Do) == nil }) {
+			err = fmt.Errorf("found %+v", found)
+		}
+		return err
+	})
 
 	fibre(t, l, "eve 0")
 	for i, s := range []*Site{l.KM1, l.KM2} {

@@ -10,9 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/failpoint"
+	"github.com/qutemail/kme/internal/key"
 )
 
 // twoNodes is a lab of two nodes a site with traffic over all four.
@@ -55,7 +58,7 @@ func TestEveryNodeServes(t *testing.T) {
 // when it goes on.
 func TestNodeGone(t *testing.T) {
 	t.Parallel()
-	l, f := twoNodes(t, false)
+	l, f := twoNodes(t, true)
 	gone := []*Node{l.KM1.Nodes[0], l.KM2.Nodes[1]}
 	each := func(do func(*Node)) {
 		for _, n := range gone {
@@ -103,6 +106,10 @@ func TestNodeGone(t *testing.T) {
 	})
 	t.Run("stopped", func(t *testing.T) {
 		restartInTurn(t, l, f)
+		well(t, f)
+	})
+	t.Run("stopped with requests under way", func(t *testing.T) {
+		stopUnderWay(t, l, f)
 		well(t, f)
 	})
 	t.Run("both of a site", func(t *testing.T) {
@@ -157,6 +164,72 @@ func restartInTurn(t *testing.T, l *Lab, f *traffic) {
 		for _, why := range c.refused {
 			t.Error(why)
 		}
+	}
+}
+
+// stopUnderWay: a node that is told to stop while requests are under way first answers
+// them: a key that is assigned at the other site is handed out, and one that was taken
+// out of the database too.
+func stopUnderWay(t *testing.T, l *Lab, f *traffic) {
+	f.rest.Lock()
+	defer f.rest.Unlock()
+	n := l.KM1.Nodes[0]
+	out, back := f.routes[0], f.routes[1] // alice and bob, both ways; alice is at this node
+	ask := func(ctx context.Context, r *route) (ids []key.ID, err error) {
+		got, err := r.masters[0].Client.EncKeys(ctx, r.slave.ID, etsi014.KeyRequest{})
+		return f.give(r, got), err
+	}
+	take := func(r *route, ids []key.ID) {
+		got, err := r.slaves[0].Client.DecKeys(t.Context(), r.master.ID, ids)
+		if err != nil {
+			t.Errorf("%v: a key that is taken: %v", r, err)
+		}
+		defer got.Wipe()
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.took(r, got)
+	}
+	var due []key.ID
+	eventually(t, "keys at either end", func(ctx context.Context) (err error) {
+		if _, err = ask(ctx, out); err == nil {
+			due, err = ask(ctx, back)
+		}
+		return err
+	})
+
+	const hold = " 1s" // a request may take five
+	if err := n.Faults(failpoint.EncAnnounceAnswered+hold, failpoint.DecCommitted+hold); err != nil {
+		t.Fatal(err)
+	}
+	waiting := func(s *Site) (count int) { // rows of alice's and bob's that wait to be taken
+		sql(t, s, func(conn *pgx.Conn) error {
+			return conn.QueryRow(t.Context(), "SELECT count(*) FROM kme.due WHERE ct IS NOT NULL AND master IN ('alice', 'bob') AND sae IN ('alice', 'bob')").Scan(&count)
+		})
+		return count
+	}
+	assigned, untaken := waiting(l.KM2), waiting(l.KM1)
+	var promised []key.ID
+	var all sync.WaitGroup
+	all.Go(func() {
+		var err error
+		if promised, err = ask(t.Context(), out); err != nil {
+			t.Errorf("%v: a key that was assigned: %v", out, err)
+		}
+	})
+	all.Go(func() { take(back, due) })
+	eventually(t, "both requests to be past the point of no return", func(context.Context) error {
+		if a, u := waiting(l.KM2)-assigned, waiting(l.KM1)-untaken; a != 1 || u != -1 {
+			return fmt.Errorf("%d keys more are assigned to bob, and %d more wait for alice", a, u)
+		}
+		return nil
+	})
+	if err := n.Stop(); err != nil {
+		t.Error(err)
+	}
+	all.Wait()
+	take(out, promised)
+	if err := errors.Join(n.Faults(), n.Restart(t.Context())); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
+
+	programs "github.com/qutemail/kme/internal/lab/binaries"
 )
 
 // TestOperators: what those see who run a KME, and those whose programs use it, in one
@@ -17,7 +20,22 @@ func TestOperators(t *testing.T) {
 	get(t, alice, bob, 1)
 	t.Run("dashboard", func(t *testing.T) { dashboard(t, l) })
 	t.Run("clients", func(t *testing.T) { clients(t, l) })
+	t.Run("release", func(t *testing.T) { release(t, l) })
 	t.Run("doctor", func(t *testing.T) { doctor(t, l) })
+}
+
+// release: a node says everywhere which release it is.
+func release(t *testing.T, l *Lab) {
+	if v := node(t, l.KM1).Version; v != programs.Version {
+		t.Errorf("kmectl node shows version %q, want %q", v, programs.Version)
+	}
+	text, err := metricsOf(t.Context(), l, l.KM1.Nodes[0])
+	if err != nil || !strings.Contains(text, `kme_build_info{go="go`) || !strings.Contains(text, `version="`+programs.Version+`"`) {
+		t.Errorf("no kme_build_info of version %s: %v", programs.Version, err)
+	}
+	if n := recorded(t, l.KM1, `e->>'action' = 'start' AND e->'facts'->>'build' LIKE $1`, programs.Version+" go1.%"); n == 0 {
+		t.Error("no start in the audit says which release it is")
+	}
 }
 
 // doctor: a node of which all is well says so; one whose peer, link or database is gone
