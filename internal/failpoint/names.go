@@ -14,6 +14,8 @@ const (
 	DecUpdated   = "dec-updated"
 	DecCommitted = "dec-committed"
 
+	PadSpent = "pad-spent" // that of a block, whose tag has not left
+
 	IntakeDistilled     = "intake-distilled"
 	IntakeWrapped       = "intake-wrapped"
 	IntakeHeldCommitted = "intake-held-committed"
@@ -44,6 +46,7 @@ const (
 var Names = []string{
 	EncLeased, EncUnwrapped, EncAnnounceSent, EncAnnounceAnswered, EncDeleted, EncCommitted, EncHalfAnswered,
 	DecUnwrapped, DecUpdated, DecCommitted,
+	PadSpent,
 	IntakeDistilled, IntakeWrapped, IntakeHeldCommitted, IntakeHeldSent, IntakeReady,
 	PeerAnnounceReceived, PeerAnnounceCommitted, PeerVoidReceived,
 	GrantCommitted, PeerGrantCommitted,

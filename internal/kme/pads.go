@@ -10,6 +10,7 @@ import (
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/distill"
+	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/qlink"
@@ -91,7 +92,11 @@ func (r *reserve) find(ctx context.Context, name distill.PadName) (distill.Pad, 
 
 // spend commits that a pad is spent.
 func (r *reserve) spend(ctx context.Context, name distill.PadName) error {
-	return r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name))
+	if err := r.l.k.Store.SpendPad(ctx, r.l.ID, r.session, store.PadName(name)); err != nil {
+		return err
+	}
+	failpoint.Hit(failpoint.PadSpent)
+	return nil
 }
 
 // lose gives up a pad that Bob does not have, and none above it: blocks under way have

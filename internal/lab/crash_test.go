@@ -10,8 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/handover"
+	"github.com/qutemail/kme/internal/store"
 )
 
 // Whatever line a kmed dies on, nothing is handed out twice, nothing that was
@@ -32,6 +34,9 @@ func TestKilledAtEveryFailpoint(t *testing.T) {
 		}
 		if strings.HasPrefix(name, "epoch") {
 			continue // the epochs are too long here: TestKilledAtEpochsEnd
+		}
+		if name == failpoint.PadSpent {
+			continue // there is no light here: TestKilledLink
 		}
 		t.Run(name, func(t *testing.T) {
 			for i, s := range sites { // the second dies while the first one's next process clears up
@@ -57,7 +62,7 @@ func TestKilledAtEveryFailpoint(t *testing.T) {
 // come to serve, for those that every request passes.
 func hits(name string) int {
 	switch {
-	case strings.HasPrefix(name, "intake"):
+	case strings.HasPrefix(name, "intake"), name == failpoint.PadSpent:
 		return 2
 	case name == failpoint.PeerVoidReceived, name == failpoint.GrantCommitted, name == failpoint.PeerGrantCommitted,
 		strings.HasPrefix(name, "takeover"), strings.HasPrefix(name, "epoch"): // those of its own start
@@ -217,18 +222,19 @@ func untaken(t *testing.T, l *Lab, n int) {
 	get(t, sae(t, l, "alice"), sae(t, l, "bob"), n+1)
 }
 
-// The link picks itself up when the quantum channel has died in the middle of a
-// block, and keys go on being handed out meanwhile.
-func TestKilledFibre(t *testing.T) {
+// The link picks itself up when the quantum channel has died in the middle of a block, or
+// either KME when it has spent a pad and not yet sent the tag that it made with it; and keys
+// go on being handed out meanwhile.
+func TestKilledLink(t *testing.T) {
 	t.Parallel()
-	l := start(t, nil)
+	l := start(t, func(c *Config) { c.Bin, c.PoolLimit = binaries(t, true), 1<<20 }) // there is always room for a block
 	keysStored(t, l, 500)
 	f := begin(t, l)
 	op, err := l.Operator("root", "km1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 3 {
+	for range 2 {
 		var before int64
 		eventually(t, "a block under way", func(ctx context.Context) error {
 			links, err := op.Links(ctx)
@@ -256,6 +262,39 @@ func TestKilledFibre(t *testing.T) {
 		})
 		f.flows(t)
 	}
+	for _, s := range []*Site{l.KM1, l.KM2} {
+		dies(t, s, failpoint.PadSpent)
+		dead := [2]store.PadName{spentPad(t, l.KM1), spentPad(t, l.KM2)}
+		if err := s.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "pads above those that were spent when "+s.Name+" died", func(context.Context) error {
+			for i, end := range []*Site{l.KM1, l.KM2} {
+				if now := spentPad(t, end); !above(now, dead[0]) || !above(now, dead[1]) {
+					return fmt.Errorf("%s has spent %v; then it was %v, and %v at the other end", end.Name, now, dead[i], dead[1-i])
+				}
+			}
+			return nil
+		})
+		f.flows(t)
+	}
 	settled(t, l)
 	f.close(t)
 }
+
+// spentPad is the highest pad that a site has spent.
+func spentPad(t *testing.T, s *Site) (name store.PadName) {
+	t.Helper()
+	conn, done, err := s.super(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer done()
+	err = conn.QueryRow(t.Context(), "SELECT session, block, index FROM kme.link_auth").Scan(&name.Session, &name.Block, &name.Index)
+	if err != nil {
+		t.Fatalf("reading what %s has spent: %v", s.Name, err)
+	}
+	return name
+}
+
+func above(a, b store.PadName) bool { return distill.PadName(a).Compare(distill.PadName(b)) > 0 }
