@@ -262,6 +262,7 @@ func benchmarkLink(b *testing.B, plan qlink.Plan, inFlight int) {
 		b.ReportMetric(secret/took.Seconds(), "secret-Mbit/s")
 		b.ReportMetric(secret/all.Seconds(), "secret-Mbit/cpu-s")
 		b.ReportMetric(float64(made)*params.Seconds(profile.Gates)/took.Seconds(), "sim/wall")
+		b.ReportMetric(float64(made)*params.Seconds(profile.Gates)/all.Seconds(), "sim/cpu")
 		for name, used := range map[string]time.Duration{
 			"qlink": worked.fibre, "km1": worked.kmed[0], "km2": worked.kmed[1], "postgres": worked.postgres[0] + worked.postgres[1],
 		} {

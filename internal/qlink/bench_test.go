@@ -23,7 +23,8 @@ import (
 // the benchmark of the same name in package lab has all of that.
 //
 // These are throughputs of the processing, not rates of a link: gates are simulated as
-// fast as they can be, and sim/wall says how much faster than the link's clock that was.
+// fast as they can be, and sim/wall says how much faster than the link's clock that was;
+// sim/cpu is the same for a second of one processor.
 // Mbit/cpu-s is what a second of one processor makes, all parts of the link counted;
 // light-cpu-ns is what simulated light, which hardware has for nothing, takes of cpu-ns.
 // Three blocks are under way at a time, and garbage is collected as seldom as in kmed.
@@ -61,6 +62,7 @@ func BenchmarkLink(b *testing.B) {
 			b.ReportMetric(float64(sifted)/1e6/worked.Seconds(), "sifted-Mbit/cpu-s")
 			b.ReportMetric(float64(worked.Nanoseconds())/float64(detected), "cpu-ns/detection")
 			b.ReportMetric(float64(b.N)*params.Seconds(profile.Gates)/b.Elapsed().Seconds(), "sim/wall")
+			b.ReportMetric(float64(b.N)*params.Seconds(profile.Gates)/worked.Seconds(), "sim/cpu")
 			b.ReportMetric(light(b, l, profile), "light-cpu-ns/detection")
 		})
 	}
