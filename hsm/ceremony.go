@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/qutemail/kme/internal/secretfile"
 )
 
 // InitToken makes a token called label, with both PINs set, in the first slot whose
@@ -142,7 +144,7 @@ func (t *Token) Verify(ctx context.Context, keks []KEKInfo) error {
 // NewPIN returns the PIN in the file at path, which only its owner may read. If there
 // is no such file it makes a random PIN, of 128 bits in hex, and the file.
 func NewPIN(path string) (string, error) {
-	if pin, err := readSecretLine(path, 0o077); err == nil || !errors.Is(err, fs.ErrNotExist) {
+	if pin, err := readPIN(secretfile.Source{File: path}); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return string(pin), err
 	}
 	var random [16]byte

@@ -230,7 +230,7 @@ func (t *Token) login() error {
 }
 
 func (t *Token) loginOn(s pkcs11.SessionHandle) error {
-	pin, err := t.cfg.readPIN()
+	pin, err := readPIN(t.cfg.pin())
 	if err != nil {
 		return err
 	}
@@ -254,8 +254,7 @@ func (t *Token) loginOn(s pkcs11.SessionHandle) error {
 		}
 		return nil
 	case isRV(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED, pkcs11.CKR_PIN_LOCKED):
-		path, _, _ := t.cfg.pinPath()
-		return errors.Join(fmt.Errorf("%w: PIN file %s: %w", ErrPINRefused, path, err), t.note(pin))
+		return errors.Join(fmt.Errorf("%w: that of %s: %w", ErrPINRefused, t.cfg.pin(), err), t.note(pin))
 	}
 	return err
 }

@@ -25,7 +25,7 @@ func TestOpenRefuses(t *testing.T) {
 		"no PIN file":               {func(_ *testing.T, b *bench) { b.cfg.PINFile += "x" }, "no such file"},
 		"empty PIN file":            {func(t *testing.T, b *bench) { b.writePIN(t, "\n", 0o400) }, "must hold one line"},
 		"two lines in the PIN file": {func(t *testing.T, b *bench) { b.writePIN(t, "a\nb\n", 0o400) }, "must hold one line"},
-		"endless PIN file":          {func(t *testing.T, b *bench) { b.writePIN(t, strings.Repeat("1", 300), 0o400) }, "must hold one line"},
+		"endless PIN file":          {func(t *testing.T, b *bench) { b.writePIN(t, strings.Repeat("1", 300), 0o400) }, "has more than 256 bytes"},
 		"wrong PIN":                 {func(t *testing.T, b *bench) { b.writePIN(t, "9999", 0o400) }, "C_Login: pkcs11: 0xA0: CKR_PIN_INCORRECT"},
 		"no token of that label":    {func(_ *testing.T, b *bench) { b.cfg.TokenLabel = "other" }, `0 tokens have the label "other"`},
 		"no label":                  {func(_ *testing.T, b *bench) { b.cfg.TokenLabel = "" }, "not a configuration"},

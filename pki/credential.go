@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"time"
+
+	"github.com/qutemail/kme/internal/secretfile"
 )
 
 // Credential is a certificate and its key, from a directory that Enrol or the step
@@ -50,12 +52,8 @@ func (c *Credential) Leaf() *x509.Certificate { return c.current.Load().Leaf }
 
 func readCredential(dir string, now time.Time) (*tls.Certificate, error) {
 	key := filepath.Join(dir, keyFile)
-	info, err := os.Stat(key)
-	if err != nil {
+	if err := secretfile.Check(key); err != nil {
 		return nil, err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("others can read %s (mode %o)", keyFile, info.Mode().Perm())
 	}
 	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, certFile), key)
 	if err != nil && finishStoring(dir) == nil {

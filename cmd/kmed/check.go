@@ -9,17 +9,18 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/qutemail/kme/internal/secretfile"
 	"github.com/qutemail/kme/pki"
 )
 
-// checkConfig says all that is wrong with the configuration at path and the files that
-// it names, and opens nothing: it may be run beside the node that serves.
-func checkConfig(path string, stdout io.Writer) error {
+// Run says all that is wrong with the configuration and the files that it names, and opens
+// nothing: it may be run beside the node that serves.
+func (c configCheck) Run(stdout io.Writer) error {
 	env, err := ReadEnvironment(os.Getenv)
 	if err != nil {
 		return err
 	}
-	cfg, err := LoadConfig(path, env)
+	cfg, err := LoadConfig(c.Config, env)
 	if err != nil {
 		return err
 	}
@@ -45,7 +46,7 @@ func checkConfig(path string, stdout io.Writer) error {
 	_, err = os.Stat(cfg.HSM.Module)
 	errs = append(errs, err)
 	if cfg.HSM.PINFile != "" {
-		errs = append(errs, private(cfg.HSM.PINFile))
+		errs = append(errs, secretfile.Check(cfg.HSM.PINFile))
 	}
 	for _, lc := range cfg.Links {
 		switch {
@@ -53,10 +54,10 @@ func checkConfig(path string, stdout io.Writer) error {
 			_, err := pki.LoadCredential(lc.Upstream.TLS)
 			errs = append(errs, err)
 		case lc.Filler == 0:
-			errs = append(errs, private(lc.SecretFile))
+			errs = append(errs, secretfile.Check(lc.SecretFile))
 		}
 		if lc.AuthFile != "" {
-			errs = append(errs, private(lc.AuthFile))
+			errs = append(errs, secretfile.Check(lc.AuthFile))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -68,15 +69,6 @@ func checkConfig(path string, stdout io.Writer) error {
 		}
 	}
 	_, err = fmt.Fprintf(stdout, "%s: ok: node %s of KME %s, %d links, SAEs at %s, operators at %s\n",
-		path, cfg.Node, cfg.KME, len(cfg.Links), env.address(n.entry.SAE), n.entry.Operator)
-	return err
-}
-
-// private is nil if a file is there that is nobody's but its owner's.
-func private(file string) error {
-	info, err := os.Stat(file)
-	if err == nil && (!info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0) {
-		err = fmt.Errorf("others can read %s, which has mode %v: chmod 600", file, info.Mode())
-	}
+		c.Config, cfg.Node, cfg.KME, len(cfg.Links), env.address(n.entry.SAE), n.entry.Operator)
 	return err
 }

@@ -3,13 +3,11 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -21,6 +19,7 @@ import (
 	"github.com/qutemail/kme/internal/kme"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/siem"
+	"github.com/qutemail/kme/internal/yamlfile"
 	"github.com/qutemail/kme/pki"
 )
 
@@ -272,18 +271,18 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 			FailedHandshakesPerSecond: pki.DefaultLimits.Failures, FailedHandshakesBurst: pki.DefaultLimits.FailureBurst, Connections: pki.DefaultLimits.Connections,
 		},
 	}
-	doc, err := decode(path, text, &c)
+	file, err := yamlfile.Decode(path, text, &c)
 	if err != nil {
 		return c, err
 	}
 	for i := range c.Links {
-		if _, given := doc.members[fmt.Sprintf("links[%d].interval", i)]; !given {
+		if !file.Names(fmt.Sprintf("links[%d].interval", i)) {
 			c.Links[i].Interval = time.Second
 		}
-		if _, given := doc.members[fmt.Sprintf("links[%d].key_bits", i)]; !given {
+		if !file.Names(fmt.Sprintf("links[%d].key_bits", i)) {
 			c.Links[i].KeyBits = qlink.StandardPlan().KeyBits
 		}
-		if _, given := doc.members[fmt.Sprintf("links[%d].in_flight", i)]; !given {
+		if !file.Names(fmt.Sprintf("links[%d].in_flight", i)) {
 			c.Links[i].InFlight = 1
 		}
 		if u := &c.Links[i].Upstream; len(u.URL) > 0 && u.Keys == 0 {
@@ -293,42 +292,31 @@ func parseConfig(path string, text []byte, env Environment) (Config, error) {
 	if env.Database != "" {
 		c.Database = env.Database
 	}
-	if err := c.check(doc); err != nil {
+	if err := c.check(file); err != nil {
 		return c, err
 	}
-	if err := c.Audit.resolveSinks(filepath.Dir(path)); err != nil {
+	if err := c.Audit.resolveSinks(file); err != nil {
 		return c, err
 	}
 	c.digest = sha256.Sum256(text)
-	dir, err := filepath.Abs(filepath.Dir(path))
-	if err != nil {
-		return c, err
-	}
-	for _, p := range c.paths() {
-		if *p != "" && !filepath.IsAbs(*p) {
-			*p = filepath.Join(dir, *p)
+	for role, issuer := range c.Certificates.Issuers {
+		if err := file.Resolve(&issuer); err != nil {
+			return c, err
 		}
+		c.Certificates.Issuers[role] = issuer
 	}
-	for role, file := range c.Certificates.Issuers {
-		if !filepath.IsAbs(file) {
-			c.Certificates.Issuers[role] = filepath.Join(dir, file)
-		}
-	}
-	return c, nil
+	return c, file.Resolve(c.paths()...)
 }
 
-// resolveSinks has the files of sinks lie where they are relative to dir.
-func (c *AuditConfig) resolveSinks(dir string) error {
+// resolveSinks has the files of sinks lie where they are relative to the file's folder.
+func (c *AuditConfig) resolveSinks(file yamlfile.File) error {
 	for i, s := range c.Sinks {
-		file, is := strings.CutPrefix(s.To, "file:")
-		if !is || filepath.IsAbs(file) {
-			continue
+		if path, is := strings.CutPrefix(s.To, "file:"); is {
+			if err := file.Resolve(&path); err != nil {
+				return err
+			}
+			c.Sinks[i].To = "file:" + path
 		}
-		file, err := filepath.Abs(filepath.Join(dir, file))
-		if err != nil {
-			return err
-		}
-		c.Sinks[i].To = "file:" + file
 	}
 	return nil
 }
@@ -345,25 +333,6 @@ func (c *Config) paths() []*string {
 	return ps
 }
 
-// checker gathers what is wrong with a configuration.
-type checker struct {
-	doc  document
-	errs []error
-}
-
-// must notes that member is wrong unless it is ok.
-func (k *checker) must(ok bool, member, format string, args ...any) {
-	if !ok {
-		k.errs = append(k.errs, k.doc.errorf(member, format, args...))
-	}
-}
-
-// has notes that member is missing if it is, and says whether it is there.
-func (k *checker) has(member, value string) bool {
-	k.must(value != "", member, "is missing")
-	return value != ""
-}
-
 // minCRLAlarm is twice the time between two fetches of a CRL: below, every one is old.
 const minCRLAlarm = time.Minute
 
@@ -374,111 +343,111 @@ const maxGrace = time.Hour
 var roles = []identity.Role{identity.RoleSAE, identity.RoleKME, identity.RoleOperator}
 
 // check names everything that is missing or out of bounds.
-func (c *Config) check(doc document) error {
-	k := &checker{doc: doc}
-	if k.has("kme", c.KME) {
+func (c *Config) check(file yamlfile.File) error {
+	k := &yamlfile.Checker{File: file}
+	if k.Has("kme", c.KME) {
 		_, err := identity.ParseKME(c.KME)
-		k.must(err == nil, "kme", "is not the ID of one: %v", err)
+		k.Must(err == nil, "kme", "is not the ID of one: %v", err)
 	}
-	if k.has("node", c.Node) {
+	if k.Has("node", c.Node) {
 		err := handover.RunStarted{Node: c.Node, Run: 1}.Check() // its peers judge it by this
-		k.must(err == nil, "node", "is not the name of one: %v", err)
+		k.Must(err == nil, "node", "is not the name of one: %v", err)
 	}
-	k.has("data", c.Data)
-	k.has("policies", c.Policies)
-	k.has("database", c.Database)
-	k.has("hsm.module", c.HSM.Module)
-	k.has("hsm.token", c.HSM.Token)
+	k.Has("data", c.Data)
+	k.Has("policies", c.Policies)
+	k.Has("database", c.Database)
+	k.Has("hsm.module", c.HSM.Module)
+	k.Has("hsm.token", c.HSM.Token)
 	if c.HSM.PINCredential == "" {
-		k.has("hsm.pin_file", c.HSM.PINFile)
+		k.Has("hsm.pin_file", c.HSM.PINFile)
 	}
-	k.must(c.HSM.PINFile == "" || c.HSM.PINCredential == "", "hsm.pin_credential", "is there beside pin_file: one of them")
-	k.must(!c.Production || c.HSM.Serial != "", "hsm.serial", "is missing, and this node is set to production: kmed hsm status shows it")
-	k.must(!c.Production || !c.HSM.WeakAttributes, "hsm.weak_attributes", "is for tests only: this node is set to production")
-	k.must(c.HSM.Grace >= 0 && c.HSM.Grace <= maxGrace, "hsm.grace", "is %v: at least 0, at most %v", c.HSM.Grace, maxGrace)
+	k.Must(c.HSM.PINFile == "" || c.HSM.PINCredential == "", "hsm.pin_credential", "is there beside pin_file: one of them")
+	k.Must(!c.Production || c.HSM.Serial != "", "hsm.serial", "is missing, and this node is set to production: kmed hsm status shows it")
+	k.Must(!c.Production || !c.HSM.WeakAttributes, "hsm.weak_attributes", "is for tests only: this node is set to production")
+	k.Must(c.HSM.Grace >= 0 && c.HSM.Grace <= maxGrace, "hsm.grace", "is %v: at least 0, at most %v", c.HSM.Grace, maxGrace)
 	c.Certificates.check(k)
-	k.must(c.Epoch >= time.Second && c.Epoch%time.Millisecond == 0, "epoch", "is %v: at least 1s, in whole milliseconds", c.Epoch)
-	k.must(!c.Production || c.Epoch >= time.Minute, "epoch", "is %v, and this node is set to production: at least 1m", c.Epoch)
-	k.must(c.MaxWraps >= 1 && c.MaxWraps <= kme.MaxWraps, "max_wraps", "is %d: at least 1, at most %d", c.MaxWraps, kme.MaxWraps)
-	k.must(c.TTL >= time.Second, "ttl", "is %v: at least 1s", c.TTL)
-	k.must(c.MaxTTL >= c.TTL && c.MaxTTL <= handover.MaxTTL, "max_ttl", "is %v: at least ttl (%v), at most %v", c.MaxTTL, c.TTL, handover.MaxTTL)
-	k.must(c.PoolTTL >= max(c.Epoch, kme.MinPoolTTL), "pool_ttl", "is %v: at least epoch (%v) and %v", c.PoolTTL, c.Epoch, kme.MinPoolTTL)
-	k.must(c.PoolLimit >= 1, "pool_limit", "is %d: at least 1", c.PoolLimit)
-	k.must(c.Limits.AtomsPerSecond >= 1, "limits.atoms_per_second", "is %d: at least 1", c.Limits.AtomsPerSecond)
-	k.must(c.Limits.Burst >= kme.MinBurst, "limits.burst", "is %d: at least %d, the largest request", c.Limits.Burst, kme.MinBurst)
-	k.must(c.Limits.Handshakes >= 1, "limits.handshakes", "is %d: at least 1", c.Limits.Handshakes)
-	k.must(c.Limits.HandshakesPerNetwork >= 1, "limits.handshakes_per_network", "is %d: at least 1", c.Limits.HandshakesPerNetwork)
-	k.must(c.Limits.HandshakesAtWork >= 0, "limits.handshakes_at_work", "is %d: at least 1, or 0 for half of the processors", c.Limits.HandshakesAtWork)
-	k.must(c.Limits.FailedHandshakesPerSecond >= 0, "limits.failed_handshakes_per_second", "is %d: at least 1, or 0 for no bound", c.Limits.FailedHandshakesPerSecond)
-	k.must(c.Limits.FailedHandshakesBurst >= 1, "limits.failed_handshakes_burst", "is %d: at least 1", c.Limits.FailedHandshakesBurst)
-	k.must(c.Limits.Connections >= 1, "limits.connections", "is %d: at least 1", c.Limits.Connections)
-	k.must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
-	k.must(c.Legacy.Reread == untilConsumed || c.Legacy.Reread == once, "legacy.reread", "is %q: %s or %s", c.Legacy.Reread, untilConsumed, once)
+	k.Must(c.Epoch >= time.Second && c.Epoch%time.Millisecond == 0, "epoch", "is %v: at least 1s, in whole milliseconds", c.Epoch)
+	k.Must(!c.Production || c.Epoch >= time.Minute, "epoch", "is %v, and this node is set to production: at least 1m", c.Epoch)
+	k.Must(c.MaxWraps >= 1 && c.MaxWraps <= kme.MaxWraps, "max_wraps", "is %d: at least 1, at most %d", c.MaxWraps, kme.MaxWraps)
+	k.Must(c.TTL >= time.Second, "ttl", "is %v: at least 1s", c.TTL)
+	k.Must(c.MaxTTL >= c.TTL && c.MaxTTL <= handover.MaxTTL, "max_ttl", "is %v: at least ttl (%v), at most %v", c.MaxTTL, c.TTL, handover.MaxTTL)
+	k.Must(c.PoolTTL >= max(c.Epoch, kme.MinPoolTTL), "pool_ttl", "is %v: at least epoch (%v) and %v", c.PoolTTL, c.Epoch, kme.MinPoolTTL)
+	k.Must(c.PoolLimit >= 1, "pool_limit", "is %d: at least 1", c.PoolLimit)
+	k.Must(c.Limits.AtomsPerSecond >= 1, "limits.atoms_per_second", "is %d: at least 1", c.Limits.AtomsPerSecond)
+	k.Must(c.Limits.Burst >= kme.MinBurst, "limits.burst", "is %d: at least %d, the largest request", c.Limits.Burst, kme.MinBurst)
+	k.Must(c.Limits.Handshakes >= 1, "limits.handshakes", "is %d: at least 1", c.Limits.Handshakes)
+	k.Must(c.Limits.HandshakesPerNetwork >= 1, "limits.handshakes_per_network", "is %d: at least 1", c.Limits.HandshakesPerNetwork)
+	k.Must(c.Limits.HandshakesAtWork >= 0, "limits.handshakes_at_work", "is %d: at least 1, or 0 for half of the processors", c.Limits.HandshakesAtWork)
+	k.Must(c.Limits.FailedHandshakesPerSecond >= 0, "limits.failed_handshakes_per_second", "is %d: at least 1, or 0 for no bound", c.Limits.FailedHandshakesPerSecond)
+	k.Must(c.Limits.FailedHandshakesBurst >= 1, "limits.failed_handshakes_burst", "is %d: at least 1", c.Limits.FailedHandshakesBurst)
+	k.Must(c.Limits.Connections >= 1, "limits.connections", "is %d: at least 1", c.Limits.Connections)
+	k.Must(c.Limits.Untaken >= 1, "limits.untaken", "is %d: at least 1", c.Limits.Untaken)
+	k.Must(c.Legacy.Reread == untilConsumed || c.Legacy.Reread == once, "legacy.reread", "is %q: %s or %s", c.Legacy.Reread, untilConsumed, once)
 	c.Audit.check(k)
 	c.checkLinks(k)
-	return errors.Join(k.errs...)
+	return k.Err()
 }
 
-func (c *CertificatesConfig) check(k *checker) {
-	k.has("certificates.dir", c.Dir)
-	if k.has("certificates.ca", c.CA) {
+func (c *CertificatesConfig) check(k *yamlfile.Checker) {
+	k.Has("certificates.dir", c.Dir)
+	if k.Has("certificates.ca", c.CA) {
 		u, err := url.Parse(c.CA)
-		k.must(err == nil && u.Scheme == "https" && u.Host != "", "certificates.ca", "is %q: an https:// URL", c.CA)
+		k.Must(err == nil && u.Scheme == "https" && u.Host != "", "certificates.ca", "is %q: an https:// URL", c.CA)
 	}
-	if k.has("certificates.root_fingerprint", c.RootFingerprint) {
+	if k.Has("certificates.root_fingerprint", c.RootFingerprint) {
 		sum, err := hex.DecodeString(c.RootFingerprint)
-		k.must(err == nil && len(sum) == sha256.Size, "certificates.root_fingerprint", "is not a SHA-256 in hex, as kme-ca fingerprint prints it")
+		k.Must(err == nil && len(sum) == sha256.Size, "certificates.root_fingerprint", "is not a SHA-256 in hex, as kme-ca fingerprint prints it")
 	}
 	for _, role := range roles {
-		k.has("certificates.issuers."+string(role), c.Issuers[string(role)])
+		k.Has("certificates.issuers."+string(role), c.Issuers[string(role)])
 	}
 	for _, role := range roles {
 		at := "certificates.crls." + string(role)
-		k.must(len(c.CRLs[string(role)]) > 0, at, "is missing")
+		k.Must(len(c.CRLs[string(role)]) > 0, at, "is missing")
 		for _, crl := range c.CRLs[string(role)] {
 			u, err := url.Parse(crl)
-			k.must(err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "", at, "%q is not the http:// URL of a CRL", crl)
+			k.Must(err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "", at, "%q is not the http:// URL of a CRL", crl)
 		}
 	}
-	k.must(c.CRLAlarm >= minCRLAlarm, "certificates.crl_alarm", "is %v: at least %v, and more than the CAs let pass between two CRLs", c.CRLAlarm, minCRLAlarm)
+	k.Must(c.CRLAlarm >= minCRLAlarm, "certificates.crl_alarm", "is %v: at least %v, and more than the CAs let pass between two CRLs", c.CRLAlarm, minCRLAlarm)
 	for _, role := range slices.Sorted(maps.Keys(c.CRLs)) {
-		k.must(slices.Contains(roles, identity.Role(role)), "certificates.crls."+role, "is no role: those are %v", roles)
+		k.Must(slices.Contains(roles, identity.Role(role)), "certificates.crls."+role, "is no role: those are %v", roles)
 	}
 	for _, role := range slices.Sorted(maps.Keys(c.Issuers)) {
-		k.must(slices.Contains(roles, identity.Role(role)), "certificates.issuers."+role, "is no role: those are %v", roles)
+		k.Must(slices.Contains(roles, identity.Role(role)), "certificates.issuers."+role, "is no role: those are %v", roles)
 	}
 }
 
-func (c *AuditConfig) check(k *checker) {
-	k.must(c.Fork == forkStops || c.Fork == forkAlarm, "audit.fork", "is %q: %s or %s", c.Fork, forkStops, forkAlarm)
+func (c *AuditConfig) check(k *yamlfile.Checker) {
+	k.Must(c.Fork == forkStops || c.Fork == forkAlarm, "audit.fork", "is %q: %s or %s", c.Fork, forkStops, forkAlarm)
 	for _, id := range slices.Sorted(maps.Keys(c.PeerKeys)) {
 		_, err := identity.ParseKME(id)
-		k.must(err == nil, "audit.peer_keys."+id, "is not for a KME: %v", err)
+		k.Must(err == nil, "audit.peer_keys."+id, "is not for a KME: %v", err)
 		_, err = audit.ParseLogKey(c.PeerKeys[id])
-		k.must(err == nil, "audit.peer_keys."+id, "%v", err)
+		k.Must(err == nil, "audit.peer_keys."+id, "%v", err)
 	}
 	seen := make(map[string]bool)
 	for i, s := range c.Sinks {
 		at := fmt.Sprintf("audit.sinks[%d].", i)
-		if k.has(at+"name", s.Name) {
-			k.must(!seen[s.Name], at+"name", "%s is there twice", s.Name)
+		if k.Has(at+"name", s.Name) {
+			k.Must(!seen[s.Name], at+"name", "%s is there twice", s.Name)
 			seen[s.Name] = true
 		}
-		k.must(siem.Formats[s.Format] != nil, at+"format", "is %q: %v", s.Format, slices.Sorted(maps.Keys(siem.Formats)))
+		k.Must(siem.Formats[s.Format] != nil, at+"format", "is %q: %v", s.Format, slices.Sorted(maps.Keys(siem.Formats)))
 		kind, place, _ := strings.Cut(s.To, ":")
-		k.must(slices.Contains([]string{"file", "tls", "tcp"}, kind) && place != "", at+"to", "is %q: file:PATH, tls:HOST:PORT or tcp:HOST:PORT", s.To)
-		k.must((kind == "tls") == (s.CA != ""), at+"ca", "goes with tls:, and only with it")
+		k.Must(slices.Contains([]string{"file", "tls", "tcp"}, kind) && place != "", at+"to", "is %q: file:PATH, tls:HOST:PORT or tcp:HOST:PORT", s.To)
+		k.Must((kind == "tls") == (s.CA != ""), at+"ca", "goes with tls:, and only with it")
 	}
-	k.must(c.Reader != "" || len(c.Sinks) == 0 && c.Keep == 0, "audit.reader", "is missing: sinks and keep need it")
-	k.must(c.Keep == 0 || c.Keep >= 7*24*time.Hour, "audit.keep", "is %v: at least 168h, or 0", c.Keep)
-	k.must((c.Keep > 0) == (c.Archive != ""), "audit.archive", "goes with keep, and only with it")
+	k.Must(c.Reader != "" || len(c.Sinks) == 0 && c.Keep == 0, "audit.reader", "is missing: sinks and keep need it")
+	k.Must(c.Keep == 0 || c.Keep >= 7*24*time.Hour, "audit.keep", "is %v: at least 168h, or 0", c.Keep)
+	k.Must((c.Keep > 0) == (c.Archive != ""), "audit.archive", "goes with keep, and only with it")
 	for i, w := range c.Witnesses {
 		at := fmt.Sprintf("audit.witnesses[%d].", i)
 		u, err := url.Parse(w.URL)
-		k.must(err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != "", at+"url", "is %q: the URL of add-checkpoint", w.URL)
-		k.must(err != nil || u.Scheme != "http" || isLoopback(u.Hostname()), at+"url", "is %q: https, since what a witness refuses stops deliveries", w.URL)
+		k.Must(err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != "", at+"url", "is %q: the URL of add-checkpoint", w.URL)
+		k.Must(err != nil || u.Scheme != "http" || isLoopback(u.Hostname()), at+"url", "is %q: https, since what a witness refuses stops deliveries", w.URL)
 		_, err = audit.NewWitness(w.Key)
-		k.must(err == nil, at+"key", "%v", err)
+		k.Must(err == nil, at+"key", "%v", err)
 	}
 }
 
@@ -488,44 +457,44 @@ func isLoopback(host string) bool {
 	return host == "localhost" || err == nil && ip.IsLoopback()
 }
 
-func (c *Config) checkLinks(k *checker) {
+func (c *Config) checkLinks(k *yamlfile.Checker) {
 	seen, sockets := make(map[string]bool), make(map[string]bool)
 	for i, l := range c.Links {
 		at := fmt.Sprintf("links[%d].", i)
-		if k.has(at+"id", l.ID) {
-			k.must(!seen[l.ID], at+"id", "%s is there twice", l.ID)
+		if k.Has(at+"id", l.ID) {
+			k.Must(!seen[l.ID], at+"id", "%s is there twice", l.ID)
 			seen[l.ID] = true
 		}
 		if u := l.Upstream; len(u.URL) > 0 {
 			u.check(k, at+"upstream.")
-			k.must(l.Filler == 0, at+"filler", "goes not with upstream")
+			k.Must(l.Filler == 0, at+"filler", "goes not with upstream")
 		} else {
-			if k.has(at+"socket", l.Socket) {
-				k.must(!sockets[l.Socket], at+"socket", "is that of another link")
+			if k.Has(at+"socket", l.Socket) {
+				k.Must(!sockets[l.Socket], at+"socket", "is that of another link")
 				sockets[l.Socket] = true
 			}
-			k.has(at+"secret_file", l.SecretFile)
-			k.must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
-			k.must(u.TLS == "" && u.Peer == "" && u.Keys == 0, at+"upstream", "has no url")
+			k.Has(at+"secret_file", l.SecretFile)
+			k.Must(l.Filler != 0 || l.AuthFile != "" || l.AuthInHSM, at+"auth_file", "is missing: or auth_in_hsm, if the token has the link's secret")
+			k.Must(u.TLS == "" && u.Peer == "" && u.Keys == 0, at+"upstream", "has no url")
 		}
-		k.must(l.AuthFile == "" || !l.AuthInHSM, at+"auth_in_hsm", "is there beside auth_file: one of them")
-		k.must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
-		k.must(l.KeyBits >= 1<<19 && l.KeyBits <= 1<<21 && l.KeyBits%(1<<18) == 0, at+"key_bits", "is %d: a multiple of 262144, from 524288 to 2097152", l.KeyBits)
-		k.must(l.InFlight >= 1 && l.InFlight <= qlink.MaxInFlight, at+"in_flight", "is %d: from 1 to %d", l.InFlight, qlink.MaxInFlight)
-		k.must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
-		k.must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")
+		k.Must(l.AuthFile == "" || !l.AuthInHSM, at+"auth_in_hsm", "is there beside auth_file: one of them")
+		k.Must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
+		k.Must(l.KeyBits >= 1<<19 && l.KeyBits <= 1<<21 && l.KeyBits%(1<<18) == 0, at+"key_bits", "is %d: a multiple of 262144, from 524288 to 2097152", l.KeyBits)
+		k.Must(l.InFlight >= 1 && l.InFlight <= qlink.MaxInFlight, at+"in_flight", "is %d: from 1 to %d", l.InFlight, qlink.MaxInFlight)
+		k.Must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
+		k.Must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")
 	}
 }
 
-func (u UpstreamConfig) check(k *checker, at string) {
+func (u UpstreamConfig) check(k *yamlfile.Checker, at string) {
 	for _, base := range u.URL {
 		b, err := url.Parse(base)
-		k.must(err == nil && b.Scheme == "https" && b.Host != "", at+"url", "is %q: an https:// URL", base)
+		k.Must(err == nil && b.Scheme == "https" && b.Host != "", at+"url", "is %q: an https:// URL", base)
 	}
-	k.has(at+"tls", u.TLS)
-	if k.has(at+"peer", u.Peer) {
+	k.Has(at+"tls", u.TLS)
+	if k.Has(at+"peer", u.Peer) {
 		_, err := identity.ParseSAE(u.Peer)
-		k.must(err == nil, at+"peer", "is not the name of one: %v", err)
+		k.Must(err == nil, at+"peer", "is not the name of one: %v", err)
 	}
-	k.must(u.Keys >= 1 && u.Keys <= qlink.MaxUpstream, at+"keys", "is %d: 1 to %d", u.Keys, qlink.MaxUpstream)
+	k.Must(u.Keys >= 1 && u.Keys <= qlink.MaxUpstream, at+"keys", "is %d: 1 to %d", u.Keys, qlink.MaxUpstream)
 }

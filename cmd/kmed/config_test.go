@@ -3,8 +3,6 @@ package main
 import (
 	"os"
 	"path/filepath"
-	"reflect"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -12,20 +10,17 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/qutemail/kme/internal/yamlfile/yamltest"
 )
 
 const example = "../../deploy/kmed.yaml"
 
-// optional is a line of the example that shows a default.
-var optional = regexp.MustCompile(`(?m)^( *)# ( *[a-z0-9_]+:( \S+)?)$`)
-
-// TestExample: the shipped example loads, and what it says of defaults is so.
+// TestExample: the shipped example is whole, loads, and what it says of defaults is so.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	got, err := LoadConfig(example, Environment{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := read(t, example)
+	got := yamltest.Example(t, text, func(text string) (Config, error) { return parseConfig(example, []byte(text), Environment{}) })
 	want := Config{
 		KME: "km1", Node: "km1-a", Data: "/var/lib/kmed", Policies: "/etc/kmed/policies",
 		Database: "host=/run/postgresql user=kme_app dbname=kme",
@@ -44,49 +39,12 @@ func TestExample(t *testing.T) {
 			AtomsPerSecond: 100_000, Burst: 200_000, Untaken: 100_000, Handshakes: 1024, HandshakesPerNetwork: 256, FailedHandshakesPerSecond: 10, FailedHandshakesBurst: 200, Connections: 1024,
 		}, Legacy: LegacyConfig{Reread: "until-consumed"}, Audit: AuditConfig{Fork: "stop"},
 	}
-	undigested := cmpopts.IgnoreUnexported(Config{}) // its digest
-	if diff := cmp.Diff(want, got, undigested); diff != "" {
+	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Config{})); diff != "" { // its digest
 		t.Errorf("the example (-want +got):\n%s", diff)
 	}
-
-	text := read(t, example)
-	defaults := optional.FindAllString(text, -1)
-	if len(defaults) != 48 {
+	if defaults := yamltest.Default.FindAllString(text, -1); len(defaults) != 48 {
 		t.Errorf("the example shows %d defaults: %q", len(defaults), defaults)
 	}
-	got, err = LoadConfig(write(t, optional.ReplaceAllString(text, "$1$2")), Environment{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	want.Certificates.Names = []string{}
-	if diff := cmp.Diff(want, got, undigested, cmpopts.EquateEmpty()); diff != "" {
-		t.Errorf("the example with its defaults written out (-want +got):\n%s", diff)
-	}
-}
-
-// TestExampleIsWhole: it shows every member there is.
-func TestExampleIsWhole(t *testing.T) {
-	t.Parallel()
-	text := read(t, example)
-	var look func(reflect.Type)
-	look = func(in reflect.Type) {
-		for f := range in.Fields() {
-			if !f.IsExported() {
-				continue
-			}
-			name := f.Tag.Get("yaml")
-			if !regexp.MustCompile(`(?m)^[ #-]*` + name + `:`).MatchString(text) {
-				t.Errorf("%s of %s is not in the example", name, in)
-			}
-			switch of := f.Type; {
-			case of.Kind() == reflect.Struct:
-				look(of)
-			case of.Kind() == reflect.Slice && of.Elem().Kind() == reflect.Struct:
-				look(of.Elem())
-			}
-		}
-	}
-	look(reflect.TypeFor[Config]())
 }
 
 // TestRelativePaths are relative to the file's folder, wherever kmed is started.
@@ -145,7 +103,7 @@ func write(t *testing.T, text string) (path string) {
 func FuzzConfig(f *testing.F) {
 	text := read(f, example)
 	f.Add(text)
-	f.Add(optional.ReplaceAllString(text, "$1$2"))
+	f.Add(yamltest.WithDefaults(text))
 	f.Add("kme: &a [*a]\n")
 	f.Add("kme: km1\nkme: km2\n---\n")
 	f.Fuzz(func(t *testing.T, text string) {

@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -26,6 +25,7 @@ import (
 	"github.com/qutemail/kme/internal/peer"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/release"
+	"github.com/qutemail/kme/internal/secretfile"
 	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/pki"
 	"github.com/qutemail/kme/policies"
@@ -162,15 +162,19 @@ func (n *node) link(lc LinkConfig) (kme.LinkConfig, error) {
 	return kme.LinkConfig{}, fmt.Errorf("link %s is not among the links of %s", lc.ID, n.network())
 }
 
+// maxLinkSecret is far above what a link's secret may want to have, in bytes.
+const maxLinkSecret = 1 << 16
+
 // linkSecret is how the secret of a link is read: from its file, or from the token. Either
 // way only when the link needs it.
 func (n *node) linkSecret(lc LinkConfig) func(context.Context) ([]byte, error) {
 	if !lc.AuthInHSM {
 		return func(context.Context) ([]byte, error) {
-			if err := private(lc.AuthFile); err != nil {
+			secret, err := secretfile.Source{File: lc.AuthFile}.Read(maxLinkSecret)
+			if err != nil {
 				return nil, fmt.Errorf("reading the link's secret: %w", err)
 			}
-			return os.ReadFile(lc.AuthFile)
+			return secret, nil
 		}
 	}
 	return func(ctx context.Context) ([]byte, error) {

@@ -52,7 +52,7 @@ func TestLinkSecret(t *testing.T) {
 		if err := os.Chmod(file, mode); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := inFile(t.Context()); err == nil || !strings.Contains(err.Error(), "others can read") {
+		if got, err := inFile(t.Context()); err == nil || !strings.Contains(err.Error(), "only its owner may read") {
 			t.Errorf("from a file of mode %o: %q, %v", mode, got, err)
 		}
 	}

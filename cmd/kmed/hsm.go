@@ -24,20 +24,20 @@ type hsmCommands struct {
 }
 
 type hsmInit struct {
-	Module    string `required:"" type:"path" help:"The vendor's PKCS#11 library."`
-	Token     string `required:"" help:"Label of the token to be made; no other may have it."`
-	PINFile   string `required:"" type:"path" name:"pin-file" help:"Where the user PIN is, or will be: a random one is made if there is none."`
-	SOPINFile string `required:"" type:"path" name:"so-pin-file" help:"Likewise the security officer's PIN, which can erase the token."`
+	Module    string `required:"" type:"path" placeholder:"FILE" help:"The vendor's PKCS#11 library."`
+	Token     string `required:"" placeholder:"LABEL" help:"Label of the token to be made; no other may have it."`
+	PINFile   string `required:"" type:"path" placeholder:"FILE" name:"pin-file" help:"Where the user PIN is, or will be: a random one is made if there is none."`
+	SOPINFile string `required:"" type:"path" placeholder:"FILE" name:"so-pin-file" help:"Likewise the security officer's PIN, which can erase the token."`
 }
 
 // tokenFlags say which token.
 type tokenFlags struct {
-	Config         string `type:"existingfile" xor:"which" required:"" help:"Configuration file of the node whose token it is."`
-	Module         string `type:"path" xor:"which" required:"" help:"Instead: the PKCS#11 library, with the other flags."`
-	ModuleArgs     string `help:"What the library is initialised with, if it wants something (NSS: configdir=...)."`
-	Token          string `help:"Label of the token."`
-	Serial         string `help:"Serial number of the token."`
-	PINFile        string `type:"path" name:"pin-file" help:"File with the user PIN."`
+	Config         string `type:"existingfile" placeholder:"FILE" xor:"which" required:"" help:"Configuration file of the node whose token it is."`
+	Module         string `type:"path" placeholder:"FILE" xor:"which" required:"" help:"Instead: the PKCS#11 library, with the other flags."`
+	ModuleArgs     string `placeholder:"TEXT" help:"What the library is initialised with, if it wants something (NSS: configdir=...)."`
+	Token          string `placeholder:"LABEL" help:"Label of the token."`
+	Serial         string `placeholder:"SERIAL" help:"Serial number of the token."`
+	PINFile        string `type:"path" placeholder:"FILE" name:"pin-file" help:"File with the user PIN."`
 	WeakAttributes bool   `help:"Accept a library that cannot restrict what a key is used for."`
 }
 
@@ -59,24 +59,24 @@ type hsmAuthSecret struct {
 
 type authSecretMake struct {
 	tokenFlags
-	Link string `required:"" help:"ID of the link, as in network.yaml."`
-	Out  string `required:"" type:"path" help:"New file for the secret. It goes to the other end by hand, and is destroyed then."`
+	Link string `required:"" placeholder:"LINK" help:"ID of the link, as in network.yaml."`
+	Out  string `required:"" type:"path" placeholder:"FILE" help:"New file for the secret. It goes to the other end by hand, and is destroyed then."`
 }
 
 type authSecretImport struct {
 	tokenFlags
-	Link string `required:"" help:"ID of the link, as in network.yaml."`
-	In   string `required:"" type:"existingfile" help:"File with the secret."`
+	Link string `required:"" placeholder:"LINK" help:"ID of the link, as in network.yaml."`
+	In   string `required:"" type:"existingfile" placeholder:"FILE" help:"File with the secret."`
 }
 
 type authSecretShow struct {
 	tokenFlags
-	Link string `required:"" help:"ID of the link, as in network.yaml."`
+	Link string `required:"" placeholder:"LINK" help:"ID of the link, as in network.yaml."`
 }
 
 type authSecretDestroy struct {
 	tokenFlags
-	Link string `required:"" help:"ID of the link, as in network.yaml."`
+	Link string `required:"" placeholder:"LINK" help:"ID of the link, as in network.yaml."`
 }
 
 // token is the configuration of the token that the flags name.

@@ -41,43 +41,58 @@ type commands struct {
 	Migrate   migrateCommand   `cmd:"" help:"Bring the database's schema up to date, as its owner."`
 	Recover   recoverCommand   `cmd:"" help:"Bring a site back whose database was restored to the past. All its nodes must be stopped."`
 	Zeroize   zeroizeCommand   `cmd:"" help:"In an emergency: destroy every key of the token, and with it all that the site has stored. Works without the database and beside nodes that run."`
-	Config    configCommand    `cmd:"" help:"Check a configuration, or print one with every member there is."`
+	Config    configCommands   `cmd:"" help:"Check a configuration, or print one with every member there is."`
 	Sequencer sequencerCommand `cmd:"" help:"Fold the site's events into the audit log's tree, in a process of its own."`
 
 	HSM hsmCommands `cmd:"" name:"hsm" help:"The key ceremony, and questions to the token."`
 
-	LogLevel slog.Level       `help:"debug, info, warn or error." default:"info"`
+	LogLevel slog.Level       `placeholder:"LEVEL" help:"debug, info, warn or error (${default})." default:"info"`
 	Version  kong.VersionFlag `help:"Print the version."`
 }
 
 type serveCommand struct {
-	Config string `required:"" type:"existingfile" help:"The node's configuration file."`
+	Config string `required:"" type:"existingfile" placeholder:"FILE" help:"The node's configuration file."`
 }
 
 type migrateCommand struct {
-	Database string        `required:"" help:"Postgres DSN of the schema's owner."`
+	Database string        `required:"" placeholder:"DSN" help:"Postgres DSN of the schema's owner."`
 	Epoch    time.Duration `default:"1h" help:"Length of an epoch; fixed for the life of the database."`
 }
 
 type recoverCommand struct {
-	Config string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
+	Config string `required:"" type:"existingfile" placeholder:"FILE" help:"The configuration file of one of the site's nodes."`
 	Burn   bool   `help:"Destroy all that may have been delivered already: every KEK and every key that the site holds, and the other end's part of the pool. Without it, only say what would be lost."`
 }
 
 type zeroizeCommand struct {
-	Config  string `required:"" type:"existingfile" help:"The configuration file of one of the site's nodes."`
+	Config  string `required:"" type:"existingfile" placeholder:"FILE" help:"The configuration file of one of the site's nodes."`
 	Destroy bool   `name:"destroy-every-key" help:"Do it. There is no way back: what is stored is lost at this site, and kmed recover --burn begins anew."`
 }
 
 type sequencerCommand struct {
-	Config string `required:"" type:"existingfile" help:"The configuration file: of it only kme, policies, hsm and audit.sequencer are used."`
+	Config string `required:"" type:"existingfile" placeholder:"FILE" help:"The configuration file: of it only kme, policies, hsm and audit.sequencer are used."`
 }
 
-type configCommand struct {
-	Check struct {
-		Config string `required:"" type:"existingfile" help:"The node's configuration file."`
-	} `cmd:"" help:"Say all that is wrong with a configuration and the files that it names. Nothing is opened: no HSM, no database, no socket."`
-	PrintDefault struct{} `cmd:"" help:"Print a configuration with every member there is, what it means and its default."`
+// Run implements the command.
+func (c migrateCommand) Run(ctx context.Context, log *slog.Logger) error {
+	return store.Migrate(ctx, c.Database, c.Epoch, log)
+}
+
+type configCommands struct {
+	Check        configCheck        `cmd:"" help:"Say all that is wrong with a configuration and the files that it names. Nothing is opened: no HSM, no database, no socket."`
+	PrintDefault configPrintDefault `cmd:"" help:"Print a configuration with every member there is, what it means and its default."`
+}
+
+type configCheck struct {
+	Config string `required:"" type:"existingfile" placeholder:"FILE" help:"The node's configuration file."`
+}
+
+type configPrintDefault struct{}
+
+// Run implements the command.
+func (configPrintDefault) Run(stdout io.Writer) error {
+	_, err := io.WriteString(stdout, deploy.KmedYAML)
+	return err
 }
 
 const (
@@ -131,24 +146,6 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return fmt.Errorf("%w (kmed --help)", err)
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.LogLevel}))
-	switch selected.Command() {
-	case "serve":
-		return serve(ctx, c.Serve.Config, log)
-	case "zeroize":
-		return zeroize(ctx, c.Zeroize, stdout, log)
-	case "sequencer":
-		return sequence(ctx, c.Sequencer.Config, log)
-	case "recover":
-		return recoverSite(ctx, c.Recover, stdout, log)
-	case "config check":
-		return checkConfig(c.Config.Check.Config, stdout)
-	case "config print-default":
-		_, err := io.WriteString(stdout, deploy.KmedYAML)
-		return err
-	case "migrate":
-		return store.Migrate(ctx, c.Migrate.Database, c.Migrate.Epoch, log)
-	}
-	// The commands of hsm take their flags with them.
 	selected.BindTo(ctx, (*context.Context)(nil))
 	selected.BindTo(stdout, (*io.Writer)(nil))
 	return selected.Run(log)

@@ -16,17 +16,17 @@ import (
 	"github.com/qutemail/kme/policies"
 )
 
-// sequence is kmed sequencer: a process that folds the site's events into the audit
+// Run is kmed sequencer: a process that folds the site's events into the audit
 // log's tree and signs its checkpoints, and does nothing else. It needs of the
 // configuration the folder of policies, the token and audit.sequencer, and runs as a
 // user who may read no key's blob. Its end with an audit.BadLeaf says that the log was
 // tampered with, which it has told the nodes.
-func sequence(ctx context.Context, path string, log *slog.Logger) error {
+func (c sequencerCommand) Run(ctx context.Context, log *slog.Logger) error {
 	env, err := ReadEnvironment(os.Getenv)
 	if err != nil {
 		return err
 	}
-	cfg, err := LoadConfig(path, env)
+	cfg, err := LoadConfig(c.Config, env)
 	if err != nil {
 		return err
 	}

@@ -52,9 +52,9 @@ type node struct {
 	lock       *os.File // of the data folder; the kernel lets it go when the process ends
 }
 
-// serve opens everything, runs the node and closes everything again.
-func serve(ctx context.Context, path string, log *slog.Logger) error {
-	n, core, err := load(ctx, path, log)
+// Run opens everything, runs the node and closes everything again.
+func (c serveCommand) Run(ctx context.Context, log *slog.Logger) error {
+	n, core, err := load(ctx, c.Config, log)
 	if err != nil {
 		return err
 	}
@@ -66,8 +66,8 @@ func serve(ctx context.Context, path string, log *slog.Logger) error {
 	return n.run(ctx, core, doors)
 }
 
-// recoverSite brings the site back whose database was restored to the past.
-func recoverSite(ctx context.Context, c recoverCommand, stdout io.Writer, log *slog.Logger) error {
+// Run brings the site back whose database was restored to the past.
+func (c recoverCommand) Run(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
 	n, core, err := load(ctx, c.Config, log)
 	if err != nil {
 		return err
@@ -76,8 +76,8 @@ func recoverSite(ctx context.Context, c recoverCommand, stdout io.Writer, log *s
 	return core.Recover(ctx, c.Burn, stdout)
 }
 
-// zeroize destroys every key of the token. It touches nothing else that may be away.
-func zeroize(ctx context.Context, c zeroizeCommand, stdout io.Writer, log *slog.Logger) error {
+// Run destroys every key of the token. It touches nothing else that may be away.
+func (c zeroizeCommand) Run(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
 	cfg, err := LoadConfig(c.Config, Environment{})
 	if err != nil {
 		return err

@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"golang.org/x/mod/sumdb/note"
+
+	"github.com/qutemail/kme/internal/secretfile"
 )
 
 // NodeKey is the key with which a node signs the head of its chain in each commit. It
@@ -22,18 +24,18 @@ import (
 // there, even such as the tree has not seen yet, cannot sign them.
 type NodeKey struct{ private ed25519.PrivateKey }
 
+// maxNodeKey is far above what the file holds, in bytes.
+const maxNodeKey = 4096
+
 // OpenNodeKey reads the key from a file, and makes both if the file is missing. It
 // refuses a file that others than its owner may read.
 func OpenNodeKey(path string) (*NodeKey, error) {
-	text, err := os.ReadFile(path)
+	text, err := secretfile.Source{File: path}.Read(maxNodeKey)
 	if errors.Is(err, fs.ErrNotExist) {
 		return makeNodeKey(path)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("opening the node's audit key: %w", err)
-	}
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("opening the node's audit key: others than its owner may use %s (error %w)", path, err)
 	}
 	block, _ := pem.Decode(text)
 	if block == nil {

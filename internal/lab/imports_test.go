@@ -15,16 +15,18 @@ const module = "github.com/qutemail/kme/"
 // rings says which packages may import which: a package imports only packages of
 // lower rings, and those of one ring are strangers to each other.
 var rings = map[string]int{
-	"internal/key":       0,
-	"internal/identity":  0,
-	"internal/problem":   0,
-	"internal/approval":  0,
-	"internal/nodes":     0,
-	"internal/failpoint": 0,
-	"internal/deadpeer":  0,
-	"internal/release":   0,
-	"internal/registers": 0,
-	"internal/pgdev":     0,
+	"internal/key":        0,
+	"internal/identity":   0,
+	"internal/problem":    0,
+	"internal/approval":   0,
+	"internal/nodes":      0,
+	"internal/failpoint":  0,
+	"internal/deadpeer":   0,
+	"internal/release":    0,
+	"internal/registers":  0,
+	"internal/pgdev":      0,
+	"internal/yamlfile":   0,
+	"internal/secretfile": 0,
 
 	"internal/bb84":     1,
 	"internal/distill":  1,
@@ -50,11 +52,12 @@ var rings = map[string]int{
 	"internal/kme": 3,
 	"internal/lab": 4,
 
-	"internal/lab/binaries": 0, // for tests
-	"internal/lab/freeport": 0,
-	"deploy":                0, // files
-	"deploy/runbooks":       0, // a page of them, for tests
-	"hsm/hsmtest":           0, // likewise
+	"internal/lab/binaries":      0, // for tests
+	"internal/lab/freeport":      0,
+	"deploy":                     0, // files
+	"deploy/runbooks":            0, // a page of them, for tests
+	"hsm/hsmtest":                0, // likewise
+	"internal/yamlfile/yamltest": 0,
 
 	"cmd/kmed":   5,
 	"cmd/kmectl": 5,
@@ -71,9 +74,9 @@ var only = map[string][]string{
 
 	"internal/lab/freeport": {"internal/lab"},
 
-	"internal/lab/binaries": {}, // only tests
-	"deploy/runbooks":       {},
-	"hsm/hsmtest":           {},
+	"internal/lab/binaries":      {}, // only tests
+	"hsm/hsmtest":                {},
+	"internal/yamlfile/yamltest": {},
 }
 
 type listed struct {

@@ -7,11 +7,12 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
 	"syscall"
+
+	"github.com/qutemail/kme/internal/secretfile"
 )
 
 // The length of a secret in bytes.
@@ -22,19 +23,7 @@ const (
 
 // readSecret reads the secret of an end. It refuses a file that others may read.
 func readSecret(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("opening the secret of an end: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("looking at the secret of an end: %w", err)
-	}
-	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("secret %s has mode %v: want a file that only its owner may read", path, info.Mode())
-	}
-	b, err := io.ReadAll(io.LimitReader(f, maxSecret+3))
+	b, err := secretfile.Source{File: path}.Read(maxSecret + len("\r\n"))
 	if err != nil {
 		return nil, fmt.Errorf("reading the secret of an end: %w", err)
 	}
