@@ -4,7 +4,14 @@ package deploy
 
 import _ "embed"
 
-// KmedYAML is the configuration of kmed with every member there is, commented.
-//
-//go:embed kmed.yaml
-var KmedYAML string
+// The configuration of each daemon with every member there is, commented.
+var (
+	//go:embed kmed.yaml
+	KmedYAML string
+
+	//go:embed kme-ca.yaml
+	KMECAYAML string
+
+	//go:embed qlink.yaml
+	QlinkYAML string
+)

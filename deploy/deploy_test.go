@@ -213,7 +213,7 @@ func TestPackage(t *testing.T) {
 	root := filepath.Join(dir, "root")
 	run(t, "dpkg-deb", "-R", debs[0], root)
 	for _, file := range []string{
-		"usr/share/kme/kmed.yaml", "usr/share/kme/openapi.json", "usr/share/kme/policies/default.cedar", "usr/share/kme/policies/schema.cedarschema",
+		"usr/share/kme/kmed.yaml", "usr/share/kme/kme-ca.yaml", "usr/share/kme/qlink.yaml", "usr/share/kme/openapi.json", "usr/share/kme/policies/default.cedar", "usr/share/kme/policies/schema.cedarschema",
 		"usr/share/kme/runbooks/README.md", "usr/share/kme/clients/kme.py", "usr/share/kme/alerts/kme.rules.yml", "usr/share/kme/THREATMODEL.md", "usr/share/kme/AUDIT.md", "usr/share/kme/INSTALL.md", "usr/share/kme/postgres/pg_ident.conf", "usr/share/kme/hsm/README.md", "usr/share/kme/pki/README.md",
 		"usr/share/doc/kme/copyright", "usr/share/doc/kme/licenses/github.com/jackc/pgx/v5/LICENSE", "usr/share/man/man8/kmed.8.gz", "usr/lib/sysusers.d/kme.conf", "usr/lib/tmpfiles.d/kme.conf",
 	} {
@@ -225,8 +225,10 @@ func TestPackage(t *testing.T) {
 		run(t, "sh", "-n", filepath.Join(root, "DEBIAN", script))
 	}
 	run(t, "systemd-sysusers", "--dry-run", filepath.Join(root, "usr/lib/sysusers.d/kme.conf"))
-	if out := run(t, filepath.Join(root, "usr/bin/kmed"), "config", "print-default"); out != KmedYAML {
-		t.Errorf("kmed of the package prints another configuration than deploy/kmed.yaml: make build?")
+	for program, text := range map[string]string{"kmed": KmedYAML, "kme-ca": KMECAYAML, "qlink": QlinkYAML} {
+		if out := run(t, filepath.Join(root, "usr/bin", program), "config", "print-default"); out != text {
+			t.Errorf("%[1]s of the package prints another configuration than deploy/%[1]s.yaml: make build?", program)
+		}
 	}
 	out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", "--root="+root, "--recursive-errors=no", "kmed.service", "kmed-sequencer.service", "kme-ca@sae.service", "qlink.service").CombinedOutput()
 	for _, line := range strings.Split(string(out), "\n") {

@@ -1,6 +1,11 @@
 // Command kme-ca is the certificate authority of SAEs, KMEs and operators: it makes
 // the root and the three issuing CAs, serves one of them, and prints one-time
 // tokens. pki/README.md is the manual.
+//
+//	kme-ca init --dir ca ...                 once: makes the CAs, with a configuration for each
+//	kme-ca serve --config ca/sae/ca.yaml     one process a CA
+//	kme-ca token --dir ca sae alice          admits alice
+//	kme-ca config check|print-default        what is wrong with a configuration, and what there is
 package main
 
 import (
@@ -16,6 +21,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/qutemail/kme/deploy"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/release"
 	"github.com/qutemail/kme/pki/authority"
@@ -23,9 +29,8 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	if err != nil {
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "kme-ca:", err)
 		os.Exit(1)
 	}
@@ -38,6 +43,7 @@ type commands struct {
 	Render      renderCommand      `cmd:"" help:"Print the configuration with which the stock step-ca runs the CA of one role."`
 	Token       tokenCommand       `cmd:"" help:"Print a one-time token, good for five minutes and one certificate."`
 	Fingerprint fingerprintCommand `cmd:"" help:"Print the root's SHA-256, the pin for a client's first contact."`
+	Config      configCommands     `cmd:"" help:"Check the configuration of a CA, or print one with every member there is."`
 
 	Version kong.VersionFlag `help:"Print the version."`
 }
@@ -46,20 +52,21 @@ type commands struct {
 type streams struct{ stdout, stderr io.Writer }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	parser, err := kong.New(&commands{},
-		kong.Name("kme-ca"),
-		kong.Description("The certificate authority of a QKD key management site."),
-		kong.Writers(stdout, stderr), kong.Vars{"version": "kme-ca " + release.Version()},
-	)
+	helped := false
+	parser, err := kong.New(&commands{}, kong.Name("kme-ca"), kong.Description("The certificate authority of a QKD key management site."),
+		kong.Writers(stdout, stderr), kong.Vars{"version": "kme-ca " + release.Version()}, kong.Exit(func(int) { helped = true }))
 	if err != nil {
 		return err
 	}
-	command, err := parser.Parse(args)
-	if err != nil {
-		return err
+	selected, err := parser.Parse(args)
+	switch {
+	case helped:
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w (kme-ca --help)", err)
 	}
-	command.BindTo(ctx, (*context.Context)(nil))
-	return command.Run(streams{stdout, stderr})
+	selected.BindTo(ctx, (*context.Context)(nil))
+	return selected.Run(streams{stdout, stderr})
 }
 
 type initCommand struct {
@@ -90,32 +97,54 @@ func (c *initCommand) Run(out streams) error {
 }
 
 type serveCommand struct {
-	Dir  string        `required:"" type:"path" help:"Directory that init made."`
-	Role identity.Role `required:"" enum:"sae,kme,operator" help:"Which CA: sae, kme or operator."`
-
-	ACME         bool `help:"Issue certificates of plain servers by ACME (role kme)."`
-	ACMEHTTPPort int  `name:"acme-http-port" default:"80" help:"Where the ACME challenge is answered. For tests: the standard says 80."`
+	Config string `required:"" type:"existingfile" placeholder:"FILE" help:"The CA's configuration: ca.yaml in the folder of its role."`
 }
 
 // Run implements the command.
 func (c *serveCommand) Run(ctx context.Context, out streams) error {
 	log := slog.New(slog.NewJSONHandler(out.stderr, nil))
 	slog.SetDefault(log) // smallstep writes a line or two through package log
-	if err := useSoftHSM(filepath.Join(c.Dir, string(c.Role))); err != nil {
+	if err := useSoftHSM(filepath.Dir(c.Config)); err != nil {
 		return err
 	}
-	return authority.Serve(ctx, authority.ServeConfig{Dir: c.Dir, Role: c.Role, ACME: c.ACME, ACMEPort: c.ACMEHTTPPort, Log: log})
+	return authority.Serve(ctx, authority.ServeConfig{File: c.Config, Log: log})
+}
+
+type configCommands struct {
+	Check        configCheck        `cmd:"" help:"Say all that is wrong with a configuration and the files that belong to it. Nothing is opened: no HSM, no database, no socket."`
+	PrintDefault configPrintDefault `cmd:"" help:"Print a configuration with every member there is, what it means and its default."`
+}
+
+type configCheck struct {
+	Config string `required:"" type:"existingfile" placeholder:"FILE" help:"The CA's configuration: ca.yaml in the folder of its role."`
+}
+
+// Run implements the command.
+func (c *configCheck) Run(out streams) error {
+	summary, err := authority.Check(c.Config)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(out.stdout, "%s: ok: %s\n", c.Config, summary)
+	return err
+}
+
+type configPrintDefault struct{}
+
+// Run implements the command.
+func (configPrintDefault) Run(out streams) error {
+	_, err := io.WriteString(out.stdout, deploy.KMECAYAML)
+	return err
 }
 
 type renderCommand struct {
 	Dir  string        `required:"" type:"path" help:"Directory that init made."`
 	Role identity.Role `required:"" enum:"sae,kme,operator" help:"Which CA: sae, kme or operator."`
-	ACME bool          `help:"Issue certificates of plain servers by ACME (role kme)."`
 }
 
 // Run implements the command.
 func (c *renderCommand) Run(out streams) error {
-	text, err := authority.Render(c.Dir, c.Role, c.ACME)
+	text, err := authority.Render(c.Dir, c.Role)
 	if err != nil {
 		return err
 	}

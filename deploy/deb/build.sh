@@ -32,7 +32,7 @@ mkdir -p "$share/policies"
 cp -R deploy/alerts deploy/dashboards deploy/runbooks deploy/clients deploy/patroni deploy/postgres "$share/"
 find "$share" -name __pycache__ -prune -exec rm -rf {} +
 rm "$share"/runbooks/*.go # which hold a page against its tests
-cp deploy/INSTALL.md deploy/AUDIT.md deploy/DEGRADED.md deploy/RECOVERY.md deploy/THREATMODEL.md deploy/kmed.yaml internal/etsi014/openapi.json "$share/"
+cp deploy/INSTALL.md deploy/AUDIT.md deploy/DEGRADED.md deploy/RECOVERY.md deploy/THREATMODEL.md deploy/kmed.yaml deploy/kme-ca.yaml deploy/qlink.yaml internal/etsi014/openapi.json "$share/"
 for part in hsm pki; do # which the runbooks name
 	install -D -m 644 "$part/README.md" "$share/$part/README.md"
 done

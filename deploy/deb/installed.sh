@@ -20,6 +20,7 @@ until_() {
 folders() {
 	same "$(modes /etc/kmed)" '750 root kmed' /etc/kmed
 	same "$(modes /etc/kmed/kmed.yaml)" '640 root kmed' /etc/kmed/kmed.yaml
+	same "$(modes /etc/kmed/qlink.yaml)" '640 root kmed' /etc/kmed/qlink.yaml
 	same "$(modes /etc/kmed/policies)" '750 root kmed' /etc/kmed/policies
 	same "$(modes /etc/kmed/ca)" '755 root root' /etc/kmed/ca
 	same "$(modes /etc/kmed/credentials)" '700 root root' /etc/kmed/credentials
@@ -97,6 +98,10 @@ systemd() {
 	kill -HUP -- -$!
 	until_ 20 sh -c '! ls -d /run/as-kmed.* >/dev/null 2>&1'
 	rm /tmp/never
+	for role in sae kme operator; do
+		runuser -u kme-ca-$role -- kme-ca config check --config /var/lib/kme-ca/$role/ca.yaml
+	done
+	runuser -u kmed -- qlink config check --config /etc/kmed/qlink.yaml
 	same "$(stat -c '%a %U' /var/lib/kme-ca/sae)" '700 kme-ca-sae' 'the folder of the CA of SAEs'
 	! runuser -u kme-ca-sae -- ls /var/lib/kme-ca/kme >/dev/null 2>&1 || die 'one CA can look into the folder of another'
 	say 'credentials reach the daemon, and nobody else; as-kmed takes its copy away, also when the line drops'

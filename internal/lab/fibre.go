@@ -59,9 +59,11 @@ func (f *Fibre) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	f.qlink, err = f.lab.nursery.start(filepath.Base(f.dir), f.dir, filepath.Join(f.dir, "log"), nil, filepath.Join(f.lab.Bin, "qlink"),
-		"--alice-socket", filepath.Join(sockets, "alice.sock"), "--bob-socket", filepath.Join(sockets, "bob.sock"), "--control", filepath.Join(sockets, "control.sock"),
-		"--alice-secret", "alice.secret", "--bob-secret", "bob.secret", fmt.Sprintf("--eve=%g", f.lab.Eve))
+	config := filepath.Join(f.dir, "qlink.yaml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, qlinkYAML, sockets, f.lab.Eve), 0o600); err != nil {
+		return err
+	}
+	f.qlink, err = f.lab.nursery.start(filepath.Base(f.dir), f.dir, filepath.Join(f.dir, "log"), nil, filepath.Join(f.lab.Bin, "qlink"), "serve", "--config", config)
 	if err != nil {
 		return err
 	}
@@ -70,6 +72,14 @@ func (f *Fibre) Start(ctx context.Context) error {
 		return err
 	})
 }
+
+// qlinkYAML is the configuration of a lab's qlink, of the folder of the sockets and Eve.
+const qlinkYAML = `# Written by the lab at each start.
+alice: {socket: "%[1]s/alice.sock", secret_file: alice.secret}
+bob: {socket: "%[1]s/bob.sock", secret_file: bob.secret}
+control: "%[1]s/control.sock"
+eve: %[2]g
+`
 
 // SecretFile has the secret that both ends of the link share.
 func (f *Fibre) SecretFile() string { return filepath.Join(f.dir, "link.secret") }

@@ -43,6 +43,9 @@ func (l *Lab) startCAs(ctx context.Context) error {
 			return err
 		}
 	}
+	if _, err := os.Stat(filepath.Join(dir, "sae", "ca.yaml")); err != nil {
+		return fmt.Errorf("%w (a lab of an older version? remove %s and begin anew)", err, l.Dir)
+	}
 	root, err := os.ReadFile(filepath.Join(dir, "root.pem"))
 	if err != nil {
 		return err
@@ -54,7 +57,7 @@ func (l *Lab) startCAs(ctx context.Context) error {
 		return err
 	}
 	for _, role := range []string{"sae", "kme", "operator"} {
-		p, err := l.nursery.start("kme-ca "+role, l.Dir, l.path("log", "ca-"+role), nil, filepath.Join(l.Bin, "kme-ca"), "serve", "--dir", dir, "--role", role)
+		p, err := l.nursery.start("kme-ca "+role, l.Dir, l.path("log", "ca-"+role), nil, filepath.Join(l.Bin, "kme-ca"), "serve", "--config", filepath.Join(dir, role, "ca.yaml"))
 		if err != nil {
 			return err
 		}

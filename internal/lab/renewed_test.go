@@ -309,7 +309,7 @@ func (l *Lab) secondCA(t *testing.T) otherCA {
 	if ca.issuer, err = os.ReadFile(filepath.Join(ca.dir, "sae", "intermediate.pem")); err != nil {
 		t.Fatal(err)
 	}
-	p, err := l.nursery.start("second kme-ca sae", l.Dir, l.path("log", "ca-second"), nil, filepath.Join(l.Bin, "kme-ca"), "serve", "--dir", ca.dir, "--role", "sae")
+	p, err := l.nursery.start("second kme-ca sae", l.Dir, l.path("log", "ca-second"), nil, filepath.Join(l.Bin, "kme-ca"), "serve", "--config", filepath.Join(ca.dir, "sae", "ca.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

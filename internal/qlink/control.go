@@ -128,7 +128,7 @@ func Command(ctx context.Context, path, line string) (string, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", path)
 	if err != nil {
-		return "", fmt.Errorf("connecting to the control socket: %w", err)
+		return "", fmt.Errorf("connecting to the control socket (does the channel run, and is it this one that control names in its configuration?): %w", err)
 	}
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()

@@ -56,14 +56,8 @@ func Listen(ctx context.Context, cfg Config) (_ *Server, err error) {
 			err = errors.Join(err, s.Close())
 		}
 	}()
-	if s.alice.secret, err = readSecret(cfg.AliceSecretFile); err != nil {
+	if s.alice.secret, s.bob.secret, err = cfg.secrets(); err != nil {
 		return nil, err
-	}
-	if s.bob.secret, err = readSecret(cfg.BobSecretFile); err != nil {
-		return nil, err
-	}
-	if sameSecret(s.alice.secret, s.bob.secret) {
-		return nil, errors.New("both ends have the same secret: either could open the other's device")
 	}
 	if s.alice.listener, err = listen(ctx, cfg.AliceSocket); err != nil {
 		return nil, err
@@ -77,6 +71,26 @@ func Listen(ctx context.Context, cfg Config) (_ *Server, err error) {
 		}
 	}
 	return s, nil
+}
+
+// CheckSecrets says what is wrong with the files of the secrets, and opens no socket.
+func (c Config) CheckSecrets() error {
+	_, _, err := c.secrets()
+	return err
+}
+
+// secrets reads those of both ends.
+func (c Config) secrets() (alice, bob []byte, err error) {
+	var errs [2]error
+	alice, errs[0] = readSecret(c.AliceSecretFile)
+	bob, errs[1] = readSecret(c.BobSecretFile)
+	if err := errors.Join(errs[:]...); err != nil {
+		return nil, nil, err
+	}
+	if sameSecret(alice, bob) {
+		return nil, nil, errors.New("both ends have the same secret: either could open the other's device")
+	}
+	return alice, bob, nil
 }
 
 // Close gives up the sockets of a Server that will not Serve.

@@ -19,10 +19,11 @@
 //
 //	root.pem                     the root certificate: public, the anchor of servers
 //	root/                        the root's token (or key.pem): made by Init, needed by nothing else; carry it off
-//	ROLE/ca.json                 what Init decided: settings
+//	ROLE/ca.yaml                 its configuration: settings
 //	ROLE/intermediate.pem        the issuing CA's certificate: public, the anchor of ROLE's clients
 //	ROLE/hsm/                    its token, if that is SoftHSM's, and the PIN; or intermediate.key, its key
 //	ROLE/token.key               the key (JWK) that signs one-time tokens; serving does without it
+//	ROLE/token.pub               its public half, which verifies them
 //	ROLE/ca.db                   certificates issued and revoked, tokens used
 package authority
 
@@ -30,15 +31,11 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
-
-	"go.step.sm/crypto/jose"
 
 	"github.com/qutemail/kme/internal/identity"
 )
@@ -49,50 +46,13 @@ var Roles = [...]identity.Role{identity.RoleSAE, identity.RoleKME, identity.Role
 const (
 	rootFile         = "root.pem"
 	rootKeyFile      = "root/key.pem"
-	settingsFile     = "ca.json"
+	settingsFile     = "ca.yaml"
 	intermediateFile = "intermediate.pem"
 	issuingKeyFile   = "intermediate.key"
 	tokenKeyFile     = "token.key"
+	tokenPublicFile  = "token.pub"
 	databaseFile     = "ca.db"
 )
-
-// settings are what Init decides for one CA and Serve obeys.
-type settings struct {
-	Role        identity.Role   `json:"role"`
-	TrustDomain string          `json:"trust_domain"`
-	Address     string          `json:"address"`         // host:port of the HTTPS listener; the host is a name in its certificate
-	CRLAddress  string          `json:"crl_address"`     // host:port of the plain HTTP listener, which serves the CRL and nothing else
-	TokenKey    jose.JSONWebKey `json:"token_key"`       // the public half of token.key
-	Token       *HSMToken       `json:"token,omitempty"` // of the issuing key; nil: it is in intermediate.key
-}
-
-// provisioner is the name of the provisioner that owns the role's tokens. The
-// names differ between the CAs because smallstep looks a certificate's provisioner
-// up by name when it renews.
-func (s settings) provisioner() string { return "enrol-" + string(s.Role) }
-
-// uriHost is the host of the role's URIs, to which its CA is constrained.
-func (s settings) uriHost() string { return string(s.Role) + "." + s.TrustDomain }
-
-func (s settings) crlURL() string { return "http://" + s.CRLAddress + "/crl" }
-
-func loadSettings(dir string, role identity.Role) (settings, error) {
-	var s settings
-	if !slices.Contains(Roles[:], role) {
-		return s, fmt.Errorf("there is no authority for role %q", role)
-	}
-	text, err := os.ReadFile(filepath.Join(dir, string(role), settingsFile))
-	if err != nil {
-		return s, fmt.Errorf("reading the settings of the %s CA: %w", role, err)
-	}
-	if err := json.Unmarshal(text, &s); err != nil {
-		return s, fmt.Errorf("reading the settings of the %s CA: %w", role, err)
-	}
-	if s.Role != role {
-		return s, fmt.Errorf("the settings of the %s CA are those of %q", role, s.Role)
-	}
-	return s, nil
-}
 
 // idPattern is what an ID may be; the profiles in pki/templates say the same.
 var idPattern = regexp.MustCompile(`^[a-z0-9._@-]{1,64}$`)

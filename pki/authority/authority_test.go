@@ -79,7 +79,7 @@ func (s *site) listen(t *testing.T) string {
 func (s *site) serve(t *testing.T, role identity.Role) (stop func()) {
 	t.Helper()
 	config := authority.ServeConfig{
-		Dir: s.dir, Role: role, Log: slog.New(slog.NewTextHandler(&s.log, nil)),
+		File: authority.SettingsFile(s.dir, role), Log: slog.New(slog.NewTextHandler(&s.log, nil)),
 	}
 	// Asked a second time, Serve opens the listeners by itself.
 	if l := s.listeners[s.addresses[role].HTTPS]; l != nil {

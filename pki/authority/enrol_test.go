@@ -174,7 +174,7 @@ func TestEnrolRefuses(t *testing.T) {
 		refused(t, s.enrolment(t, kme, "alice", s.token(t, sae, "alice")), "401")
 	})
 	t.Run("token of another role that poses as ours", func(t *testing.T) {
-		key := readSettings(t, s, kme).TokenKey
+		key := s.tokenKey(t, kme)
 		posing := s.forge(t, sae, map[string]any{
 			"iss": "enrol-kme", "aud": "https://" + s.addresses[kme].HTTPS + "/1.0/sign", "kid": key.KeyID,
 		})

@@ -107,7 +107,7 @@ func (c InitConfig) sign(stage string, all []settings) error {
 		if err != nil {
 			return err
 		}
-		keys[s.Role], all[i].Token = key.Public(), token
+		keys[s.Role], all[i].HSM = key.Public(), token
 		if err := done(); err != nil {
 			return fmt.Errorf("closing the token of the %s CA: %w", s.Role, err)
 		}
@@ -208,10 +208,10 @@ func (c InitConfig) newIssuer(dir string, s settings, key crypto.PublicKey, root
 	if err := writePEM(filepath.Join(dir, intermediateFile), "CERTIFICATE", der, 0o644); err != nil {
 		return err
 	}
-	if s.TokenKey, err = newTokenKey(filepath.Join(dir, tokenKeyFile)); err != nil {
+	if err := newTokenKey(dir); err != nil {
 		return err
 	}
-	return writeJSON(filepath.Join(dir, settingsFile), s, 0o644)
+	return s.write(filepath.Join(dir, settingsFile))
 }
 
 // constrain fences the CA in: URIs on the host of its role, and host names on this
@@ -284,17 +284,16 @@ func newKey(file string) (crypto.Signer, error) {
 	return key, writePEM(file, "PRIVATE KEY", der, 0o600)
 }
 
-// newTokenKey makes the key of the role's tokens, keeps it in file and returns its
-// public half.
-func newTokenKey(file string) (jose.JSONWebKey, error) {
+// newTokenKey makes the key of the role's tokens, and keeps it and its public half in dir.
+func newTokenKey(dir string) error {
 	key, err := jose.GenerateJWK("EC", "P-256", jose.ES256, "sig", "", 0)
 	if err != nil {
-		return jose.JSONWebKey{}, fmt.Errorf("making the token key: %w", err)
+		return fmt.Errorf("making the token key: %w", err)
 	}
 	if key.KeyID, err = jose.Thumbprint(key); err != nil {
-		return jose.JSONWebKey{}, fmt.Errorf("making the token key: %w", err)
+		return fmt.Errorf("making the token key: %w", err)
 	}
-	return key.Public(), writeJSON(file, key, 0o600)
+	return errors.Join(writeJSON(filepath.Join(dir, tokenKeyFile), key, 0o600), writeJSON(filepath.Join(dir, tokenPublicFile), key.Public(), 0o644))
 }
 
 func writePEM(file, kind string, der []byte, mode os.FileMode) error {

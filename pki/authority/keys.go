@@ -11,6 +11,8 @@ import (
 
 	"github.com/ThalesIgnite/crypto11"
 	"go.step.sm/crypto/kms/apiv1"
+
+	"github.com/qutemail/kme/internal/secretfile"
 )
 
 // RootOwner is the owner of the root's token, as a role is of its CA's.
@@ -19,9 +21,11 @@ const RootOwner = "root"
 // HSMToken is a PKCS#11 token that holds the signing key of one authority and nothing
 // else.
 type HSMToken struct {
-	Module  string `json:"module"`   // path of the PKCS#11 library
-	Label   string `json:"label"`    // exactly one token must have it
-	PINFile string `json:"pin_file"` // readable by its owner only; relative to the authority's directory
+	Module  string `yaml:"module"`   // path of the PKCS#11 library
+	Label   string `yaml:"token"`    // exactly one token must have it
+	PINFile string `yaml:"pin_file"` // readable by its owner only
+	// PINCredential is, instead, the name of a credential that systemd passes.
+	PINCredential string `yaml:"pin_credential"`
 }
 
 // keyLabel is the label of the signing key in its token. Its CKA_ID is keyID.
@@ -33,28 +37,27 @@ const (
 
 // newSigner makes the signing key of owner ("root" or a role) in dir, or in a token if
 // c says so. done gives the token back: a process has one at a time.
-func (c InitConfig) newSigner(dir, owner, keyFile string) (key crypto.Signer, token *HSMToken, done func() error, err error) {
+func (c InitConfig) newSigner(dir, owner, keyFile string) (key crypto.Signer, token HSMToken, done func() error, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, nil, nil, err
+		return nil, token, nil, err
 	}
 	if c.Token == nil {
 		key, err := newKey(filepath.Join(dir, keyFile))
-		return key, nil, func() error { return nil }, err
+		return key, token, func() error { return nil }, err
 	}
-	t, err := c.Token(owner, dir)
-	if err != nil {
-		return nil, nil, nil, fmt.Errorf("token of %s: %w", owner, err)
+	if token, err = c.Token(owner, dir); err != nil {
+		return nil, token, nil, fmt.Errorf("token of %s: %w", owner, err)
 	}
-	session, err := t.open(dir)
+	session, err := token.in(dir).open()
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, token, nil, err
 	}
 	key, err = generate(session)
 	if err != nil {
 		_ = session.Close() // the key is what failed
-		return nil, nil, nil, fmt.Errorf("making the key of %s in token %q: %w", owner, t.Label, err)
+		return nil, token, nil, fmt.Errorf("making the key of %s in token %q: %w", owner, token.Label, err)
 	}
-	return key, &t, session.Close, nil
+	return key, token, session.Close, nil
 }
 
 // generate makes the key: for signing only, and never to leave the token.
@@ -78,47 +81,53 @@ func generate(session *crypto11.Context) (crypto.Signer, error) {
 	return session.GenerateECDSAKeyPairWithAttributes(public, private, elliptic.P256())
 }
 
-// open logs in to the token. dir is the authority's.
-func (t HSMToken) open(dir string) (*crypto11.Context, error) {
-	pin, err := t.pin(dir)
-	if err != nil {
-		return nil, err
+// in is the token with a PIN file that is relative to dir.
+func (t HSMToken) in(dir string) HSMToken {
+	if !filepath.IsAbs(t.PINFile) {
+		t.PINFile = filepath.Join(dir, t.PINFile)
 	}
-	session, err := crypto11.Configure(&crypto11.Config{Path: t.Module, TokenLabel: t.Label, Pin: pin})
+	return t
+}
+
+// open logs in to the token.
+func (t HSMToken) open() (*crypto11.Context, error) {
+	pin, err := t.pin().Read(maxPIN)
+	if err != nil {
+		return nil, fmt.Errorf("reading the PIN of token %q: %w", t.Label, err)
+	}
+	defer clear(pin)
+	session, err := crypto11.Configure(&crypto11.Config{Path: t.Module, TokenLabel: t.Label, Pin: strings.TrimSpace(string(pin))})
 	if err != nil {
 		return nil, fmt.Errorf("opening token %q: %w", t.Label, err)
 	}
 	return session, nil
 }
 
-func (t HSMToken) pinFile(dir string) string {
-	if filepath.IsAbs(t.PINFile) {
-		return t.PINFile
-	}
-	return filepath.Join(dir, t.PINFile)
+// maxPIN is far above what any token takes, in bytes.
+const maxPIN = 256
+
+// pin is where the PIN lies.
+func (t HSMToken) pin() secretfile.Source {
+	return secretfile.Source{File: t.PINFile, Credential: t.PINCredential}
 }
 
-func (t HSMToken) pin(dir string) (string, error) {
-	file := t.pinFile(dir)
-	info, err := os.Stat(file)
+// pinPath is the file that holds the PIN, which nobody but its owner may read.
+func (t HSMToken) pinPath() (string, error) {
+	path, err := t.pin().Path()
 	if err != nil {
 		return "", fmt.Errorf("reading the PIN of token %q: %w", t.Label, err)
 	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return "", fmt.Errorf("others can read %s (mode %o)", file, info.Mode().Perm())
-	}
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("reading the PIN of token %q: %w", t.Label, err)
-	}
-	return strings.TrimSpace(string(text)), nil
+	return path, nil
 }
 
-// kms is the token as smallstep wants it. dir is the authority's. Whoever opens it has
-// made sure of the PIN file with pin.
-func (t HSMToken) kms(dir string) *apiv1.Options {
+// kms is the token as smallstep wants it.
+func (t HSMToken) kms() (*apiv1.Options, error) {
+	pin, err := t.pinPath()
+	if err != nil {
+		return nil, err
+	}
 	return &apiv1.Options{
 		Type: apiv1.PKCS11,
-		URI:  fmt.Sprintf("pkcs11:module-path=%s;token=%s;max-sessions=16?pin-source=%s", t.Module, t.Label, t.pinFile(dir)),
-	}
+		URI:  fmt.Sprintf("pkcs11:module-path=%s;token=%s;max-sessions=16?pin-source=%s", t.Module, t.Label, pin),
+	}, nil
 }

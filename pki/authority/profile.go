@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -41,22 +40,19 @@ const (
 
 // open starts the smallstep authority of one role. key is its issuing key if that is in
 // a token.
-func (s settings) open(dir string, acme bool) (a *smallstep.Authority, key crypto.Signer, err error) {
-	cfg, err := s.smallstepConfig(dir, acme)
+func (s settings) open() (a *smallstep.Authority, key crypto.Signer, err error) {
+	cfg, err := s.smallstepConfig()
 	if err != nil {
 		return nil, nil, err
 	}
-	options := []smallstep.Option{smallstep.WithQuietInit(), smallstep.WithX509Enforcers(profile{s, acme})}
+	options := []smallstep.Option{smallstep.WithQuietInit(), smallstep.WithX509Enforcers(profile{s})}
 	if cfg.KMS != nil {
-		if _, err := s.Token.pin(filepath.Join(dir, string(s.Role))); err != nil {
-			return nil, nil, err
-		}
 		manager, err := kms.New(context.Background(), *cfg.KMS)
 		if err != nil {
-			return nil, nil, fmt.Errorf("opening token %q: %w", s.Token.Label, err)
+			return nil, nil, fmt.Errorf("opening token %q: %w", s.HSM.Label, err)
 		}
 		if key, err = manager.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: cfg.IntermediateKey}); err != nil {
-			return nil, nil, errors.Join(fmt.Errorf("finding the issuing key in token %q: %w", s.Token.Label, err), manager.Close())
+			return nil, nil, errors.Join(fmt.Errorf("finding the issuing key in token %q: %w", s.HSM.Label, err), manager.Close())
 		}
 		options = append(options, smallstep.WithKeyManager(manager)) // which closes it
 	}
@@ -67,32 +63,32 @@ func (s settings) open(dir string, acme bool) (a *smallstep.Authority, key crypt
 }
 
 // Render is the configuration with which the stock step-ca runs the CA of role: for
-// operators who prefer that to Serve. acme is as in ServeConfig. What step-ca does not
-// know is left out: it takes client certificates of every CA under the root, and there
-// is no last look at a certificate before it is signed but the template and the CA's
-// name constraints.
-func Render(dir string, role identity.Role, acme bool) ([]byte, error) {
-	dir, err := filepath.Abs(dir)
+// operators who prefer that to Serve. What step-ca does not know is left out: it takes
+// client certificates of every CA under the root, and there is no last look at a
+// certificate before it is signed but the template and the CA's name constraints.
+func Render(dir string, role identity.Role) ([]byte, error) {
+	text, err := render(dir, role)
 	if err != nil {
 		return nil, fmt.Errorf("rendering the configuration of the %s CA: %w", role, err)
 	}
-	s, err := loadSettings(dir, role)
+	return text, nil
+}
+
+func render(dir string, role identity.Role) ([]byte, error) {
+	s, err := settingsOf(dir, role)
 	if err != nil {
 		return nil, err
 	}
-	cfg, err := s.smallstepConfig(dir, acme)
+	cfg, err := s.smallstepConfig()
 	if err != nil {
-		return nil, fmt.Errorf("rendering the configuration of the %s CA: %w", role, err)
+		return nil, err
 	}
 	cfg.InsecureAddress = s.CRLAddress
 	text, err := json.MarshalIndent(cfg, "", "  ")
-	if err != nil {
-		return nil, fmt.Errorf("rendering the configuration of the %s CA: %w", role, err)
-	}
-	return append(text, '\n'), nil
+	return append(text, '\n'), err
 }
 
-func (s settings) smallstepConfig(dir string, acme bool) (*config.Config, error) {
+func (s settings) smallstepConfig() (*config.Config, error) {
 	host, _, err := net.SplitHostPort(s.Address)
 	if err != nil {
 		return nil, fmt.Errorf("address of the CA: %w", err)
@@ -105,15 +101,14 @@ func (s settings) smallstepConfig(dir string, acme bool) (*config.Config, error)
 	if err != nil {
 		return nil, err
 	}
-	here := filepath.Join(dir, string(s.Role))
 	cfg := &config.Config{
-		Root:             []string{filepath.Join(dir, rootFile)},
-		IntermediateCert: filepath.Join(here, intermediateFile),
-		IntermediateKey:  filepath.Join(here, issuingKeyFile),
+		Root:             []string{s.rootPath()},
+		IntermediateCert: s.path(intermediateFile),
+		IntermediateKey:  s.path(issuingKeyFile),
 		Address:          s.Address,
 		DNSNames:         names,
 		CommonName:       s.uriHost() + " CA server",
-		DB:               &db.Config{Type: "bbolt", DataSource: filepath.Join(here, databaseFile)},
+		DB:               &db.Config{Type: "bbolt", DataSource: s.path(databaseFile)},
 		TLS:              &config.TLSOptions{MinVersion: 1.3, MaxVersion: 1.3},
 		CRL: &config.CRLConfig{
 			Enabled:          true,
@@ -129,10 +124,13 @@ func (s settings) smallstepConfig(dir string, acme bool) (*config.Config, error)
 			DisableIssuedAtCheck: true,
 		},
 	}
-	if s.Token != nil {
-		cfg.KMS, cfg.IntermediateKey = s.Token.kms(here), keyURI
+	if s.HSM != (HSMToken{}) {
+		if cfg.KMS, err = s.HSM.kms(); err != nil {
+			return nil, err
+		}
+		cfg.IntermediateKey = keyURI
 	}
-	if acme {
+	if s.ACME {
 		web, err := s.acmeProvisioner()
 		if err != nil {
 			return nil, err
@@ -151,13 +149,17 @@ func (s settings) jwkProvisioner() (*provisioner.JWK, error) {
 	if err != nil {
 		return nil, err
 	}
+	key, err := s.tokenKey()
+	if err != nil {
+		return nil, err
+	}
 	profiles := map[identity.Role]string{
 		identity.RoleSAE: templates.SAE, identity.RoleKME: templates.KME, identity.RoleOperator: templates.Operator,
 	}
 	return &provisioner.JWK{
 		Type: "JWK",
 		Name: s.provisioner(),
-		Key:  &s.TokenKey,
+		Key:  key,
 		Claims: &provisioner.Claims{
 			MinTLSDur:     &provisioner.Duration{Duration: minLifetime},
 			DefaultTLSDur: &provisioner.Duration{Duration: defaultLifetime},
@@ -172,9 +174,6 @@ func (s settings) jwkProvisioner() (*provisioner.JWK, error) {
 // acmeProvisioner issues certificates of plain servers to whoever answers for their
 // host name. They name nobody: no door, and no KME, takes them for a caller.
 func (s settings) acmeProvisioner() (*provisioner.ACME, error) {
-	if s.Role != identity.RoleKME {
-		return nil, fmt.Errorf("the %s CA issues no certificates of servers: that of KMEs does", s.Role)
-	}
 	variables, err := json.Marshal(map[string]string{"CRL": s.crlURL()})
 	if err != nil {
 		return nil, err
@@ -192,10 +191,7 @@ func (s settings) acmeProvisioner() (*provisioner.ACME, error) {
 
 // profile is the last look at a certificate before it is signed, whatever the
 // template did. Host names are left to the CA's name constraints.
-type profile struct {
-	settings
-	acme bool // certificates of plain servers are issued too
-}
+type profile struct{ settings }
 
 // Enforce refuses a certificate that is not what its role's profile says. It
 // implements smallstep's provisioner.CertificateEnforcer.
@@ -204,7 +200,7 @@ func (p profile) Enforce(c *x509.Certificate) error {
 	if p.Role == identity.RoleKME {
 		usages = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	}
-	if p.acme && len(c.URIs) == 0 && slices.Equal(c.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}) {
+	if p.ACME && len(c.URIs) == 0 && slices.Equal(c.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}) {
 		return enforceServer(c)
 	}
 	id := c.Subject.CommonName

@@ -28,20 +28,17 @@ import (
 	"github.com/qutemail/kme/pki/authority"
 )
 
-type savedSettings struct {
-	TokenKey jose.JSONWebKey `json:"token_key"`
-}
-
-func readSettings(t *testing.T, s *site, role identity.Role) (v savedSettings) {
+// tokenKey is the key that verifies the tokens of a role.
+func (s *site) tokenKey(t *testing.T, role identity.Role) (key jose.JSONWebKey) {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(s.dir, string(role), "ca.json"))
+	text, err := os.ReadFile(filepath.Join(s.dir, string(role), "token.pub"))
 	if err == nil {
-		err = json.Unmarshal(text, &v)
+		err = json.Unmarshal(text, &key)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	return v
+	return key
 }
 
 // sign asks for a certificate with a request and a token of the test's own making.
@@ -234,7 +231,7 @@ func TestNoSecretIsServed(t *testing.T) {
 	if text := string(body); strings.Contains(text, "encryptedKey") || strings.Contains(text, `"d"`) {
 		t.Errorf("the provisioners show a private key: %s", text)
 	}
-	kid := readSettings(t, s, identity.RoleSAE).TokenKey.KeyID
+	kid := s.tokenKey(t, identity.RoleSAE).KeyID
 	status, body, err = s.call(t, s.client(t, ""), "GET", identity.RoleSAE, "/1.0/provisioners/"+kid+"/encrypted-key", nil)
 	if err != nil || status != http.StatusNotFound {
 		t.Errorf("encrypted key: %d %s %v, want 404", status, body, err)
@@ -401,10 +398,10 @@ func TestInitRefuses(t *testing.T) {
 
 func TestServeAndTokenRefuse(t *testing.T) {
 	s := newSite(t)
-	if err := authority.Serve(t.Context(), authority.ServeConfig{Dir: s.dir, Role: "root"}); err == nil {
+	if err := authority.Serve(t.Context(), authority.ServeConfig{File: authority.SettingsFile(s.dir, "root")}); err == nil {
 		t.Error("Serve ran a CA for a role that does not exist")
 	}
-	if err := authority.Serve(t.Context(), authority.ServeConfig{Dir: s.dir, Role: "sae"}); err == nil {
+	if err := authority.Serve(t.Context(), authority.ServeConfig{File: authority.SettingsFile(s.dir, "sae")}); err == nil {
 		t.Error("Serve ran on an address that is taken")
 	}
 	if _, err := authority.Token(s.dir, "../sae", "alice", time.Now()); err == nil {

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -24,26 +23,16 @@ import (
 	"github.com/smallstep/certificates/db"
 	"github.com/smallstep/nosql"
 	"golang.org/x/sync/errgroup"
-
-	"github.com/qutemail/kme/internal/identity"
 )
 
 // ServeConfig says which authority Serve runs.
 type ServeConfig struct {
-	Dir  string // made by Init
-	Role identity.Role
+	File string // its configuration: SettingsFile
 
 	// The listeners, which Serve closes. Where nil, Serve listens on the address that
 	// Init was given.
 	Listener    net.Listener // HTTPS
 	CRLListener net.Listener // plain HTTP
-
-	// ACME issues certificates of plain servers to whoever answers for their host name
-	// over HTTP, at the CA of KMEs. A client that checks nothing but the host name takes
-	// such a server for a KME.
-	ACME bool
-	// ACMEPort is where the HTTP challenge is answered; default 80, as the standard has it.
-	ACMEPort int
 
 	Log *slog.Logger // default slog.Default()
 }
@@ -58,15 +47,19 @@ const (
 // Serve runs the CA of one role until ctx ends, then lets requests finish and
 // closes the database. It returns nil after an orderly end.
 func Serve(ctx context.Context, c ServeConfig) error {
-	if err := c.serve(ctx); err != nil {
-		return fmt.Errorf("serving the %s CA: %w", c.Role, err)
+	s, err := loadSettings(c.File)
+	if err != nil {
+		return err
+	}
+	if err := c.serve(ctx, s); err != nil {
+		return fmt.Errorf("serving the %s CA: %w", s.Role, err)
 	}
 	return nil
 }
 
-func (c ServeConfig) serve(ctx context.Context) error {
-	log := cmp.Or(c.Log, slog.Default()).With("ca", c.Role)
-	s, err := loadSettings(c.Dir, c.Role)
+func (c ServeConfig) serve(ctx context.Context, s settings) error {
+	log := cmp.Or(c.Log, slog.Default()).With("ca", s.Role)
+	intermediate, err := s.intermediate()
 	if err != nil {
 		return err
 	}
@@ -77,19 +70,19 @@ func (c ServeConfig) serve(ctx context.Context) error {
 	defer listener.Close()
 	defer crlListener.Close()
 
-	a, key, err := s.open(c.Dir, c.ACME)
+	a, key, err := s.open()
 	if err != nil {
 		return err
 	}
-	tlsConfig, err := serverTLS(a, filepath.Join(c.Dir, string(c.Role), intermediateFile), log)
+	tlsConfig, err := serverTLS(a, intermediate, log)
 	if err != nil {
 		return errors.Join(err, a.Shutdown())
 	}
 	log.Info("serving", "address", listener.Addr().String(), "crl", s.crlURL())
 
 	requests := db.NewContext(smallstep.NewContext(context.WithoutCancel(ctx), a), a.GetDatabase())
-	if c.ACME {
-		if requests, err = c.withACME(requests, a, s.Address); err != nil {
+	if s.ACME {
+		if requests, err = s.withACME(requests, a); err != nil {
 			return errors.Join(err, a.Shutdown())
 		}
 	}
@@ -97,7 +90,7 @@ func (c ServeConfig) serve(ctx context.Context) error {
 	if key != nil {
 		g.Go(func() error { return heartbeat(ctx, key, heartbeatEvery, log) })
 	}
-	g.Go(func() error { return run(ctx, newServer(requests, apiHandler(c.ACME, log), log), listener, tlsConfig) })
+	g.Go(func() error { return run(ctx, newServer(requests, apiHandler(s.ACME, log), log), listener, tlsConfig) })
 	g.Go(func() error { return run(ctx, newServer(requests, crlHandler(), log), crlListener, nil) })
 	// The database is closed last, so that no request finds it closed.
 	return errors.Join(g.Wait(), a.Shutdown())
@@ -155,7 +148,7 @@ func run(ctx context.Context, server *http.Server, listener net.Listener, tlsCon
 }
 
 // withACME adds to requests what the ACME routes look for there.
-func (c ServeConfig) withACME(requests context.Context, a *smallstep.Authority, address string) (context.Context, error) {
+func (s settings) withACME(requests context.Context, a *smallstep.Authority) (context.Context, error) {
 	store, ok := a.GetDatabase().(nosql.DB)
 	if !ok {
 		return nil, fmt.Errorf("ACME: a database of type %T", a.GetDatabase())
@@ -164,8 +157,8 @@ func (c ServeConfig) withACME(requests context.Context, a *smallstep.Authority, 
 	if err != nil {
 		return nil, fmt.Errorf("ACME: %w", err)
 	}
-	acme.InsecurePortHTTP01 = c.ACMEPort // smallstep has it for the whole process
-	return acme.NewContext(requests, accounts, acme.NewClient(), acme.NewLinker(address, "acme"), nil), nil
+	acme.InsecurePortHTTP01 = s.ACMEHTTPPort // smallstep has it for the whole process
+	return acme.NewContext(requests, accounts, acme.NewClient(), acme.NewLinker(s.Address, "acme"), nil), nil
 }
 
 // apiHandler is the API that step speaks, at its two historical places.
@@ -202,11 +195,7 @@ func crlHandler() http.Handler {
 // serverTLS takes client certificates of this CA only. smallstep's own server
 // would take those of every CA under the root, and a certificate of one role could
 // then be renewed, or revoked, at the CA of another.
-func serverTLS(a *smallstep.Authority, intermediateFile string, log *slog.Logger) (*tls.Config, error) {
-	intermediate, err := readCertificate(intermediateFile)
-	if err != nil {
-		return nil, err
-	}
+func serverTLS(a *smallstep.Authority, intermediate *x509.Certificate, log *slog.Logger) (*tls.Config, error) {
 	own := ownCertificate{issue: a.GetTLSCertificate, log: log}
 	if _, err := own.get(nil); err != nil {
 		return nil, fmt.Errorf("issuing the certificate of the listener: %w", err)

@@ -5,13 +5,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
 	"go.step.sm/crypto/jose"
 
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/secretfile"
 )
 
 // tokenLifetime is short: a token is a bearer secret until it has been used.
@@ -43,7 +42,7 @@ func newToken(dir string, role identity.Role, id string, now time.Time, names []
 	if len(names) > 0 && role != identity.RoleKME {
 		return "", fmt.Errorf("a certificate of role %s carries no host names", role)
 	}
-	s, err := loadSettings(dir, role)
+	s, err := settingsOf(dir, role)
 	if err != nil {
 		return "", err
 	}
@@ -51,7 +50,7 @@ func newToken(dir string, role identity.Role, id string, now time.Time, names []
 	if err != nil {
 		return "", err
 	}
-	signer, err := tokenSigner(filepath.Join(dir, string(role), tokenKeyFile))
+	signer, err := tokenSigner(s.path(tokenKeyFile))
 	if err != nil {
 		return "", err
 	}
@@ -79,12 +78,8 @@ func newToken(dir string, role identity.Role, id string, now time.Time, names []
 
 // tokenSigner reads the token key, which nobody but its owner may read.
 func tokenSigner(file string) (jose.Signer, error) {
-	info, err := os.Stat(file)
-	if err != nil {
+	if err := secretfile.Check(file); err != nil {
 		return nil, fmt.Errorf("reading the token key: %w", err)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("others can read the token key %s (mode %o)", file, info.Mode().Perm())
 	}
 	key, err := jose.ReadKey(file)
 	if err != nil {

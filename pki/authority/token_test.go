@@ -80,7 +80,7 @@ func TestKeysInTokens(t *testing.T) {
 
 // stock issues alice's certificate as the stock step-ca would with what Render wrote.
 func stock(t *testing.T, dir string) {
-	text, err := ours.Render(dir, identity.RoleSAE, false)
+	text, err := ours.Render(dir, identity.RoleSAE)
 	if err != nil {
 		t.Fatal(err)
 	}
