@@ -27,7 +27,7 @@ type storyCommand struct {
 func (c storyCommand) Run(ctx context.Context, s *session) error {
 	id, err := key.ParseID(c.ID)
 	if err != nil {
-		return err
+		return advise(err, badKeyID)
 	}
 	p, client, err := s.operator()
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -145,20 +146,13 @@ func (c policyMatrixCommand) Run(s *session) error {
 			}
 		}
 		matrix[caller.String()] = with
-		fmt.Fprintf(&b, "%s: %s\n", caller, cmpOr(strings.Join(with, " "), "-"))
+		fmt.Fprintf(&b, "%s: %s\n", caller, cmp.Or(strings.Join(with, " "), "-"))
 	}
 	if s.JSON {
 		return s.printJSON(matrix)
 	}
 	_, err = s.stdout.Write(b.Bytes())
 	return err
-}
-
-func cmpOr(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
 }
 
 type policyDiffCommand struct {

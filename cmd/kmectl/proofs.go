@@ -49,7 +49,7 @@ func (t trusted) readKeys(named string) (key audit.LogKey, witnesses []audit.Wit
 	return key, witnesses, nil
 }
 
-// cosigned says whether all witnesses that were asked for have signed.
+// cosignedByAll says whether all witnesses that were asked for have signed.
 func cosignedByAll(names []string, witnesses []audit.Witness) error {
 	for _, w := range witnesses {
 		if !strings.Contains("\n"+strings.Join(names, "\n")+"\n", "\n"+w.Name()+"\n") {

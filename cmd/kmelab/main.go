@@ -32,8 +32,9 @@ type commands struct {
 }
 
 type upCommand struct {
-	Nodes     int     `default:"1" help:"Nodes of each site."`
-	Eve       float64 `help:"Fraction of photons that Eve measures and sends on."`
+	Nodes     int     `default:"1" help:"Nodes of each site (${default}; at most 26)."`
+	Links     int     `default:"1" help:"Links between the sites, each with a quantum channel of its own (${default}; at most 9)."`
+	Eve       float64 `placeholder:"FRACTION" help:"Of the photons, how many Eve measures and sends on: 0 to 1."`
 	FreePorts bool    `help:"Begin a new lab on whatever ports are free, instead of those of the README."`
 }
 
@@ -51,13 +52,18 @@ func main() {
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var c commands
-	parser, err := kong.New(&c, kong.Name("kmelab"), kong.Description("A two-site QKD key management lab on one machine."), kong.Writers(stdout, stderr), kong.Vars{"version": "kmelab " + release.Version()})
+	helped := false
+	parser, err := kong.New(&c, kong.Name("kmelab"), kong.Description("A two-site QKD key management lab on one machine."),
+		kong.Writers(stdout, stderr), kong.Vars{"version": "kmelab " + release.Version()}, kong.Exit(func(int) { helped = true }))
 	if err != nil {
 		return err
 	}
 	selected, err := parser.Parse(args)
-	if err != nil {
-		return err
+	switch {
+	case helped:
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w (kmelab --help)", err)
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.LogLevel}))
 	bin, err := os.Executable()
@@ -68,10 +74,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if selected.Command() == "check" {
 		return check(ctx, cfg, stdout)
 	}
-	if cfg.Nodes = c.Up.Nodes; cfg.Nodes < 1 || cfg.Nodes > 26 {
-		return errors.New("a site has 1 to 26 nodes")
+	cfg.Nodes, cfg.Links, cfg.Eve = c.Up.Nodes, c.Up.Links, c.Up.Eve
+	switch {
+	case cfg.Nodes < 1 || cfg.Nodes > 26:
+		return fmt.Errorf("--nodes %d: a site has 1 to 26", cfg.Nodes)
+	case cfg.Links < 1 || cfg.Links > 9:
+		return fmt.Errorf("--links %d: there are 1 to 9", cfg.Links)
+	case !(cfg.Eve >= 0 && cfg.Eve <= 1): // nor NaN
+		return fmt.Errorf("--eve %v: a fraction, 0 to 1", cfg.Eve)
 	}
-	cfg.Eve = c.Up.Eve
 	if c.Up.FreePorts {
 		if cfg.Ports, err = lab.FreePorts(c.Up.Nodes); err != nil {
 			return err

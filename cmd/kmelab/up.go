@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/qutemail/kme/internal/admin"
@@ -47,14 +48,20 @@ func show(ctx context.Context, l *lab.Lab, s *screen) error {
 			return err
 		}
 	}
-	link, err := firstBlock(ctx, l, s)
+	links, err := firstBlocks(ctx, l, s)
 	if err != nil {
 		return err
 	}
-	if link.Last == nil {
-		s.row("link", "10 km · resting: %s", link.Why)
-	} else {
-		s.row("link", "10 km · QBER %.1f %% · f %.2f · %d keys of 256 bits from %.1f million gates", 100*link.Last.QBER, link.Last.Efficiency, link.Last.Length/key.AtomBits, float64(link.Last.Gates)/1e6)
+	for _, link := range links {
+		which := "10 km"
+		if len(links) > 1 {
+			which = link.ID + " · " + which
+		}
+		if link.Last == nil {
+			s.row("link", "%s · resting: %s", which, link.Why)
+		} else {
+			s.row("link", "%s · QBER %.1f %% · f %.2f · %d keys of 256 bits from %.1f million gates", which, 100*link.Last.QBER, link.Last.Efficiency, link.Last.Length/key.AtomBits, float64(link.Last.Gates)/1e6)
+		}
 	}
 	if err := showKey(ctx, l, s); err != nil {
 		return fmt.Errorf("showing the first key: %w", err)
@@ -92,55 +99,91 @@ func showNode(ctx context.Context, l *lab.Lab, site *lab.Site, s *screen) error 
 	return nil
 }
 
-// leader is an operator's client of the node of KM1 that runs the link, or of the first.
-func leader(ctx context.Context, l *lab.Lab) (*admin.Client, error) {
+// linksOf are the links as the nodes of KM1 see them, each by the one that runs it.
+func linksOf(ctx context.Context, l *lab.Lab) (links []admin.Link, err error) {
 	for _, n := range l.KM1.Nodes {
 		op, err := l.Operator("root", n.Name)
 		if err != nil {
 			return nil, err
 		}
-		links, err := op.Links(ctx)
-		if err == nil && len(links) == 1 && links[0].State != admin.LinkStandby {
-			return op, nil
+		seen, err := op.Links(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("asking %s for its links: %w", n.Name, err)
+		}
+		switch {
+		case len(seen) == 0 || links != nil && len(seen) != len(links):
+			return nil, fmt.Errorf("%s has %d links", n.Name, len(seen))
+		case links == nil:
+			links = seen
+		}
+		for i, link := range seen { // every node has them in the same order
+			if link.State != admin.LinkStandby {
+				links[i] = link
+			}
 		}
 	}
-	return l.Operator("root", "km1")
+	return links, nil
 }
 
-// firstBlock waits until both ends have keys, and shows how the block comes along.
-func firstBlock(ctx context.Context, l *lab.Lab, s *screen) (admin.Link, error) {
+// firstBlocks waits until both ends have keys of each link, and shows how the blocks come
+// along.
+func firstBlocks(ctx context.Context, l *lab.Lab, s *screen) ([]admin.Link, error) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()
 	for {
-		op, err := leader(ctx, l)
+		links, err := linksOf(ctx, l)
 		if err != nil {
-			return admin.Link{}, err
+			return nil, err
 		}
-		links, err := op.Links(ctx)
-		if err != nil || len(links) == 0 {
-			return admin.Link{}, fmt.Errorf("asking KM1 for its links: %w", err)
+		late := slices.IndexFunc(links, func(link admin.Link) bool { return !hasKeys(link) })
+		if late < 0 && ready(ctx, l) == nil {
+			return links, nil
 		}
-		link := links[0]
-		switch made := link.Last != nil && link.Last.Aborted == ""; {
-		case (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0 && lab.Ready(ctx, op) == nil:
-			return link, nil
-		case link.Last != nil && link.Last.Aborted != "" && link.Last.QBER == 0: // before it was known
-			s.step("link  block given up: " + link.Last.Aborted)
-		case link.Last != nil && link.Last.Aborted != "":
-			s.step(fmt.Sprintf("link  QBER %.1f %%: %s", 100*link.Last.QBER, link.Last.Aborted))
-		case link.Current != nil:
-			s.step("link  first block " + bar(link.Current.Block()) + " " + link.Current.Stage)
-		}
+		link := links[max(0, late)]
+		s.step(coming(link))
 		select {
 		case <-ctx.Done():
-			return link, ctx.Err()
+			return nil, ctx.Err()
 		case <-deadline.C:
-			return link, fmt.Errorf("no block within a minute: the link is %s (%s); see %s", link.State, link.Why, l.KM1.LogFile())
+			return nil, fmt.Errorf("no block within a minute: link %s is %s (%s); see %s", link.ID, link.State, link.Why, l.KM1.LogFile())
 		case <-tick.C:
 		}
 	}
+}
+
+// hasKeys says whether both ends of a link have keys of it to hand out.
+func hasKeys(link admin.Link) bool {
+	made := link.Last != nil && link.Last.Aborted == ""
+	return (made || link.State == admin.LinkFull) && link.Stored > 0 && link.StoredPeer > 0
+}
+
+// ready is nil if each node of KM1 hands out keys.
+func ready(ctx context.Context, l *lab.Lab) error {
+	for _, n := range l.KM1.Nodes {
+		op, err := l.Operator("root", n.Name)
+		if err != nil {
+			return err
+		}
+		if err := lab.Ready(ctx, op); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// coming says how far the first block of a link is.
+func coming(link admin.Link) string {
+	switch {
+	case link.Last != nil && link.Last.Aborted != "" && link.Last.QBER == 0: // before it was known
+		return "link  block given up: " + link.Last.Aborted
+	case link.Last != nil && link.Last.Aborted != "":
+		return fmt.Sprintf("link  QBER %.1f %%: %s", 100*link.Last.QBER, link.Last.Aborted)
+	case link.Current != nil:
+		return "link  first block " + bar(link.Current.Block()) + " " + link.Current.Stage
+	}
+	return "link  " + link.State
 }
 
 // showKey has alice get a key at KM1 and bob take it at KM2, and carol refused.
@@ -232,10 +275,8 @@ func watch(ctx context.Context, l *lab.Lab, s *screen) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		if op, err := leader(ctx, l); err == nil {
-			if links, err := op.Links(ctx); err == nil && len(links) == 1 {
-				s.step(figures(links[0]))
-			}
+		if links, err := linksOf(ctx, l); err == nil { // a node may be starting again
+			s.step(figures(links))
 		}
 		select {
 		case <-ctx.Done():
@@ -257,8 +298,16 @@ func watch(ctx context.Context, l *lab.Lab, s *screen) error {
 	}
 }
 
-// figures is the live line of a link.
-func figures(l admin.Link) string {
+// figures is the live line of the links.
+func figures(links []admin.Link) string {
+	if len(links) > 1 {
+		words := make([]string, len(links))
+		for i, l := range links {
+			words[i] = fmt.Sprintf("%s %s, %d and %d keys", l.ID, l.State, l.Stored, l.StoredPeer)
+		}
+		return strings.Join(words, " · ")
+	}
+	l := links[0]
 	line := fmt.Sprintf("link %s · %d keys at KM1, %d at KM2", l.State, l.Stored, l.StoredPeer)
 	if l.Last != nil {
 		line += fmt.Sprintf(" · block %d · QBER %.1f %%", l.Last.Block, 100*l.Last.QBER)

@@ -188,15 +188,20 @@ func (s *Site) prepareToken() error {
 		return err
 	}
 	pin := s.path("hsm", "pin")
-	if _, err := os.Stat(pin); err == nil {
+	_, err = os.Stat(pin)
+	whole := err == nil
+	if whole && len(s.lab.Fibres) == 1 {
 		return nil
 	}
-	userPIN, soPIN := randomHex(16), randomHex(16)
 	moduleOwner.Lock()
 	defer moduleOwner.Unlock()
 	if err := os.Setenv("SOFTHSM2_CONF", conf); err != nil {
 		return err
 	}
+	if whole { // and may have begun with fewer links
+		return s.keepLinkSecrets(pin)
+	}
+	userPIN, soPIN := randomHex(16), randomHex(16)
 	if err := hsm.InitToken(softHSM, s.Name, soPIN, userPIN); err != nil {
 		return err
 	}
@@ -206,17 +211,18 @@ func (s *Site) prepareToken() error {
 	if err := os.WriteFile(pin+".new", []byte(userPIN+"\n"), 0o600); err != nil {
 		return err
 	}
-	if s.End == handover.Bob {
-		if err := s.keepLinkSecrets(pin + ".new"); err != nil {
-			return err
-		}
+	if err := s.keepLinkSecrets(pin + ".new"); err != nil {
+		return err
 	}
 	return os.Rename(pin+".new", pin) // last: it says that the token is whole
 }
 
-// keepLinkSecrets has the site's token keep the secret of each link, as kmed hsm
-// auth-secret import does.
+// keepLinkSecrets has Bob's token keep the secret of each link, as kmed hsm auth-secret
+// import does, if it does not have it. Alice reads hers from the file.
 func (s *Site) keepLinkSecrets(pinFile string) error {
+	if s.End != handover.Bob {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	token, err := hsm.Open(ctx, hsm.Config{Module: softHSM, TokenLabel: s.Name, PINFile: pinFile})
@@ -224,6 +230,12 @@ func (s *Site) keepLinkSecrets(pinFile string) error {
 		return err
 	}
 	for _, f := range s.lab.Fibres {
+		if _, err = token.AuthSecret(ctx, f.Link); err == nil {
+			continue
+		}
+		if !errors.Is(err, hsm.ErrNoAuthSecret) {
+			break
+		}
 		var secret []byte
 		if secret, err = os.ReadFile(f.SecretFile()); err == nil {
 			err = token.SetAuthSecret(ctx, f.Link, secret)
