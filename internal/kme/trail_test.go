@@ -596,6 +596,30 @@ func TestRetentionOfForged(t *testing.T) {
 	}
 }
 
+// The database itself refuses to drop a day that is not over for a week, or one of which an
+// event is in no bundle: whoever asks it to.
+func TestDropRefused(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k, _ := s.archiving(func(*KME) {})
+	s.exec(s.name, "INSERT INTO kme.audit SELECT day, node, seq + 900, prev, body, at, sig FROM kme.audit WHERE day = '2026-03-01' AND seq = 3")
+	if err := k.archiveDays(t.Context()); err == nil || !strings.Contains(err.Error(), "has 7 events, and the bundles 6 leaves of it") {
+		t.Errorf("an event is in no log: %v", err)
+	}
+	s.exec(s.name, "DELETE FROM kme.audit WHERE seq > 900")
+	today := time.Now().UTC().Truncate(24 * time.Hour)
+	err := k.Store.DropAuditDays(t.Context(), []store.Archived{{Origin: 1, Day: today, File: "x"}})
+	if err == nil || !strings.Contains(err.Error(), "is not over for a week") {
+		t.Errorf("today was dropped: %v", err)
+	}
+	if got := s.days(k); !slices.Contains(got, "1 2026-03-01") {
+		t.Errorf("of what was not dropped %q are left", got)
+	}
+	if err := k.archiveDays(t.Context()); err != nil || len(s.days(k)) != 1 {
+		t.Errorf("archived, %q are left: %v", s.days(k), err)
+	}
+}
+
 // What somebody has changed in the database since it was signed is not sent to those who
 // watch over it.
 func TestForgedIsNotSent(t *testing.T) {
