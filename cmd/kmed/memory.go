@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"io"
@@ -67,26 +68,31 @@ type sweeper struct {
 func (s *sweeper) watch(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer s.left.Store(sweeps)
-		h.ServeHTTP(past{w}, r)
+		c, _ := r.Context().Value(connKey{}).(*wipingConn) // nil: another listener's
+		h.ServeHTTP(past{w, c}, r)
 	})
 }
 
 // past has bodies whose length was said before go past net/http's buffers, where the
 // connection can do that (wipingConn): those of HTTP/1.1 are shared by all connections, and
 // would keep an answer until another one happens to be written over it.
-type past struct{ http.ResponseWriter }
+type past struct {
+	http.ResponseWriter
+	conn *wipingConn // nil: it cannot do that
+}
 
-// Write sends b, behind the header.
+// Write sends b, behind the header and together with it.
 func (w past) Write(b []byte) (int, error) {
 	to, ok := w.ResponseWriter.(io.ReaderFrom) // not that of HTTP/2
 	if !ok || w.Header().Get("Content-Length") == "" {
 		return w.ResponseWriter.Write(b)
 	}
-	if err := http.NewResponseController(w.ResponseWriter).Flush(); err != nil {
-		return 0, err
+	w.conn.hold()
+	n, err := int64(0), http.NewResponseController(w.ResponseWriter).Flush()
+	if err == nil {
+		n, err = to.ReadFrom(bytes.NewReader(b))
 	}
-	n, err := to.ReadFrom(bytes.NewReader(b))
-	return int(n), err
+	return int(n), cmp.Or(err, w.conn.release())
 }
 
 // Unwrap serves http.ResponseController.
@@ -117,11 +123,19 @@ func (l wiping) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return wipingConn{c.(*tls.Conn)}, nil
+	return &wipingConn{conn: c.(*tls.Conn)}, nil
 }
 
 // wipingConn has of a *tls.Conn what net/http may see of it.
-type wipingConn struct{ conn }
+type wipingConn struct {
+	conn
+	state *tls.ConnectionState // which requests see: see behindTLS
+
+	// Of HTTP/1.1, whose handler is the only one that writes while it runs: a header that
+	// waits for the body, so that an answer is one write, one packet and one read.
+	holding bool
+	held    []byte
+}
 
 type conn interface {
 	net.Conn
@@ -134,25 +148,66 @@ type conn interface {
 // too long for them.
 const httpBuffer = 4 << 10
 
+// hold has Write keep what it is given until more follows (ReadFrom), or release.
+func (c *wipingConn) hold() {
+	if c != nil {
+		c.holding = true
+	}
+}
+
+// release sends what is held, if nothing has followed.
+func (c *wipingConn) release() error {
+	if c == nil || !c.holding {
+		return nil
+	}
+	c.holding = false
+	if len(c.held) == 0 {
+		return nil
+	}
+	_, err := c.conn.Write(c.held)
+	c.held = c.held[:0]
+	return err
+}
+
 // Write sends b and wipes it, if it is net/http's.
-func (c wipingConn) Write(b []byte) (int, error) {
+func (c *wipingConn) Write(b []byte) (n int, err error) {
 	defer registers.Clear() // net/http and TLS have copied it
-	n, err := c.conn.Write(b)
+	if c.holding {
+		c.held, n = append(c.held, b...), len(b)
+	} else {
+		n, err = c.conn.Write(b)
+	}
 	if len(b) <= httpBuffer {
 		clear(b)
 	}
 	return n, err
 }
 
-// ReadFrom sends what is in src. net/http calls it with a body that it need not see, and
-// bytes.Reader writes its own bytes.
-func (c wipingConn) ReadFrom(src io.Reader) (int64, error) {
+// ReadFrom sends what is in src, behind what is held. net/http calls it with a body that it
+// need not see, and bytes.Reader writes its own bytes.
+func (c *wipingConn) ReadFrom(src io.Reader) (int64, error) {
 	defer registers.Clear()
-	return io.Copy(struct{ io.Writer }{c.conn}, src)
+	return io.Copy(behind{c}, src)
 }
 
-// tlsKey is the key of a connection's TLS, in the context of its requests.
-type tlsKey struct{}
+// behind sends bytes of a handler.
+type behind struct{ c *wipingConn }
+
+// Write sends b, and leaves no copy of it.
+func (w behind) Write(b []byte) (int, error) {
+	head := len(w.c.held)
+	if head == 0 {
+		return w.c.conn.Write(b)
+	}
+	all := append(append(make([]byte, 0, head+len(b)), w.c.held...), b...)
+	defer clear(all)
+	w.c.held = w.c.held[:0]
+	n, err := w.c.conn.Write(all)
+	return max(0, n-head), err
+}
+
+// connKey is the key of a connection, in the context of its requests.
+type connKey struct{}
 
 // behindTLS has s speak HTTP/1.1 and HTTP/2 on connections of a wiping listener, and its
 // handler see the TLS of each as it would see that of others.
@@ -162,11 +217,12 @@ func behindTLS(s *http.Server) {
 	s.Protocols.SetUnencryptedHTTP2(true)
 	tell, handler := s.ConnContext, s.Handler
 	s.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		state := c.(wipingConn).conn.(*tls.Conn).ConnectionState()
-		return tell(context.WithValue(ctx, tlsKey{}, &state), c)
+		state := c.(*wipingConn).conn.(*tls.Conn).ConnectionState()
+		c.(*wipingConn).state = &state
+		return tell(context.WithValue(ctx, connKey{}, c), c)
 	}
 	s.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.TLS = r.Context().Value(tlsKey{}).(*tls.ConnectionState)
+		r.TLS = r.Context().Value(connKey{}).(*wipingConn).state
 		handler.ServeHTTP(w, r)
 	})
 }

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -101,7 +102,7 @@ func TestWiping(t *testing.T) {
 		c := tls.Client(far, &tls.Config{InsecureSkipVerify: true})
 		_, _ = io.Copy(io.Discard, c)
 	}()
-	b := bufio.NewWriterSize(wipingConn{tls.Server(near, cfg)}, httpBuffer)
+	b := bufio.NewWriterSize(&wipingConn{conn: tls.Server(near, cfg)}, httpBuffer)
 	if _, err := b.WriteString("a key"); err != nil {
 		t.Fatal(err)
 	}
@@ -110,6 +111,69 @@ func TestWiping(t *testing.T) {
 	}
 	if sent := b.AvailableBuffer()[:httpBuffer]; !bytes.Equal(sent, make([]byte, httpBuffer)) {
 		t.Errorf("what was sent is still in the buffer: %q", sent[:8])
+	}
+}
+
+// counting is a listener whose connections count what they are given to send.
+type counting struct {
+	net.Listener
+	writes *atomic.Int64
+}
+
+func (l counting) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	return countingConn{c, l.writes}, err
+}
+
+type countingConn struct {
+	net.Conn
+	writes *atomic.Int64
+}
+
+func (c countingConn) Write(b []byte) (int, error) {
+	c.writes.Add(1)
+	return c.Conn.Write(b)
+}
+
+// TestOneWrite: a short answer over HTTP/1.1 goes out at once, header and body, and so does
+// the header of one that has no body.
+func TestOneWrite(t *testing.T) {
+	t.Parallel()
+	ln, cfg := shaking(t)
+	var writes atomic.Int64
+	raw := ln.(shaken).Listener
+	s := &http.Server{TLSConfig: cfg, ConnContext: none, Handler: new(sweeper).watch(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "5")
+		_, _ = io.WriteString(w, "a key")
+		_ = http.NewResponseController(w).Flush()
+	}))}
+	behindTLS(s)
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(wiping{shaken{counting{raw, &writes}, cfg}}) }()
+	hc := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+	for i, method := range []string{"GET", "GET", "HEAD", "POST"} {
+		req, err := http.NewRequestWithContext(t.Context(), method, "https://"+raw.Addr().String()+"/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := writes.Load()
+		res, err := hc.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(res.Body)
+		if want := map[bool]string{true: "", false: "a key"}[method == "HEAD"]; err != nil || string(got) != want || res.ContentLength != 5 {
+			t.Errorf("%s: %q, of length %d, %v", method, got, res.ContentLength, err)
+		}
+		_ = res.Body.Close()
+		if n := writes.Load() - before; i > 0 && n != 1 { // the first comes behind the handshake's
+			t.Errorf("%s: the answer took %d writes", method, n)
+		}
+	}
+	hc.CloseIdleConnections()
+	_ = s.Close()
+	if err := <-served; err != http.ErrServerClosed {
+		t.Error(err)
 	}
 }
 
