@@ -179,41 +179,96 @@ func (db *DB) PoolAtoms(ctx context.Context, refs []handover.Key, link string) (
 	if !ok {
 		return nil, fmt.Errorf("reading atoms: link %s is not registered", link)
 	}
-	atoms := make(map[key.ID]PooledAtom, len(ids))
+	atoms, crowded := make(map[key.ID]PooledAtom, len(ids)), crowdedChunks(refs)
 	for e, part := range parts {
 		if !db.epochs.has(e) {
 			continue
 		}
-		if err := db.readPool(ctx, e, part, link, end.(handover.End), atoms); err != nil && !missingTable(err) {
+		if err := db.readPool(ctx, e, part, crowded, link, end.(handover.End), atoms); err != nil && !missingTable(err) {
 			return nil, away("reading atoms", err)
 		}
 	}
 	return atoms, nil
 }
 
-func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, link string, end handover.End, atoms map[key.ID]PooledAtom) error {
-	// The link is compared here: as a condition of the query it would have the
-	// planner read all chunks of the link.
-	rows, _ := db.pool.Query(ctx, `SELECT k.id, k.index, k.kek, k.iv, k.ct, k.ctid, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state, c.owner = 'here'
-		FROM `+keyTable(e)+` k JOIN chunk c ON c.id = k.chunk
-		JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block WHERE k.id = ANY($1::uuid[])`, uuids(ids))
-	defer rows.Close()
-	for rows.Next() {
-		var p PooledAtom
-		var iv []byte
-		var ours bool
-		err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, (*pgtype.TID)(&p.Place), &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &ours)
-		if err != nil {
+// chunkPlaces are where chunks of a link lie: the columns of their index.
+type chunkPlaces struct {
+	sessions, blocks []int64
+	firsts           []int32
+}
+
+// crowd is how many atoms of a chunk must be wanted for the whole of it to be read: its
+// atoms lie side by side, and looking for one alone takes the server ten times as long.
+const crowd = key.ChunkAtoms / 8
+
+// crowdedChunks are the chunks that many of the keys' atoms lie in, by what the keys say.
+func crowdedChunks(refs []handover.Key) (at chunkPlaces) {
+	type place struct {
+		session, block int64
+		first          int
+	}
+	wanted := make(map[place]int)
+	for _, r := range refs {
+		p := place{r.Session, r.Block, r.First - r.First%key.ChunkAtoms}
+		was := wanted[p]
+		wanted[p] += len(r.Atoms)
+		if was < crowd && wanted[p] >= crowd {
+			at.sessions, at.blocks, at.firsts = append(at.sessions, p.session), append(at.blocks, p.block), append(at.firsts, int32(p.first))
+		}
+	}
+	return at
+}
+
+const (
+	pooledColumns = "SELECT k.id, k.index, k.kek, k.iv, k.ct, k.ctid, c.id, b.link, b.session, b.id, b.epoch, b.provenance, b.state, c.owner = 'here' FROM "
+	itsBlock      = " JOIN block b ON b.link = c.link AND b.session = c.session AND b.id = c.block "
+)
+
+// readPool adds to atoms those of ids that are in an epoch's pool. Chunks that are said to
+// be crowded are read first, and what was not found in them is looked for wherever it is.
+func (db *DB) readPool(ctx context.Context, e key.Epoch, ids []key.ID, crowded chunkPlaces, link string, end handover.End, atoms map[key.ID]PooledAtom) error {
+	missing := make(map[key.ID]bool, len(ids))
+	for _, id := range ids {
+		missing[id] = true
+	}
+	add := func(rows pgx.Rows) error {
+		defer rows.Close()
+		for rows.Next() {
+			var p PooledAtom
+			var iv []byte
+			var ours bool
+			err := rows.Scan((*[16]byte)(&p.ID), &p.Index, &p.KEK, &iv, &p.CT, (*pgtype.TID)(&p.Place), &p.Chunk, &p.Link, &p.Session, &p.Block, &p.Epoch, &p.Provenance, &p.BlockState, &ours)
+			if err != nil {
+				return err
+			}
+			if p.Link != link || !missing[p.ID] {
+				continue
+			}
+			copy(p.IV[:], iv)
+			if p.Owner = end; !ours {
+				p.Owner = end.Other()
+			}
+			atoms[p.ID] = p
+			delete(missing, p.ID)
+		}
+		return rows.Err()
+	}
+	if len(crowded.firsts) > 0 {
+		// Each chunk is looked up by itself (OFFSET 0): else the planner may read all of
+		// its block's.
+		rows, _ := db.pool.Query(ctx, pooledColumns+`unnest($2::bigint[], $3::bigint[], $4::int[]) AS w (session, block, first)
+			CROSS JOIN LATERAL (SELECT * FROM chunk WHERE link = $1 AND session = w.session AND block = w.block AND first = w.first OFFSET 0) c`+
+			itsBlock+"JOIN "+keyTable(e)+" k ON k.chunk = c.id", link, crowded.sessions, crowded.blocks, crowded.firsts)
+		if err := add(rows); err != nil {
 			return err
 		}
-		if p.Link != link {
-			continue
-		}
-		copy(p.IV[:], iv)
-		if p.Owner = end; !ours {
-			p.Owner = end.Other()
-		}
-		atoms[p.ID] = p
 	}
-	return rows.Err()
+	if len(missing) == 0 {
+		return nil
+	}
+	// The link is compared above: as a condition of the query it would have the
+	// planner read all chunks of the link.
+	rows, _ := db.pool.Query(ctx, pooledColumns+keyTable(e)+" k JOIN chunk c ON c.id = k.chunk"+itsBlock+"WHERE k.id = ANY($1::uuid[])",
+		uuids(slices.Collect(maps.Keys(missing))))
+	return add(rows)
 }
