@@ -753,3 +753,24 @@ func TestGrace(t *testing.T) {
 	}
 	s.opens(t, k)
 }
+
+// TestNobodyWaitsForKEK: a KEK that the module makes when its caller has been told that
+// there is none is destroyed as soon as the module comes back.
+func TestNobodyWaitsForKEK(t *testing.T) {
+	_, f, token := newFaulty(t)
+	f.Hold(hsmtest.GenerateKey, true)
+	for token.stuck.Load() == 0 { // a call that is over before it begins is none
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		_, err := token.NewKEK(ctx, "epoch-1")
+		wantErr(t, "NewKEK", err, ErrUnavailable)
+		cancel()
+	}
+	f.Hold(hsmtest.GenerateKey, false)
+	until(t, "the call returns, and all that it did", func() bool {
+		keks, err := token.ListKEKs(t.Context())
+		return err == nil && token.stuck.Load() == 0 && len(keks) == 0 && f.Calls(hsmtest.DestroyObject) > 0
+	})
+	if _, err := token.NewKEK(t.Context(), "epoch-1"); err != nil { // nothing of it is left
+		t.Error(err)
+	}
+}

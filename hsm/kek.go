@@ -32,7 +32,9 @@ type KEK struct {
 
 // NewKEK makes a KEK in the token and reads its attributes back. A label that is
 // in use is refused. The KEK is in the token when NewKEK returns, and must be
-// recorded by the caller: ListKEKs finds one whose record was lost.
+// recorded by the caller: ListKEKs finds one whose record was lost. One that the module
+// has made when nobody waited for it any more is destroyed at once, if the process is
+// still there: the caller was told that there is none.
 func (t *Token) NewKEK(ctx context.Context, label string) (KEKInfo, error) {
 	if label == "" {
 		return KEKInfo{}, errors.New("making a KEK: no label")
@@ -40,7 +42,8 @@ func (t *Token) NewKEK(ctx context.Context, label string) (KEKInfo, error) {
 	info := KEKInfo{Label: label, ID: make([]byte, 16)}
 	_, _ = rand.Read(info.ID) // never fails: it ends the process instead
 	sameLabel := append(tokenKeys(), pkcs11.NewAttribute(pkcs11.CKA_LABEL, label))
-	err := t.alone(ctx, fmt.Sprintf("making KEK %q", label), func(s pkcs11.SessionHandle) error {
+	var made pkcs11.ObjectHandle // 0 while there is none that is good
+	generate := func(s pkcs11.SessionHandle) error {
 		others, err := t.m.find(s, sameLabel)
 		if err != nil {
 			return err
@@ -62,7 +65,15 @@ func (t *Token) NewKEK(ctx context.Context, label string) (KEKInfo, error) {
 		if err != nil {
 			return errors.Join(err, fault("C_DestroyObject", t.m.DestroyObject(s, o)))
 		}
+		made = o
 		return nil
+	}
+	err := t.call(ctx, alone, fmt.Sprintf("making KEK %q", label), func() error { return t.onOwnSession(generate) }, func() {
+		if made == 0 {
+			return
+		}
+		err := t.onOwnSession(func(s pkcs11.SessionHandle) error { return fault("C_DestroyObject", t.m.DestroyObject(s, made)) })
+		t.log.Warn("a KEK was made when nobody waited for it any more: it is destroyed", "kek", info.String(), "err", err)
 	})
 	if err != nil {
 		return KEKInfo{}, err
@@ -283,9 +294,13 @@ func (m *module) destroyKEK(s pkcs11.SessionHandle, info KEKInfo) error {
 // or not, whatever its label, and names those that it did. It is for emergencies, and asks
 // nobody: session copies, also those of this process, live on until a heartbeat finds that
 // theirs is gone. One that cannot be destroyed keeps none of the others; the error names
-// it. If there is neither, the token is one that sees us as its user.
+// it. If there is neither, the token is one that sees us as its user. Of a module that does
+// not return it names none: some may be gone, and more may go yet.
 func (t *Token) DestroyAll(ctx context.Context) (destroyed []string, err error) {
+	gone := make(chan []string, 1) // if the module does not return, what it does belongs to nobody
 	err = t.alone(ctx, "destroying all keys", func(s pkcs11.SessionHandle) error {
+		var names []string
+		defer func() { gone <- names }()
 		return sure(t.loggedIn, func() error {
 			var left []error
 			for _, match := range [][]*pkcs11.Attribute{tokenKeys(), authSecrets()} {
@@ -299,12 +314,16 @@ func (t *Token) DestroyAll(ctx context.Context) (destroyed []string, err error) 
 						left = append(left, fmt.Errorf("%s: %w", name, fault("C_DestroyObject", err)))
 						continue
 					}
-					destroyed = append(destroyed, name)
+					names = append(names, name)
 				}
 			}
 			return errors.Join(left...)
 		})
 	})
+	select {
+	case destroyed = <-gone:
+	default:
+	}
 	return destroyed, err
 }
 

@@ -230,3 +230,46 @@ func TestUndestroyable(t *testing.T) {
 		t.Error("the token was not looked at")
 	}
 }
+
+// TestSecondUndestroyable: of an epoch's KEKs each is recorded as destroyed when it was, once
+// and by this process, though another one of them cannot be.
+func TestSecondUndestroyable(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t), func(c *Config) { c.MaxWraps = 1 })
+	stand(t, k)
+	if _, err := get(t, k, 2, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	last := key.EpochAt(s.now().Add(time.Hour), time.Hour)
+	k.tendEpochs(t.Context()) // another KEK takes over
+	n := &ending{k: k, over: make(map[key.Epoch]int64)}
+	for range 3 {
+		s.step(time.Hour)
+		k.expire(t.Context())
+	}
+	if err := n.advance(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := follow(t, k); err != nil {
+		t.Fatal(err)
+	}
+	e := epochOf(t, k, last)
+	if len(e.KEKs) < 2 {
+		t.Fatalf("%d KEKs, want 2", len(e.KEKs))
+	}
+	second, err := infoOf(e.KEKs[1].KEK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copyInToken(t, second, second.Label) // which of them is it?
+	for range 2 {
+		if err := n.advance(t.Context()); err == nil || !strings.Contains(err.Error(), "2 keys have this label and ID") {
+			t.Errorf("the end of an epoch with a KEK that cannot be destroyed: %v", err)
+		}
+	}
+	got := s.recorded(audit.KEKGone, last)
+	if epochOf(t, k, last).State != store.EpochDraining || len(got) != len(e.KEKs)-1 || strings.Contains(strings.Join(got, " "), "not in the token any more") {
+		t.Errorf("recorded as destroyed: %q, want each but the second, and that it was there", got)
+	}
+}

@@ -248,39 +248,45 @@ func (n *ending) destroy(ctx context.Context, e store.Epoch) (bool, error) {
 	if held || k.hsmWell() != nil || k.Token.Health().Stage != hsm.Well {
 		return false, nil // the nodes see for themselves what they are to give up
 	}
-	var events []audit.Event
 	err := k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error {
+		var errs []error
 		for _, kek := range e.KEKs {
-			if kek.State == store.KEKDestroyed {
-				continue
+			if kek.State != store.KEKDestroyed {
+				errs = append(errs, n.destroyKEK(ctx, e, kek.KEK))
 			}
-			info, err := infoOf(kek.KEK)
-			if err != nil {
-				return err
-			}
-			ev := n.event(audit.KEKGone, e)
-			ev.Reason = fmt.Sprintf("KEK %d, %s, check value %x: the end of %s", kek.ID, info.Label, info.CheckValue, ev.Reason)
-			was, err := k.keks.destroy(ctx, info)
-			if err != nil {
-				return fmt.Errorf("destroying KEK %d: %w", kek.ID, err)
-			}
-			if !was {
-				ev.Reason += "; it was not in the token any more"
-			}
-			failpoint.Hit(failpoint.EpochKEKDestroyed)
-			events = append(events, ev)
 		}
-		return nil
+		return errors.Join(errs...)
 	})
 	if err != nil {
 		return false, err
 	}
-	done, err := k.Store.EndEpoch(ctx, e.Epoch, events...)
+	done, err := k.Store.EndEpoch(ctx, e.Epoch)
 	if done {
 		failpoint.Hit(failpoint.EpochDestroyed)
 		err = errors.Join(err, n.check(ctx))
 	}
 	return done, err
+}
+
+// destroyKEK destroys a KEK of a draining epoch and records that, whatever becomes of the
+// epoch's others. If the process dies in between, it is recorded that it was not there any
+// more. The caller is alone with the token.
+func (n *ending) destroyKEK(ctx context.Context, e store.Epoch, kek store.KEK) error {
+	info, err := infoOf(kek)
+	if err != nil {
+		return err
+	}
+	was, err := n.k.keks.destroy(ctx, info)
+	if err != nil {
+		return fmt.Errorf("destroying KEK %d: %w", kek.ID, err)
+	}
+	failpoint.Hit(failpoint.EpochKEKDestroyed)
+	ev := n.event(audit.KEKGone, e)
+	ev.Reason = fmt.Sprintf("KEK %d, %s, check value %x: the end of %s", kek.ID, info.Label, info.CheckValue, ev.Reason)
+	if !was {
+		ev.Reason += "; it was not in the token any more"
+	}
+	return n.k.Store.EndKEK(ctx, kek.ID, ev)
 }
 
 // depose takes over from a dead node whose copies are in the way: from then on they
@@ -328,10 +334,11 @@ func (k *KME) unrecoverableAfter() time.Duration {
 const endTime = time.Minute
 
 // check holds all keys of the token against the register, alone with the token, and
-// clears up after processes that have died while they made one.
+// clears up what is nobody's: see sweep. What cannot be cleared up hides nothing else.
 func (n *ending) check(ctx context.Context) error {
 	k := n.k
 	var found strays
+	var unswept error
 	err := k.Store.Alone(ctx, tokenWriters, func(ctx context.Context) error {
 		for {
 			rows, err := k.Store.KEKs(ctx)
@@ -342,11 +349,11 @@ func (n *ending) check(ctx context.Context) error {
 			if err != nil {
 				return fmt.Errorf("listing the keys of the token: %w", err)
 			}
-			swept, err := k.keks.sweep(ctx, rows, inToken)
-			if err != nil {
+			if err := k.keks.inSight(ctx); err != nil {
 				return err
 			}
-			if swept {
+			var swept bool
+			if swept, unswept = k.keks.sweep(ctx, rows, inToken); swept {
 				continue
 			}
 			if found = compare(rows, inToken); len(found.unknown) == 0 {
@@ -368,7 +375,7 @@ func (n *ending) check(ctx context.Context) error {
 	k.judgeStrays(ctx, "kek-unknown", "not in the register of KEKs, and yet in the token: ", found.unknown)
 	k.judgeStrays(ctx, "kek-doubled", "more than once in the token: ", found.doubled)
 	k.judgeStrays(ctx, "kek-missing", "in the register of KEKs, and not in the token: ", found.missing)
-	return nil
+	return unswept
 }
 
 // strays are keys of the token that do not agree with the register.

@@ -16,8 +16,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
+	"github.com/miekg/pkcs11"
 
 	"github.com/qutemail/kme/hsm"
+	"github.com/qutemail/kme/hsm/hsmtest"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/etsi014"
 	"github.com/qutemail/kme/internal/identity"
@@ -153,7 +155,9 @@ func TestEndOfEpoch(t *testing.T) {
 
 // aad is what a blob was sealed with: whoever has the row knows it.
 func (b blob) aad(t testing.TB) []byte {
-	return DueAAD(nil, kmeID(t, "km1"), b.kek, b.id, saeID(t, "alice"), saeID(t, "anna"), 256, key.LocalRNG, b.expires, false)
+	return DueAAD(nil, kmeID(t, "km1"), store.Due{
+		KEK: b.kek, Key: b.id, Master: saeID(t, "alice"), SAE: saeID(t, "anna"), Bits: 256, Provenance: key.LocalRNG, ExpiresAt: b.expires, Version: dueVersion,
+	})
 }
 
 // backup reads the blobs that wait to be taken, as whoever has a copy of the database can.
@@ -408,6 +412,26 @@ func TestStrays(t *testing.T) {
 		t.Errorf("%d plans are left", n)
 	}
 
+	// The module was at it when nobody waited for it any more, and comes back now.
+	if _, err := k.Token.NewKEK(t.Context(), "never made"); err != nil {
+		t.Fatal(err)
+	}
+	if got := alarms(); got != "" {
+		t.Errorf("alarms of what was made for a plan that was given up: %s", got)
+	}
+	if list, err := k.Token.ListKEKs(t.Context()); err != nil || slices.ContainsFunc(list, func(info hsm.KeyStatus) bool { return strings.Contains(info.Label, "made") }) {
+		t.Errorf("it is still in the token: %v, %v", list, err)
+	}
+	gone := 0
+	for _, ev := range s.audit() {
+		if ev.Action == string(audit.KEKGone) && strings.HasSuffix(ev.Reason, "it was never used") && strings.Contains(ev.Reason, "made") {
+			gone++
+		}
+	}
+	if gone != 2 {
+		t.Errorf("%d keys that were never used are recorded as destroyed, want 2", gone)
+	}
+
 	o, _ := k.keks.current.Load(e)
 	kek := o.(openKEK).kek.Info()
 	copied := copyInToken(t, kek, "innocent")
@@ -530,5 +554,97 @@ func TestWaitForKEK(t *testing.T) {
 	}
 	if !held.Stop() {
 		t.Error("somebody waited beyond the end of his request")
+	}
+}
+
+// TestSweepLeavesWhatIsUsed: what was a plan when the register was read, and is in use by
+// now, stays in the token; and so does a copy of a KEK, whatever its label says.
+func TestSweepLeavesWhatIsUsed(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	if err := k.beginRun(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e := key.EpochAt(s.now(), time.Hour)
+	if _, err := k.Store.EnsureEpoch(t.Context(), e); err != nil {
+		t.Fatal(err)
+	}
+	const label = "slow"
+	id, err := k.Store.PlanKEK(t.Context(), e, label)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := k.Store.KEKs(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := k.Token.NewKEK(t.Context(), label)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := k.Token.ListKEKs(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.Store.OpenKEK(t.Context(), store.KEK{ID: id, Epoch: e, PKCS11ID: info.ID, CheckValue: info.CheckValue[:]}, 0, k.own(audit.KEKMade)); err != nil {
+		t.Fatal(err)
+	}
+	if swept, err := k.keks.sweep(t.Context(), before, list); err != nil || swept {
+		t.Errorf("swept: %t, %v", swept, err)
+	}
+	kek, err := k.keks.forEpoch(t.Context(), e)
+	if err != nil || kek.id != id {
+		t.Errorf("KEK %d is in use, and not %d: %v", kek.id, id, err)
+	}
+
+	given, err := k.Store.PlanKEK(t.Context(), e, "given up")
+	if err == nil {
+		_, err = k.Store.AbandonKEK(t.Context(), given)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	copyInToken(t, info, "given up")
+	n := ending{k: k}
+	if err := n.check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if list, err = k.Token.ListKEKs(t.Context()); err != nil || len(list) != 2 || !k.stands("kek-unknown") {
+		t.Errorf("%v, %v, alarms %v: want the copy there, and an alarm of it", list, err, k.Alarms())
+	}
+}
+
+// TestAbandonedLate: a KEK that was made and is not needed goes also if the process dies
+// when the register knows so and the token does not.
+func TestAbandonedLate(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	dir := tokenDir(t)
+	token, faults := faultyToken(t, dir)
+	k := s.withToken(dir, func(c *Config) { c.Token = token })
+	if err := k.beginRun(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e := key.EpochAt(s.now(), time.Hour)
+	if _, err := k.Store.EnsureEpoch(t.Context(), e); err != nil {
+		t.Fatal(err)
+	}
+	s.change("UPDATE epoch SET state = 'sealed'") // so that the register refuses what is made
+	faults.Fail(hsmtest.DestroyObject, pkcs11.CKR_DEVICE_ERROR, hsmtest.Always)
+	if _, err := k.keks.makeAlone(t.Context(), e, 0); !errors.Is(err, store.ErrExpired) {
+		t.Errorf("making a KEK of a sealed epoch: %v", err)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.kek WHERE state = 'destroyed' AND check_value = ''"); n != 1 {
+		t.Errorf("%d KEKs are given up, want 1", n)
+	}
+	n := ending{k: k}
+	if err := n.check(t.Context()); err == nil || !k.stands("kek-unknown") {
+		t.Errorf("while it cannot be destroyed: %v, alarms %v", err, k.Alarms())
+	}
+	faults.Heal()
+	err := n.check(t.Context())
+	if list, e := k.Token.ListKEKs(t.Context()); err != nil || e != nil || len(list) != 0 || len(k.Alarms()) != 0 {
+		t.Errorf("%v, %v, %v, alarms %v: want nothing left", err, list, e, k.Alarms())
 	}
 }

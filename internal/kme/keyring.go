@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -211,20 +212,33 @@ func (r *keyring) makeAlone(ctx context.Context, e key.Epoch, replaces int64) (s
 	if err == nil && row.ID == id || errors.Is(err, store.ErrDoubt) {
 		return row, err
 	}
-	if aerr := r.abandon(context.WithoutCancel(ctx), id, info); aerr != nil {
+	giving, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTime)
+	defer cancel()
+	if aerr := r.abandon(giving, id, info); aerr != nil {
 		r.k.Log.Warn("giving up a KEK that is not needed", "label", label, "err", aerr)
 	}
 	return row, err
 }
 
-// abandon destroys a KEK that was planned, and made, and never used.
+// abandon gives up a KEK that was planned, and made, and is not needed. The register is
+// first: if the process dies in between, sweep does the rest.
 func (r *keyring) abandon(ctx context.Context, id int64, info hsm.KEKInfo) error {
-	if _, err := r.destroy(ctx, info); err != nil {
+	given, err := r.k.Store.AbandonKEK(ctx, id)
+	if err != nil || !given {
+		return err
+	}
+	return r.discard(ctx, id, info)
+}
+
+// discard destroys in the token what was made for a plan that was given up.
+func (r *keyring) discard(ctx context.Context, id int64, info hsm.KEKInfo) error {
+	was, err := r.destroy(ctx, info)
+	if err != nil || !was {
 		return err
 	}
 	ev := r.k.own(audit.KEKGone)
 	ev.Reason = fmt.Sprintf("KEK %d: %s, check value %x: it was never used", id, info.Label, info.CheckValue)
-	return r.k.Store.AbandonKEK(ctx, id, ev)
+	return r.k.Store.Record(ctx, ev)
 }
 
 // destroy destroys a KEK in the token, and says whether it was there. That it was not is
@@ -251,28 +265,54 @@ func (r *keyring) inSight(ctx context.Context) error {
 	return nil
 }
 
-// sweep ends the plans of processes that have died over them. The caller is alone with
-// the token, so that nobody is at work on one. One whose key cannot be destroyed stays,
-// and keeps none of the others.
+// sweep gives up the plans of processes that have died over them, and destroys in the token
+// what was made for plans that were given up, also long after: the module may have come back
+// from a call when nobody waited for it any more, or the process may have died. The caller is
+// alone with the token, so that hardly anybody is at work on a plan; whoever is, since the
+// lock was lost, finds that the register decides: what is given up there is never registered
+// and seals nothing, and what was registered before stays. One that cannot be destroyed keeps
+// none of the others. It says whether anything has changed.
 func (r *keyring) sweep(ctx context.Context, rows []store.KEK, inToken []hsm.KeyStatus) (swept bool, err error) {
 	for _, row := range rows {
 		if row.State != store.KEKPlanned {
 			continue
 		}
-		i := slices.IndexFunc(inToken, func(info hsm.KeyStatus) bool { return info.Label == row.Label })
-		var failed error
-		if i >= 0 {
-			failed = r.abandon(ctx, row.ID, inToken[i].KEKInfo)
-		} else if failed = r.inSight(ctx); failed == nil {
-			failed = r.k.Store.AbandonKEK(ctx, row.ID)
+		given, failed := r.k.Store.AbandonKEK(ctx, row.ID)
+		swept = swept || given
+		err = errors.Join(err, failed)
+	}
+	var unknown []string
+	for _, info := range inToken {
+		if info.Err == nil && !registeredAs(rows, info.KEKInfo) {
+			unknown = append(unknown, info.Label)
 		}
-		if failed != nil {
-			err = errors.Join(err, fmt.Errorf("clearing up after KEK %d, which was planned: %w", row.ID, failed))
-		} else {
-			swept = true
+	}
+	if len(unknown) == 0 {
+		return swept, err
+	}
+	givenUp, failed := r.k.Store.AbandonedKEKs(ctx, unknown)
+	err = errors.Join(err, failed)
+	for _, row := range givenUp {
+		for _, info := range inToken {
+			if info.Label != row.Label || info.Err != nil || registeredAs(rows, info.KEKInfo) {
+				continue
+			}
+			if failed := r.discard(ctx, row.ID, info.KEKInfo); failed != nil {
+				err = errors.Join(err, fmt.Errorf("clearing up after KEK %d, which was planned: %w", row.ID, failed))
+			} else {
+				swept = true
+			}
 		}
 	}
 	return swept, err
+}
+
+// registeredAs says whether a KEK of the register that is in use has the label or the check
+// value: a copy of one, whatever its label says, is for an operator to see.
+func registeredAs(rows []store.KEK, info hsm.KEKInfo) bool {
+	return slices.ContainsFunc(rows, func(row store.KEK) bool {
+		return row.State != store.KEKPlanned && (row.Label == info.Label || bytes.Equal(row.CheckValue, info.CheckValue[:]))
+	})
 }
 
 // open opens a KEK that is in the token. That this run has a copy of it is written down

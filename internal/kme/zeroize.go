@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/qutemail/kme/hsm"
@@ -16,7 +17,9 @@ import (
 // that is stored, whether or not anything else works. What says so afterwards is in the
 // token, where every node of the site looks each second, and in a file of the node, for
 // when the token is gone. `kmed recover --burn` brings the site back: it accounts for
-// what was lost, and the mark in the token is older than what it leaves.
+// what was lost, and then says, in the token and in another file, up to which mark. That is
+// the one that it found when it began: whoever zeroizes meanwhile stops the site again.
+// A mark is never taken away, so that none is that somebody makes at the same time.
 
 // The token's counters that say when it was zeroized, in seconds since 1970, and up to
 // which of these the site has been recovered. Counters never go back.
@@ -25,8 +28,10 @@ const (
 	recoveredCounter = "kme-zeroized-recovered"
 )
 
-// zeroizedFile is the mark in a node's data folder.
-func zeroizedFile(dataDir string) string { return filepath.Join(dataDir, "zeroized") }
+// zeroizedFile is the mark in a node's data folder, and recoveredFile says likewise up to
+// which mark the site was recovered.
+func zeroizedFile(dataDir string) string  { return filepath.Join(dataDir, "zeroized") }
+func recoveredFile(dataDir string) string { return filepath.Join(dataDir, "zeroized-recovered") }
 
 // zeroizeTries bounds how often keys are looked for that a node has made meanwhile.
 const zeroizeTries = 5
@@ -36,18 +41,7 @@ const zeroizeTries = 5
 // nodes are stopped: they serve nothing from the next second on, and their session copies
 // go. The marks come first, so that no node that finds its keys missing makes others.
 func Zeroize(ctx context.Context, token *hsm.Token, dataDir string, now time.Time, out io.Writer) error {
-	mark, errMark := nextMark(ctx, token, dataDir, now)
-	text := fmt.Sprintf("%d\nzeroized at %s: kmed recover --burn brings the site back\n", mark, now.UTC().Format(time.RFC3339))
-	errFile := os.MkdirAll(dataDir, 0o700)
-	if errFile == nil {
-		errFile = writeDurably(zeroizedFile(dataDir), []byte(text))
-	}
-	errMark = errors.Join(errMark, token.SetCounter(ctx, zeroizedCounter, mark))
-	for _, err := range []error{errFile, errMark} {
-		if err != nil { // the keys go all the same
-			fmt.Fprintf(out, "MARKING FAILED: %v\n", err)
-		}
-	}
+	mark, errFile, errMark := setMark(ctx, token, dataDir, now, out) // the keys go even if it fails
 	for range zeroizeTries {
 		destroyed, err := token.DestroyAll(ctx)
 		for _, info := range destroyed {
@@ -60,6 +54,9 @@ func Zeroize(ctx context.Context, token *hsm.Token, dataDir string, now time.Tim
 			if at, err := token.Counter(ctx, zeroizedCounter); errMark == nil && (err != nil || at < mark) {
 				return errors.Join(errFile, fmt.Errorf("the token shows nothing, not even the mark that was just made (%d, %v): keys may be left in it", at, err))
 			}
+			if recovered, err := token.Counter(ctx, recoveredCounter); err == nil && recovered >= mark { // before the last key was gone
+				_, errFile, errMark = setMark(ctx, token, dataDir, now, out)
+			}
 			fmt.Fprintln(out, "no secret key and no authentication secret is left in the token")
 			return errors.Join(errFile, errMark)
 		}
@@ -67,37 +64,82 @@ func Zeroize(ctx context.Context, token *hsm.Token, dataDir string, now time.Tim
 	return errors.New("keys are being made in the token as fast as they are destroyed: stop the nodes, and do it again")
 }
 
+// setMark marks the site as zeroized, in the file and in the token.
+func setMark(ctx context.Context, token *hsm.Token, dataDir string, now time.Time, out io.Writer) (mark int64, errFile, errMark error) {
+	mark, errMark = nextMark(ctx, token, dataDir, now)
+	text := fmt.Sprintf("%d\nzeroized at %s: kmed recover --burn brings the site back\n", mark, now.UTC().Format(time.RFC3339))
+	if errFile = os.MkdirAll(dataDir, 0o700); errFile == nil {
+		errFile = writeDurably(zeroizedFile(dataDir), []byte(text))
+	}
+	errMark = errors.Join(errMark, token.SetCounter(ctx, zeroizedCounter, mark))
+	for _, err := range []error{errFile, errMark} {
+		if err != nil {
+			fmt.Fprintf(out, "MARKING FAILED: %v\n", err)
+		}
+	}
+	return mark, errFile, errMark
+}
+
 // nextMark is now, or later than all earlier marks if that is more, whatever the clock
 // says: one that is not would be taken for an older zeroizing, from which the site was
 // recovered. With an error it is later than those that could be read.
 func nextMark(ctx context.Context, token *hsm.Token, dataDir string, now time.Time) (mark int64, err error) {
-	zeroized, e1 := token.Counter(ctx, zeroizedCounter)
-	recovered, e2 := token.Counter(ctx, recoveredCounter)
-	inFile, e3 := readZeroized(dataDir)
-	return max(now.Unix(), zeroized+1, recovered+1, inFile+1), errors.Join(e1, e2, e3)
+	m, err := readMarks(ctx, token, dataDir)
+	return max(now.Unix(), m.last()+1, m.recovered+1, m.recoveredFile+1), err
+}
+
+// marks are when the site was zeroized last, by the token and by this node's file, and up to
+// which mark it was recovered, likewise: 0 where nothing says so.
+type marks struct{ zeroized, recovered, file, recoveredFile int64 }
+
+// readMarks reads them. With an error it is those that could be read.
+func readMarks(ctx context.Context, token *hsm.Token, dataDir string) (m marks, err error) {
+	var errs [4]error
+	m.zeroized, errs[0] = token.Counter(ctx, zeroizedCounter)
+	m.recovered, errs[1] = token.Counter(ctx, recoveredCounter)
+	m.file, errs[2] = readMark(zeroizedFile(dataDir))
+	m.recoveredFile, errs[3] = readMark(recoveredFile(dataDir))
+	if err := errors.Join(errs[:]...); err != nil {
+		return m, fmt.Errorf("looking whether the token was zeroized: %w", err)
+	}
+	return m, nil
+}
+
+// last is the last mark.
+func (m marks) last() int64 { return max(m.zeroized, m.file) }
+
+// stands is the mark from which the site has not been recovered: 0 if there is none. The
+// file's counts also beside a token that knows nothing of it.
+func (m marks) stands() int64 {
+	switch {
+	case m.zeroized > m.recovered:
+		return m.zeroized
+	case m.file > max(m.recovered, m.recoveredFile):
+		return m.file
+	}
+	return 0
 }
 
 // zeroized says that the site was zeroized and not recovered since; "" if it was not.
 func (k *KME) zeroized(ctx context.Context) (string, error) {
-	at, err := k.Token.Counter(ctx, zeroizedCounter)
+	m, err := readMarks(ctx, k.Token, k.DataDir)
 	if err != nil {
-		return "", fmt.Errorf("looking whether the token was zeroized: %w", err)
+		return "", err
 	}
-	recovered, err := k.Token.Counter(ctx, recoveredCounter)
-	if err != nil {
-		return "", fmt.Errorf("looking whether the token was zeroized: %w", err)
-	}
-	if at <= recovered {
-		if at, err = readZeroized(k.DataDir); err != nil || at <= recovered {
-			return "", err
-		}
-	}
-	return fmt.Sprintf("the site was zeroized at %s: all keys of its HSM were destroyed", time.Unix(at, 0).UTC().Format(time.RFC3339)), nil
+	return m.text(), nil
 }
 
-// readZeroized reads the mark in the data folder: 0 if there is none.
-func readZeroized(dataDir string) (at int64, err error) {
-	text, err := os.ReadFile(zeroizedFile(dataDir))
+func (m marks) text() string {
+	at := m.stands()
+	if at == 0 {
+		return ""
+	}
+	return fmt.Sprintf("the site was zeroized at %s: all keys of its HSM were destroyed", time.Unix(at, 0).UTC().Format(time.RFC3339))
+}
+
+// readMark reads the mark in a file: 0 if there is none.
+func readMark(file string) (at int64, err error) {
+	text, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return 0, nil
 	}
@@ -105,7 +147,7 @@ func readZeroized(dataDir string) (at int64, err error) {
 		_, err = fmt.Sscan(string(text), &at)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("reading %s: %w", zeroizedFile(dataDir), err)
+		return 0, fmt.Errorf("reading %s: %w", file, err)
 	}
 	return at, nil
 }
@@ -130,24 +172,24 @@ func (k *KME) watchZeroized(ctx context.Context) {
 	k.alarmSuspended(ctx, why)
 }
 
-// endZeroized notes that the site has been recovered since it was zeroized.
-func (k *KME) endZeroized(ctx context.Context) error {
-	at, err := k.Token.Counter(ctx, zeroizedCounter)
-	if err != nil {
+// errZeroizedAgain says that the site was zeroized while it was being recovered.
+var errZeroizedAgain = errors.New("the site was zeroized while it was being recovered: recover it again")
+
+// endZeroized notes that the site has been recovered up to the mark that stood when the
+// recovery began: 0 if there was none. A later mark is another zeroizing, from which it has
+// not; one that comes while this goes on stops the site as soon as a node looks.
+func (k *KME) endZeroized(ctx context.Context, mark int64) error {
+	m, err := readMarks(ctx, k.Token, k.DataDir)
+	switch {
+	case err != nil:
 		return err
-	}
-	inFile, err := readZeroized(k.DataDir)
-	if err != nil {
-		return err
-	}
-	if at = max(at, inFile); at == 0 {
+	case m.last() > mark:
+		return errZeroizedAgain
+	case m.stands() == 0:
 		return nil
 	}
-	if err := k.Token.SetCounter(ctx, recoveredCounter, at); err != nil {
+	if err := k.Token.SetCounter(ctx, recoveredCounter, max(mark, m.recovered)); err != nil {
 		return err
 	}
-	if err := os.Remove(zeroizedFile(k.DataDir)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("removing the mark of the zeroized token: %w", err)
-	}
-	return nil
+	return writeDurably(recoveredFile(k.DataDir), []byte(strconv.FormatInt(mark, 10)+"\n"))
 }

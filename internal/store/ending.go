@@ -128,12 +128,11 @@ func (db *DB) DrainEpoch(ctx context.Context, e key.Epoch, event audit.Event) (b
 	return db.step(ctx, "draining", e, event, "SELECT drain_epoch($1)", int64(e))
 }
 
-// EndEpoch notes that the KEKs of a draining epoch are destroyed in the token, and
-// records events. It says whether it did, and fails while a node has a copy.
-func (db *DB) EndEpoch(ctx context.Context, e key.Epoch, events ...audit.Event) (bool, error) {
+// EndEpoch notes that the KEKs of a draining epoch are destroyed in the token, each of
+// which EndKEK has recorded. It says whether it did, and fails while a node has a copy.
+func (db *DB) EndEpoch(ctx context.Context, e key.Epoch) (bool, error) {
 	var done bool
 	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
-		a.record(events...)
 		return ended(a.conn.QueryRow(ctx, "SELECT destroy_epoch($1)", int64(e)), &done)
 	}), nil)
 	return done, notNow(fmt.Sprintf("ending epoch %d", e), err)

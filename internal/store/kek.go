@@ -92,15 +92,41 @@ func (db *DB) OpenKEK(ctx context.Context, k KEK, replaces int64, event audit.Ev
 	return got, nil
 }
 
-// AbandonKEK notes that a planned KEK is not in the token, and never will be.
-func (db *DB) AbandonKEK(ctx context.Context, id int64, events ...audit.Event) error {
-	err := db.do(ctx, solo(func(_ context.Context, a *attempt) error {
-		a.record(events...)
-		a.writes.Queue("UPDATE kek SET state = 'destroyed' WHERE id = $1 AND state = 'planned'", id)
-		return nil
+// AbandonKEK gives up a KEK that was planned: from then on OpenKEK refuses it, and so
+// nothing is ever sealed under what there is of it in the token, or comes to be. It says
+// whether it is given up, by this call or before: one that was registered is not.
+func (db *DB) AbandonKEK(ctx context.Context, id int64) (given bool, err error) {
+	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		if _, err := a.conn.Exec(ctx, "UPDATE kek SET state = 'destroyed' WHERE id = $1 AND state = 'planned'", id); err != nil {
+			return err
+		}
+		return a.conn.QueryRow(ctx, "SELECT "+givenUp+" FROM kek WHERE id = $1", id).Scan(&given)
 	}), nil)
 	if err != nil {
-		return fmt.Errorf("abandoning KEK %d: %w", id, err)
+		return false, fmt.Errorf("abandoning KEK %d: %w", id, err)
+	}
+	return given, nil
+}
+
+// givenUp is what a KEK's row shows that was planned and never registered.
+const givenUp = "state = 'destroyed' AND check_value = ''"
+
+// AbandonedKEKs lists those that were planned under one of the labels and given up.
+func (db *DB) AbandonedKEKs(ctx context.Context, labels []string) ([]KEK, error) {
+	return db.keks(ctx, givenUp+" AND label = ANY($1)", labels)
+}
+
+// EndKEK notes that a KEK is destroyed in the token, and records event, once.
+func (db *DB) EndKEK(ctx context.Context, id int64, event audit.Event) error {
+	err := db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		tag, err := a.conn.Exec(ctx, "UPDATE kek SET state = 'destroyed' WHERE id = $1 AND state <> 'destroyed'", id)
+		if err == nil && tag.RowsAffected() > 0 {
+			a.record(event)
+		}
+		return err
+	}), nil)
+	if err != nil {
+		return fmt.Errorf("ending KEK %d: %w", id, err)
 	}
 	return nil
 }
