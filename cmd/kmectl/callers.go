@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -100,6 +101,7 @@ func (s *session) turn(ctx context.Context, do func(*admin.Client) error, done s
 }
 
 type policyReloadCommand struct {
+	Digest    string `help:"Of the policies that you have looked at, as kmectl policy check says it: others are not put in force. With --approval it must be said."`
 	approving `embed:""`
 }
 
@@ -109,11 +111,14 @@ func (c policyReloadCommand) Run(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
-	given, err := c.approvals(ctx, s, client, policies.ActReload)
+	if c.Approval != "" && c.Digest == "" {
+		return advise(errors.New("--approval without --digest: which policies have you looked at?"), "nothing was signed or done; kmectl policy check says the digest of a folder")
+	}
+	given, err := c.approvals(ctx, s, client, policies.ActReload, c.Digest)
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}
-	got, err := client.ReloadPolicies(ctx, given...)
+	got, err := client.ReloadPolicies(ctx, c.Digest, given...)
 	if err != nil {
 		return p.explain(err, p.unlisted())
 	}

@@ -256,7 +256,7 @@ func TestActs(t *testing.T) {
 			t.Errorf("SAEs: %v (-want +got):\n%s", err, diff)
 		}
 	}
-	if p, err := root.ReloadPolicies(ctx); err != nil || p.Digest != "abc" {
+	if p, err := root.ReloadPolicies(ctx, "abc"); err != nil || p.Digest != "abc" {
 		t.Errorf("ReloadPolicies: got %+v, %v", p, err)
 	}
 	for _, tt := range []struct {
@@ -272,7 +272,7 @@ func TestActs(t *testing.T) {
 		{"enable nobody", root.EnableSAE(ctx, "a\x00"), 400},
 		{"a viewer's disable", vera.DisableSAE(ctx, "alice", "x"), 403},
 		{"a viewer's enable", vera.EnableSAE(ctx, "alice"), 403},
-		{"a viewer's reload", second(vera.ReloadPolicies(ctx)), 403},
+		{"a viewer's reload", second(vera.ReloadPolicies(ctx, "")), 403},
 		{"a viewer's cleanup", second(vera.Cleanup(ctx)), 403},
 		{"a stranger's disable", s.client("mallory").DisableSAE(ctx, "alice", "x"), 401},
 	} {
@@ -284,7 +284,7 @@ func TestActs(t *testing.T) {
 			t.Errorf("%s: got %d (%v), want %d", tt.act, got, tt.err, tt.want)
 		}
 	}
-	if want := []string{"reload", "disable alice ticket 41", "enable alice"}; !slices.Equal(s.acts, want) {
+	if want := []string{"reload abc", "disable alice ticket 41", "enable alice"}; !slices.Equal(s.acts, want) {
 		t.Errorf("the Backend was told %q, want %q", s.acts, want)
 	}
 	if len(s.refusals) != 9 {

@@ -28,9 +28,15 @@ type Certificate struct {
 	Open   int       // connections that are open
 }
 
-// Policies is what is in force after a reload.
+// Policies are policies that are, or were, or may be in force.
 type Policies struct {
-	Digest string `json:"policies_digest"` // SHA-256, hex
+	Digest string `json:"policies_digest,omitzero"` // of the files: SHA-256, hex
+}
+
+// reloadObject is the body of a reload.
+type reloadObject struct {
+	Policies // that the caller has looked at; may be missing
+	approved
 }
 
 // Callers is the part of a Backend that says who is let in.
@@ -41,9 +47,12 @@ type Callers interface {
 	DisableSAE(ctx context.Context, c identity.Caller, rid string, sae identity.SAE, reason string) error
 	// EnableSAE takes that back. What a file disables stays disabled.
 	EnableSAE(ctx context.Context, c identity.Caller, rid string, given []approval.Approval, sae identity.SAE) error
+	// PolicyFiles is what ReloadPolicies would put in force now.
+	PolicyFiles(ctx context.Context, c identity.Caller, rid string) (Policies, error)
 	// ReloadPolicies puts the files of policies in force at this node as they are now,
-	// or, if anything is wrong with them, none of them.
-	ReloadPolicies(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (Policies, error)
+	// or, if anything is wrong with them, none of them. If looked is not zero they must be
+	// those; officers sign for those that they have looked at.
+	ReloadPolicies(ctx context.Context, c identity.Caller, rid string, given []approval.Approval, looked Policies) (Policies, error)
 }
 
 // maxReason bounds the reason for which an SAE is disabled, in bytes.
@@ -96,8 +105,8 @@ func (c Config) enableSAE(ctx context.Context, caller identity.Caller, rid strin
 	return doneObject{"enabled"}, c.Backend.EnableSAE(ctx, caller, rid, q.Approvals, sae)
 }
 
-func (c Config) reloadPolicies(ctx context.Context, caller identity.Caller, rid string, q approved) (Policies, error) {
-	return c.Backend.ReloadPolicies(ctx, caller, rid, q.Approvals)
+func (c Config) reloadPolicies(ctx context.Context, caller identity.Caller, rid string, q reloadObject) (Policies, error) {
+	return c.Backend.ReloadPolicies(ctx, caller, rid, q.Approvals, q.Policies)
 }
 
 // The paths of what acts.
@@ -124,9 +133,10 @@ func (c *Client) EnableSAE(ctx context.Context, id string, given ...approval.App
 	return c.post(ctx, pathEnable, switchObject{ID: id, approved: approved{given}}, new(doneObject))
 }
 
-// ReloadPolicies has the node read its files of policies again.
-func (c *Client) ReloadPolicies(ctx context.Context, given ...approval.Approval) (Policies, error) {
+// ReloadPolicies has the node read its files of policies again. With a digest they must be
+// those that have it.
+func (c *Client) ReloadPolicies(ctx context.Context, digest string, given ...approval.Approval) (Policies, error) {
 	var p Policies
-	err := c.post(ctx, pathReload, approved{given}, &p)
+	err := c.post(ctx, pathReload, reloadObject{Policies{digest}, approved{given}}, &p)
 	return p, err
 }

@@ -248,7 +248,7 @@ func TestConsoleActs(t *testing.T) {
 		{"root", "/console/acts/disable", url.Values{"reason": {"ticket 41"}}, http.StatusBadRequest, "no SAE is named"},
 		{"root", "/console/acts/disable", url.Values{"sae": {"bob"}, "reason": {"ticket 41"}}, http.StatusOK, "bob is shut out."},
 		{"root", "/console/acts/enable", url.Values{"sae": {"bob"}}, http.StatusOK, "bob is let in again."},
-		{"root", "/console/acts/reload", nil, http.StatusOK, "digest abc"},
+		{"root", "/console/acts/reload", url.Values{"files": {"0ddba11"}}, http.StatusOK, "digest abc"},
 	} {
 		who, path, form = tt.who, tt.path, tt.form
 		if status, body := post("Sec-Fetch-Site", "same-origin"); status != tt.status || !strings.Contains(body, tt.says) {
@@ -258,7 +258,7 @@ func TestConsoleActs(t *testing.T) {
 	if len(s.given) != 0 {
 		t.Errorf("approvals that nobody gave: %v", s.given)
 	}
-	if want := []string{"disable bob ticket 41", "enable bob", "reload"}; !slices.Equal(s.acts, want) {
+	if want := []string{"disable bob ticket 41", "enable bob", "reload 0ddba11"}; !slices.Equal(s.acts, want) {
 		t.Errorf("acts %q, want %q", s.acts, want)
 	}
 	who, path = "root", "/console/acts/cleanup"
@@ -286,6 +286,19 @@ func TestConsoleApprovals(t *testing.T) {
 	if _, body := s.page("root", "/console/acts/disable?sae=eve"); strings.Contains(body, "approve") {
 		t.Errorf("the page of an act that takes one:\n%s", body)
 	}
+	files := mine
+	files.Act, files.Nonce = "reload-policies 0ddba11", []byte{4}
+	before := files
+	before.Act, before.Nonce = "reload-policies 01d", []byte{5}
+	s.waiting = []admin.Waiting{{Officer: "olga", Approval: before}, {Officer: "olga", Approval: files}, {Officer: "olga", Approval: before}}
+	if _, body := s.page("root", "/console/acts/reload"); !strings.Contains(body, "kmectl approve --node km1/km1-a 'reload-policies 0ddba11'") ||
+		!strings.Contains(body, `name="files" value="0ddba11"`) || !strings.Contains(body, `name="other" value="04"`) {
+		t.Errorf("the page of an act on the files of policies does not say which are there now, or who has approved those:\n%s", body)
+	}
+	if _, body := s.page("root", "/console/approvals"); strings.Count(body, `<a href="/console/acts/reload"`) != 3 {
+		t.Errorf("approvals of policies cannot be acted on:\n%s", body)
+	}
+	s.waiting = nil
 	if err := s.client("root").LeaveApproval(t.Context(), mine); err != nil {
 		t.Fatal(err)
 	}

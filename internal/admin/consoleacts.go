@@ -17,9 +17,10 @@ type consoleAct struct {
 	duty             identity.Duty
 	run              func(x *exchange, given []approval.Approval) (done string, err error)
 
-	ofSAE  bool   // the query, and then the form, names an SAE; it is asked for at the list of SAEs
-	reason bool   // the form asks for a reason
-	act    string // what officers sign where a site wants two; an SAE's ID follows. "": it takes one everywhere
+	ofSAE   bool   // the query, and then the form, names an SAE; it is asked for at the list of SAEs
+	ofFiles bool   // the page, and then the form, says which files of policies are meant
+	reason  bool   // the form asks for a reason
+	act     string // what officers sign where a site wants two; an SAE's ID follows, or the digest of the files. "": it takes one everywhere
 }
 
 // acts are those that there are.
@@ -32,16 +33,16 @@ func (c Config) acts() []consoleAct {
 				n, err := c.Backend.Cleanup(x.r.Context(), x.caller, x.rid, given)
 				return fmt.Sprintf("%d overdue keys were ended.", n), err
 			},
-			false, false, "cleanup",
+			false, false, false, "cleanup",
 		},
 		{
 			"/console/acts/reload", "Read policies anew", "The files of policies are put in force at this node as they are now; or, if anything is wrong with them, none of them.",
 			identity.Operating,
 			func(x *exchange, given []approval.Approval) (string, error) {
-				p, err := c.Backend.ReloadPolicies(x.r.Context(), x.caller, x.rid, given)
+				p, err := c.Backend.ReloadPolicies(x.r.Context(), x.caller, x.rid, given, Policies{x.r.PostFormValue("files")})
 				return fmt.Sprintf("The policies in force have the digest %.16s.", p.Digest), err
 			},
-			false, false, "reload-policies",
+			false, true, false, "reload-policies",
 		},
 		{
 			"/console/acts/disable", "Shut out", "It is shut out at every node of this site, within a second, whatever certificates it has. Keys that it was named for stay.",
@@ -57,7 +58,7 @@ func (c Config) acts() []consoleAct {
 				}
 				return sae.String() + " is shut out.", c.Backend.DisableSAE(x.r.Context(), x.caller, x.rid, sae, reason)
 			},
-			true, true, "",
+			true, false, true, "",
 		},
 		{
 			"/console/acts/enable", "Let in again", "It is let in again at every node of this site, if a rule names its certificate.",
@@ -69,7 +70,7 @@ func (c Config) acts() []consoleAct {
 				}
 				return sae.String() + " is let in again.", c.Backend.EnableSAE(x.r.Context(), x.caller, x.rid, given, sae)
 			},
-			true, false, "enable-sae",
+			true, false, false, "enable-sae",
 		},
 	}
 }
@@ -114,7 +115,8 @@ func (x *exchange) formSAE() (identity.SAE, error) {
 // confirmation is a page that asks whether something is to be done.
 type confirmation struct {
 	Says, Action, Button, Back string
-	Reason                     bool // a reason is asked for
+	Files                      string // the digest of those that are meant; "" if none are
+	Reason                     bool   // a reason is asked for
 	Fields                     []field
 	Second                     *secondOfficer // nil: it takes one officer everywhere
 }
@@ -129,6 +131,13 @@ func (a consoleAct) ask(x *exchange) (content, error) {
 	if a.ofSAE {
 		sae := x.r.URL.Query().Get("sae")
 		title, form.Back, form.Fields = a.Name+": "+sae+"?", "/console/saes", []field{{"sae", sae}}
+	}
+	if a.ofFiles {
+		files, err := x.c.Backend.PolicyFiles(x.r.Context(), x.caller, x.rid)
+		if err != nil {
+			return content{}, err
+		}
+		form.Files, form.Fields = files.Digest, []field{{"files", files.Digest}}
 	}
 	if a.act != "" {
 		act, err := a.signed(form.Fields)
@@ -154,6 +163,9 @@ func (a consoleAct) signed(fields []field) (approval.Act, error) {
 	}
 	return approval.NewAct(a.act, on...)
 }
+
+// isOf says whether officers sign the act with something that it is done to.
+func (a consoleAct) isOf() bool { return a.ofSAE || a.ofFiles }
 
 // path is the address of the page that asks for it, of that SAE if it is of one.
 func (a consoleAct) path(sae string) string {

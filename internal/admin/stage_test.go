@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -150,8 +151,12 @@ func (s *script) EnableSAE(_ context.Context, c identity.Caller, rid string, giv
 	return s.saw(c, rid)
 }
 
-func (s *script) ReloadPolicies(_ context.Context, c identity.Caller, rid string, _ []approval.Approval) (admin.Policies, error) {
-	s.acts = append(s.acts, "reload")
+func (s *script) PolicyFiles(_ context.Context, c identity.Caller, rid string) (admin.Policies, error) {
+	return admin.Policies{Digest: "0ddba11"}, s.saw(c, rid)
+}
+
+func (s *script) ReloadPolicies(_ context.Context, c identity.Caller, rid string, given []approval.Approval, looked admin.Policies) (admin.Policies, error) {
+	s.acts, s.given = append(s.acts, strings.TrimSpace("reload "+looked.Digest)), given
 	return admin.Policies{Digest: "abc"}, s.saw(c, rid)
 }
 

@@ -80,9 +80,9 @@ func (c Config) approvalsPage(x *exchange) (content, error) {
 		words := w.Approval.Act.Words() // quoted in the act's text, if there is a blank in one
 		for _, a := range c.acts() {
 			switch {
-			case len(words) == 1 && !a.ofSAE && a.act == words[0]:
+			case len(words) == 1 && !a.isOf() && a.act == words[0]:
 				rows[i].Path = a.path("")
-			case len(words) == 2 && a.ofSAE && a.act == words[0]:
+			case len(words) == 2 && a.isOf() && a.act == words[0]:
 				rows[i].Path = a.path(words[1])
 			}
 		}

@@ -64,23 +64,29 @@ func reasons(list []store.Switch) map[string]string {
 // Reload puts the files of policies in force as they are now. If anything is wrong with
 // them the old ones stay, and an alarm says so until files are loaded that are right.
 func (k *KME) Reload(ctx context.Context) error {
-	_, err := k.reload(ctx, k.own(audit.Policies))
+	ev := k.own(audit.Policies)
+	_, err := k.reload(ctx, &ev, func(*policies.Set) error { return nil })
 	return err
 }
 
-func (k *KME) reload(ctx context.Context, ev audit.Event) (*policies.Set, error) {
+// reload reads the files once, and puts in force what may was shown of them. What may
+// refuses it has recorded; ev is the event of everything else.
+func (k *KME) reload(ctx context.Context, ev *audit.Event, may func(*policies.Set) error) (*policies.Set, error) {
 	k.reloading.Lock()
 	defer k.reloading.Unlock()
 	set, err := k.LoadPolicies()
 	if err != nil {
 		ev.Outcome, ev.Reason = audit.Refused, err.Error()
-		k.note(ctx, ev)
+		k.note(ctx, *ev)
 		k.raise(ctx, "policies", fmt.Sprintf("the files of policies are not right, and what was in force stays so: %v", err))
 		return nil, &problem.Error{Kind: problem.Invalid, Detail: fmt.Sprintf("the policies stay what they were: %v", err), Err: err}
 	}
+	if err := may(set); err != nil {
+		return nil, err
+	}
 	ev.Reason = "digest " + set.Digest + ", before " + k.Policies().Digest
 	ev.Outcome = audit.Done
-	if err := k.Store.Record(ctx, ev); err != nil { // no change without its record
+	if err := k.Store.Record(ctx, *ev); err != nil { // no change without its record
 		return nil, fmt.Errorf("recording that policies change: %w", err)
 	}
 	k.Live.Replace(set)
@@ -159,15 +165,31 @@ func (d OperatorDoor) turn(
 	return nil
 }
 
-// ReloadPolicies puts the files of policies in force.
-func (d OperatorDoor) ReloadPolicies(ctx context.Context, c identity.Caller, rid string, given []approval.Approval) (admin.Policies, error) {
+// PolicyFiles reads the files of policies, and puts none in force.
+func (d OperatorDoor) PolicyFiles(context.Context, identity.Caller, string) (admin.Policies, error) {
+	set, err := d.k.LoadPolicies()
+	if err != nil {
+		return admin.Policies{}, &problem.Error{Kind: problem.Invalid, Detail: fmt.Sprintf("the files of policies are not right: %v", err), Err: err}
+	}
+	return admin.Policies{Digest: set.Digest}, nil
+}
+
+// ReloadPolicies puts the files of policies in force. Officers sign for files by their
+// digest: what is put in force is what both have looked at, whoever writes to the folder
+// between the one's word and the other's.
+func (d OperatorDoor) ReloadPolicies(ctx context.Context, c identity.Caller, rid string, given []approval.Approval, looked admin.Policies) (admin.Policies, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	call := d.k.begin(c, rid, audit.Policies, identity.SAE{})
-	if err := call.asSiteWants(ctx, c, given, policies.ActReload); err != nil {
-		return admin.Policies{}, call.refuse(ctx, err)
-	}
-	set, err := d.k.reload(ctx, call.ev)
+	set, err := d.k.reload(ctx, &call.ev, func(set *policies.Set) error {
+		if looked.Digest != "" && looked.Digest != set.Digest {
+			return call.refuse(ctx, problem.New(problem.Invalid, "the files of policies have changed since they were looked at: their digest is %s now", set.Digest))
+		}
+		if err := call.asSiteWants(ctx, c, given, policies.ActReload, set.Digest); err != nil {
+			return call.refuse(ctx, err)
+		}
+		return nil
+	})
 	if err != nil {
 		return admin.Policies{}, err
 	}

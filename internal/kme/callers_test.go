@@ -3,11 +3,15 @@ package kme
 import (
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/qutemail/kme/internal/admin"
+	"github.com/qutemail/kme/internal/approval"
 	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/problem"
@@ -179,5 +183,70 @@ func TestReload(t *testing.T) {
 	}
 	if want := []string{"disable done", "policies refused", "alarm failed", "policies done", "alarm done"}; !slices.Equal(kinds, want) {
 		t.Errorf("recorded %q, want %q", kinds, want)
+	}
+}
+
+// TestReloadOfTwo: where policies take two officers to change, those are put in force that
+// both have signed for, whatever is written to the folder in between.
+func TestReloadOfTwo(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.guarded()
+	who, door := k.officers(t), k.OperatorDoor()
+	dir := policyFiles(t, network, rules, policies.ActReload)
+	k.LoadPolicies = func() (*policies.Set, error) { return policies.Load(dir) }
+	if err := k.Reload(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const node = "km1/a"
+	soon := s.now().Add(10 * time.Minute)
+	two := func(digest string) []approval.Approval {
+		act := policies.ActReload
+		if digest != "" {
+			act += " " + digest
+		}
+		return []approval.Approval{who["olga"].sign(t, act, node, soon), who["ada"].sign(t, act, node, soon)}
+	}
+	rewrite := func(more string) (digest string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "default.cedar"), []byte(rules+more), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p, err := door.PolicyFiles(t.Context(), who["vera"].Caller, "r")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p.Digest
+	}
+	looked := rewrite("// what both look at\n")
+	given, was := two(looked), k.Policies().Digest
+	now := rewrite("// what somebody writes when one of them has signed\n")
+	for why, tt := range map[string]struct {
+		given  []approval.Approval
+		looked string
+		kind   problem.Kind
+	}{
+		"it approves \"reload-policies " + looked:                   {given, "", problem.Forbidden},
+		"their digest is " + now + " now":                           {given, looked, problem.Invalid},
+		"it approves \"reload-policies\", not":                      {two(""), "", problem.Forbidden},
+		"kmectl approve --node km1/a 'reload-policies " + now + "'": {nil, "", problem.Forbidden},
+	} {
+		_, err := door.ReloadPolicies(t.Context(), who["ada"].Caller, "r", tt.given, admin.Policies{Digest: tt.looked})
+		if problem.KindOf(err) != tt.kind || !strings.Contains(err.Error(), why) || k.Policies().Digest != was {
+			t.Errorf("%s: got %v; in force is %s", why, err, k.Policies().Digest)
+		}
+	}
+	if again := rewrite("// what both look at\n"); again != looked {
+		t.Fatalf("digest %s, and then %s", looked, again)
+	}
+	got, err := door.ReloadPolicies(t.Context(), who["ada"].Caller, "r", given, admin.Policies{Digest: looked})
+	if err != nil || got.Digest != looked || k.Policies().Digest != looked {
+		t.Errorf("signed for by both: %v, %v; in force is %s", got, err, k.Policies().Digest)
+	}
+	if _, err := door.ReloadPolicies(t.Context(), who["ada"].Caller, "r", given, admin.Policies{}); problem.KindOf(err) != problem.Forbidden || !strings.Contains(err.Error(), "used before") {
+		t.Errorf("and once more: %v", err)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.audit WHERE body::json->>'action' = 'policies' AND body::json->>'outcome' = 'done' AND json_array_length(body::json->'approvals') = 2"); n != 1 {
+		t.Errorf("%d changes of policies by two officers are recorded, want 1", n)
 	}
 }

@@ -75,22 +75,28 @@ func coreOf(t testing.TB, rules string) (*KME, *link) {
 // policySet is the policies of a network and rules.
 func policySet(t testing.TB, network, rules string) *policies.Set {
 	t.Helper()
+	set, err := policies.Load(policyFiles(t, network, rules, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
+// policyFiles is a folder of them, and of acts that take two officers.
+func policyFiles(t testing.TB, network, rules, ofTwo string) string {
+	t.Helper()
 	dir := t.TempDir()
 	if err := os.CopyFS(dir, policies.Shipped); err != nil {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		policies.NetworkFile: network, "default.cedar": rules, policies.PrincipalsFile: "version: 1\nrequire: {keys: [ed25519], max_lifetime: 1h}\nrules: []\nprincipals: []\n",
+		policies.NetworkFile: network, "default.cedar": rules, policies.PrincipalsFile: "version: 1\nrequire: {keys: [ed25519], max_lifetime: 1h}\nrules: []\nprincipals: []\ntwo_officers: [" + ofTwo + "]\n",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	set, err := policies.Load(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return set
+	return dir
 }
 
 func (k *KME) callOf(t *testing.T, sae string, a audit.Action) *call {

@@ -47,7 +47,7 @@ func siteShutOut(t *testing.T, l *Lab) {
 		if err := os.WriteFile(file, text, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := op.ReloadPolicies(t.Context()); err != nil {
+		if _, err := op.ReloadPolicies(t.Context(), ""); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -94,7 +94,7 @@ func quota(t *testing.T, l *Lab, master, slave *Person) {
 	if err := os.WriteFile(file, bounded, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := operator(t, l.KM1).ReloadPolicies(t.Context()); err != nil {
+	if _, err := operator(t, l.KM1).ReloadPolicies(t.Context(), ""); err != nil {
 		t.Fatal(err)
 	}
 	get(t, master, slave, 5)
