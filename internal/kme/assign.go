@@ -207,7 +207,7 @@ func (l *link) seal(ctx context.Context, a handover.Announce, requests []handove
 				secrets = append(secrets, secret)
 				due = append(due, store.Due{
 					Key: want.ID(), SAE: slave, Master: w.Master, Bits: w.Bits, Provenance: pooled[want.ID()].Provenance,
-					ExpiresAt: expires, Reread: w.Reread, Node: a.Node, Run: a.Run, Batch: a.Batch,
+					ExpiresAt: expires, Reread: w.Reread, Link: l.ID, Peer: l.Peer, Node: a.Node, Run: a.Run, Batch: a.Batch,
 				})
 			}
 		}

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/failpoint"
@@ -20,8 +19,13 @@ import (
 // does not open.
 const (
 	atomFormat = "kme/atom/1"
-	dueFormat  = "kme/due/1"
+	dueFormat1 = "kme/due/1" // of keys assigned by an earlier release: without the link and the peer
+	dueFormat  = "kme/due/2"
 )
+
+// dueVersion is the one of dueFormat, as it stands in a row. Whoever writes another one there
+// gets a blob that does not open.
+const dueVersion = 2
 
 // AtomAAD is the additional authenticated data of a pool atom: each field as
 // uvarint length and bytes, in this order.
@@ -38,21 +42,31 @@ func AtomAAD(b []byte, site identity.KME, kek int64, ref handover.BlockRef, inde
 	return appendNumber(b, key.AtomBits)
 }
 
-// DueAAD is the additional authenticated data of a key that waits for one SAE.
-func DueAAD(b []byte, site identity.KME, kek int64, id key.ID, master, taker identity.SAE, bits int, p key.Provenance, expires time.Time, reread bool) []byte {
-	b = appendText(b, dueFormat)
-	b = appendText(b, site.String())
-	b = appendNumber(b, kek)
-	b = appendBytes(b, id[:])
-	b = appendText(b, master.String())
-	b = appendText(b, taker.String())
-	b = appendNumber(b, int64(bits))
-	b = appendText(b, string(p))
-	b = appendNumber(b, expires.UnixMilli())
-	if reread {
-		return appendText(b, "reread")
+// DueAAD is the additional authenticated data of a key that waits for one SAE, as its row
+// says which.
+func DueAAD(b []byte, site identity.KME, d store.Due) []byte {
+	format, reread := dueFormat, ""
+	if d.Version == 1 {
+		format = dueFormat1
 	}
-	return appendText(b, "")
+	if d.Reread {
+		reread = "reread"
+	}
+	b = appendText(b, format)
+	b = appendText(b, site.String())
+	b = appendNumber(b, d.KEK)
+	b = appendBytes(b, d.Key[:])
+	b = appendText(b, d.Master.String())
+	b = appendText(b, d.SAE.String())
+	b = appendNumber(b, int64(d.Bits))
+	b = appendText(b, string(d.Provenance))
+	b = appendNumber(b, d.ExpiresAt.UnixMilli())
+	b = appendText(b, reread)
+	if format == dueFormat1 {
+		return b
+	}
+	b = appendText(b, d.Link)
+	return appendText(b, d.Peer.String())
 }
 
 // spoilt says that a blob will never open, though the HSM is well: it was changed,
@@ -96,7 +110,7 @@ func (k *KME) wrappedDue(d store.Due) wrapped {
 }
 
 func (k *KME) dueAAD(d store.Due) []byte {
-	return DueAAD(make([]byte, 0, aadRoom), k.Self, d.KEK, d.Key, d.Master, d.SAE, d.Bits, d.Provenance, d.ExpiresAt, d.Reread)
+	return DueAAD(make([]byte, 0, aadRoom), k.Self, d)
 }
 
 const aadRoom = 192 // bytes that most AADs fit in
@@ -177,6 +191,9 @@ func clearAll(plains [][]byte) {
 // sealDue seals plains for the SAEs of due, each under the KEK of the epoch in which it
 // expires, and completes due. It does not wipe plains.
 func (k *KME) sealDue(ctx context.Context, due []store.Due, plains [][]byte) error {
+	for i := range due {
+		due[i].Version = dueVersion
+	}
 	for len(due) > 0 {
 		o, err := k.keks.forExpiry(ctx, &due[0])
 		if err != nil {

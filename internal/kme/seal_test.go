@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -16,9 +17,10 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/key"
+	"github.com/qutemail/kme/internal/store"
 )
 
-// sealed is what an AAD binds a blob to: the fields of one of the two formats.
+// sealed is what an AAD binds a blob to: the fields of one of the formats.
 type sealed struct {
 	format     string
 	site       identity.KME
@@ -32,13 +34,21 @@ type sealed struct {
 	provenance key.Provenance
 	expires    int64 // Unix milliseconds
 	reread     bool
+	peer       identity.KME // of dueFormat, with ref.Link; zero if it was made here
 }
 
 func (s sealed) aad() []byte {
 	if s.format == atomFormat {
 		return AtomAAD(nil, s.site, s.kek, s.ref, s.index, s.id, s.provenance)
 	}
-	return DueAAD(nil, s.site, s.kek, s.id, s.master, s.taker, s.bits, s.provenance, time.UnixMilli(s.expires), s.reread)
+	d := store.Due{
+		KEK: s.kek, Key: s.id, Master: s.master, SAE: s.taker, Bits: s.bits, Provenance: s.provenance, ExpiresAt: time.UnixMilli(s.expires), Reread: s.reread,
+		Link: s.ref.Link, Peer: s.peer, Version: dueVersion,
+	}
+	if s.format == dueFormat1 {
+		d.Version = 1
+	}
+	return DueAAD(nil, s.site, d)
 }
 
 // TestAADVectors: what blobs are bound to must never change, or nothing that is
@@ -46,7 +56,7 @@ func (s sealed) aad() []byte {
 func TestAADVectors(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("testdata/seal/*.txt")
-	if err != nil || len(files) < 4 {
+	if err != nil || len(files) < 6 {
 		t.Fatalf("%d vectors, %v", len(files), err)
 	}
 	for _, file := range files {
@@ -123,6 +133,10 @@ func (s *sealed) set(name, value string) (err error) {
 		var at time.Time
 		at, err = time.Parse(time.RFC3339, value)
 		s.expires = at.UnixMilli()
+	case "peer":
+		if value != "" {
+			s.peer, err = identity.ParseKME(value)
+		}
 	case "reread":
 		s.reread = value == "reread"
 	default:
@@ -150,7 +164,7 @@ func TestAADIsInjective(t *testing.T) {
 }
 
 func drawSealed(t *rapid.T) sealed {
-	s := sealed{format: rapid.SampledFrom([]string{atomFormat, dueFormat}).Draw(t, "format")}
+	s := sealed{format: rapid.SampledFrom([]string{atomFormat, dueFormat1, dueFormat}).Draw(t, "format")}
 	for _, draw := range fields[s.format] {
 		draw(t, &s)
 	}
@@ -165,6 +179,19 @@ var (
 	origin = rapid.SampledFrom([]key.Provenance{key.QKD, key.Simulated, key.LocalRNG, key.Upstream})
 )
 
+// dueFields are those of both formats of a key that waits.
+var dueFields = []func(*rapid.T, *sealed){
+	func(t *rapid.T, s *sealed) { s.site = drawKME(t) },
+	func(t *rapid.T, s *sealed) { s.kek = number.Draw(t, "kek") },
+	func(t *rapid.T, s *sealed) { s.id = ids.Draw(t, "id") },
+	func(t *rapid.T, s *sealed) { s.master = drawSAE(t, "master") },
+	func(t *rapid.T, s *sealed) { s.taker = drawSAE(t, "taker") },
+	func(t *rapid.T, s *sealed) { s.bits = int(number.Draw(t, "bits")) },
+	func(t *rapid.T, s *sealed) { s.provenance = origin.Draw(t, "provenance") },
+	func(t *rapid.T, s *sealed) { s.expires = rapid.Int64Range(-2, 1<<43).Draw(t, "expires") },
+	func(t *rapid.T, s *sealed) { s.reread = rapid.Bool().Draw(t, "reread") },
+}
+
 // fields draw each field of a format anew.
 var fields = map[string][]func(*rapid.T, *sealed){
 	atomFormat: {
@@ -177,17 +204,14 @@ var fields = map[string][]func(*rapid.T, *sealed){
 		func(t *rapid.T, s *sealed) { s.id = ids.Draw(t, "id") },
 		func(t *rapid.T, s *sealed) { s.provenance = origin.Draw(t, "provenance") },
 	},
-	dueFormat: {
-		func(t *rapid.T, s *sealed) { s.site = drawKME(t) },
-		func(t *rapid.T, s *sealed) { s.kek = number.Draw(t, "kek") },
-		func(t *rapid.T, s *sealed) { s.id = ids.Draw(t, "id") },
-		func(t *rapid.T, s *sealed) { s.master = drawSAE(t, "master") },
-		func(t *rapid.T, s *sealed) { s.taker = drawSAE(t, "taker") },
-		func(t *rapid.T, s *sealed) { s.bits = int(number.Draw(t, "bits")) },
-		func(t *rapid.T, s *sealed) { s.provenance = origin.Draw(t, "provenance") },
-		func(t *rapid.T, s *sealed) { s.expires = rapid.Int64Range(-2, 1<<43).Draw(t, "expires") },
-		func(t *rapid.T, s *sealed) { s.reread = rapid.Bool().Draw(t, "reread") },
-	},
+	dueFormat1: dueFields,
+	dueFormat: append(slices.Clone(dueFields),
+		func(t *rapid.T, s *sealed) { s.ref.Link = name.Draw(t, "link") },
+		func(t *rapid.T, s *sealed) {
+			if s.peer = (identity.KME{}); rapid.Bool().Draw(t, "of a peer") {
+				s.peer = drawKME(t)
+			}
+		}),
 }
 
 func drawKME(t *rapid.T) identity.KME {

@@ -67,6 +67,9 @@ func TestTamperedDue(t *testing.T) {
 		"another size":           first("bits = 128"),
 		"under another KEK":      first("kek = (SELECT min(id) FROM kek WHERE id <> due.kek AND state = 'open')"),
 		"moved to another taker": first("sae = 'both'"),
+		"moved to a link":        first("link = 'fibre'"),
+		"of an earlier version":  first("version = 1"),
+		"of no version":          first("version = 7, link = 'fibre'"),
 		"the blob of another row": func(a, b key.ID) (string, []any) {
 			return "UPDATE due SET ct = o.ct, iv = o.iv FROM due o WHERE due.key_id = $1 AND o.key_id = $2", []any{[16]byte(a), [16]byte(b)}
 		},
@@ -257,4 +260,43 @@ func TestTamperedPool(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDueOfEarlierRelease: a key that was assigned before its row said to what its blob is
+// bound is taken, and a later one is not taken for such.
+func TestDueOfEarlierRelease(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	stand(t, k)
+	d := store.Due{
+		Key: key.NewLocalID(s.now()), SAE: saeID(t, "anna"), Master: saeID(t, "alice"), Bits: 256, Provenance: key.Simulated,
+		ExpiresAt: k.expiry(time.Hour), Link: "fibre", Version: 1,
+	}
+	o, err := k.keks.forExpiry(t.Context(), &d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret := bytes.Repeat([]byte{7}, 32)
+	sealed, err := o.kek.WrapAll(t.Context(), [][]byte{secret}, [][]byte{k.dueAAD(d)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.change(`INSERT INTO due (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread)
+		VALUES ($1, 'anna', $2, 'alice', 256, 'simulated', $3, $4, $5, 'fibre', '', 'a', 1, 0, $6, false)`,
+		[16]byte(d.Key), int64(d.ExpiryEpoch), d.KEK, sealed[0].IV[:], sealed[0].CT, d.ExpiresAt)
+	got, err := takes(t, k, d.Key)
+	if err != nil || len(got) != 1 || !bytes.Equal(got[0].material.Reveal(), secret) || got[0].row.Version != 1 || got[0].row.Link != "fibre" {
+		t.Errorf("%d keys, %v", len(got), err)
+	}
+	keys, err := get(t, k, 1, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := s.ask(fmt.Sprintf("SELECT version FROM kme.due WHERE key_id = '%s'", keys[0].ID)); n != dueVersion {
+		t.Errorf("a key that is assigned now is of version %d", n)
+	}
+	if got, err := takes(t, k, keys[0].ID); err != nil || !bytes.Equal(got[0].material.Reveal(), keys[0].Material.Reveal()) {
+		t.Errorf("of version %d: %v", dueVersion, err)
+	}
 }

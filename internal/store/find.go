@@ -41,7 +41,7 @@ func (db *DB) FindDue(ctx context.Context, sae identity.SAE, ids []key.ID) (rows
 	return rows, named, nil
 }
 
-const dueColumns = "key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, expires_at, reread, link, peer, node, run, batch, COALESCE(gone_how, '')"
+const dueColumns = "key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, expires_at, reread, link, version, peer, node, run, batch, COALESCE(gone_how, '')"
 
 // readDue runs a statement that gives rows of due, for all SAEs of each key.
 func (db *DB) readDue(ctx context.Context, sql string, ids []key.ID) (map[key.ID][]Taken, error) {
@@ -56,7 +56,7 @@ func (db *DB) readDue(ctx context.Context, sql string, ids []key.ID) (map[key.ID
 		var sae, master, peer string
 		var iv []byte
 		err := rows.Scan((*[16]byte)(&t.Key), &sae, &t.ExpiryEpoch, &master, &t.Bits, &t.Provenance, &t.KEK, &iv, &t.CT,
-			&t.ExpiresAt, &t.Reread, &t.Link, &peer, &t.Node, &t.Run, &t.Batch, &t.Gone)
+			&t.ExpiresAt, &t.Reread, &t.Link, &t.Version, &peer, &t.Node, &t.Run, &t.Batch, &t.Gone)
 		if err != nil {
 			return nil, err
 		}

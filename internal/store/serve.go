@@ -23,6 +23,7 @@ type Due struct {
 	KEK         int64
 	IV          [12]byte
 	CT          []byte // ciphertext and tag; nil once it is gone
+	Version     int    // of what the blob is bound to: see kme.DueAAD
 	ExpiresAt   time.Time
 	Reread      bool
 	Link        string // that its atoms came over; "" if it was made here, and in few rows from before this was kept
@@ -116,11 +117,11 @@ type dueRow struct {
 	atoms []key.ID
 }
 
-const dueInsert = `INSERT INTO %s (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread, atoms)
-	SELECT key_id, sae, $1, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread, NULLIF(atoms, '')::uuid[]
+const dueInsert = `INSERT INTO %s (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread, atoms, version)
+	SELECT key_id, sae, $1, master, bits, provenance, kek, iv, ct, link, peer, node, run, batch, expires_at, reread, NULLIF(atoms, '')::uuid[], version
 	FROM unnest($2::uuid[], $3::text[], $4::text[], $5::int[], $6::text[], $7::bigint[], $8::bytea[], $9::bytea[], $10::text[], $11::text[],
-		$12::bigint[], $13::bigint[], $14::timestamptz[], $15::boolean[], $16::text[], $17::text[])
-	AS d (key_id, sae, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, atoms, link)`
+		$12::bigint[], $13::bigint[], $14::timestamptz[], $15::boolean[], $16::text[], $17::text[], $18::smallint[])
+	AS d (key_id, sae, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, atoms, link, version)`
 
 // queueDueRows writes the rows of one expiry epoch.
 func queueDueRows(b *pgx.Batch, e key.Epoch, rows []dueRow) {
@@ -128,6 +129,7 @@ func queueDueRows(b *pgx.Batch, e key.Epoch, rows []dueRow) {
 		ids                                              [][16]byte
 		saes, masters, provs, links, peers, nodes, atoms []string
 		bits                                             []int32
+		versions                                         []int16
 		keks, runs, batches                              []int64
 		ivs, cts                                         [][]byte
 		expires                                          []time.Time
@@ -140,10 +142,10 @@ func queueDueRows(b *pgx.Batch, e key.Epoch, rows []dueRow) {
 		links, peers, nodes = append(links, d.Link), append(peers, d.Peer.String()), append(nodes, d.Node)
 		runs, batches = append(runs, d.Run), append(batches, d.Batch)
 		expires, rereads = append(expires, d.ExpiresAt), append(rereads, d.Reread)
-		atoms = append(atoms, uuidArray(d.atoms))
+		atoms, versions = append(atoms, uuidArray(d.atoms)), append(versions, int16(d.Version))
 	}
 	b.Queue(fmt.Sprintf(dueInsert, dueTable(e)), int64(e), ids, saes, masters, bits, provs, keks, ivs, cts, peers, nodes,
-		runs, batches, expires, rereads, atoms, links)
+		runs, batches, expires, rereads, atoms, links, versions)
 }
 
 // uuidArray is ids as the text of a uuid[], "" for none.
