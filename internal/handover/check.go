@@ -29,7 +29,7 @@ const (
 	MaxTTL        = 366 * 24 * time.Hour
 
 	// MaxNumber bounds runs and sessions, each of which is one above another that the
-	// peer may have named: at one a millisecond it is 8,900 years away.
+	// peer may have named: at one a millisecond it is 8,900 years away. See CheckReached.
 	MaxNumber = 1 << 48
 )
 
@@ -305,6 +305,41 @@ func CheckSession(session int64) error {
 		return fmt.Errorf("session %d: sessions start at 1, and no link comes to %d", session, int64(MaxNumber))
 	}
 	return nil
+}
+
+// CheckReached says what is wrong with a number of a session, a run or an origin, which is
+// what, that a peer names at a time. Each is one above another, and there is none in a
+// millisecond; so none is above the milliseconds since 1970. Whoever names one that is too
+// high uses up no more than that, and an hour later 3.6 million more are free.
+func CheckReached(what string, n int64, now time.Time) error {
+	if n > now.UnixMilli() {
+		return fmt.Errorf("%s %d: there cannot have been so many", what, n)
+	}
+	return nil
+}
+
+// CheckReached is that of all numbers in h.
+func (h Hello) CheckReached(now time.Time) error {
+	err := errors.Join(CheckReached("run", h.Run, now), h.Site.CheckReached(now), h.Yours.CheckReached(now))
+	for _, l := range h.Links {
+		err = errors.Join(err, CheckReached("session", l.Session, now))
+	}
+	for _, a := range h.Acked {
+		err = errors.Join(err, CheckReached("run", a.Run, now))
+	}
+	if err != nil {
+		return fmt.Errorf("hello: %w", err)
+	}
+	return nil
+}
+
+// CheckReached is that of the origin and the runs.
+func (f Figures) CheckReached(now time.Time) error {
+	err := CheckReached("origin", f.Origin, now)
+	for _, n := range f.Nodes {
+		err = errors.Join(err, CheckReached("run", n.Run, now))
+	}
+	return err
 }
 
 func checkBatch(node string, run, batch int64) error {

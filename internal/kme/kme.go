@@ -472,6 +472,9 @@ func (k *KME) greet(ctx context.Context) {
 		asking, cancel := context.WithTimeout(ctx, 2*time.Second)
 		h, err := client.Hello(asking, mine)
 		cancel()
+		if err == nil {
+			err = h.CheckReached(k.Now())
+		}
 		name := peerAlarm(id)
 		if err != nil {
 			k.suspect(ctx, name, fmt.Sprintf("%s does not answer: %v", id, err))

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/key"
 	"github.com/qutemail/kme/internal/peer"
+	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -279,5 +281,95 @@ func TestPadsOfTheSecret(t *testing.T) {
 	go func() { _ = say(theirs, frameOffer, sessionFrame{Link: "l"}) }()
 	if _, err := hear(ours, frameOffer); err == nil {
 		t.Error("an end that has drawn nothing was heard")
+	}
+}
+
+// A peer that lies about how many sessions there have been uses up none of those to come: at
+// Bob's end no session is opened that there cannot have been, and the highest that is has
+// successors as time goes; at Alice's the site is not taken for one that was restored.
+func TestNumbersAreNotUsedUp(t *testing.T) {
+	t.Parallel()
+	bob := newTestLink(t, handover.Bob)
+	open := func(session int64) error {
+		ours, theirs := bob.streams()
+		done := make(chan error, 1)
+		go func() {
+			offer, err := hear(ours, frameOffer)
+			if err == nil {
+				err = bob.bob(t.Context(), ours, offer)
+			}
+			ours.Close()
+			done <- err
+		}()
+		bob.says(theirs, frameOffer, 0)
+		bob.hears(theirs, frameKnown)
+		bob.says(theirs, frameOpen, session)
+		if _, err := hear(theirs, frameOpen); err != nil { // it was refused
+			return <-done
+		}
+		theirs.Close()
+		<-done
+		return nil
+	}
+	most := bob.site.now().UnixMilli()
+	for _, session := range []int64{handover.MaxNumber, 1 << 42, most + 1} {
+		if err := open(session); err == nil || !strings.Contains(err.Error(), "there cannot have been so many") {
+			t.Errorf("session %d: %v", session, err)
+		}
+	}
+	if is, err := bob.k.Store.Session(t.Context(), bob.ID); err != nil || is != 0 {
+		t.Errorf("session %d was opened, %v", is, err)
+	}
+	if err := open(most); err != nil {
+		t.Errorf("the highest that there can have been: %v", err)
+	}
+	bob.site.step(time.Second)
+	if err := open(most + 1); err != nil {
+		t.Errorf("the next one, a second later: %v", err)
+	}
+}
+
+// TestAbsurdClaims: what a peer says of us that cannot be suspends nobody, and is not begun
+// above; what it says of itself is not kept.
+func TestAbsurdClaims(t *testing.T) {
+	t.Parallel()
+	alice := newTestLink(t, handover.Alice)
+	ours, theirs := alice.streams()
+	alice.Dial = func(context.Context) (*peer.Stream, error) { return ours, nil }
+	done := make(chan error, 1)
+	go func() { done <- alice.alice(t.Context()) }()
+	alice.hears(theirs, frameOffer)
+	alice.says(theirs, frameKnown, 1<<47)
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "there cannot have been so many") {
+		t.Errorf("a session was opened: %v", err)
+	}
+	judge, _ := core(t)
+	k, km2 := alice.k, kmeID(t, "km2")
+	k.Policies = judge.Policies
+	figures := func(origin, run int64) handover.Figures {
+		return handover.Figures{Origin: origin, Nodes: []handover.NodeFigures{{Node: "a", Run: run}}}
+	}
+	for what, h := range map[string]handover.Hello{
+		"our run":     {Run: 1, Yours: figures(1, handover.MaxNumber)},
+		"our origin":  {Run: 1, Yours: figures(1<<62, 1)},
+		"its run":     {Run: handover.MaxNumber},
+		"its site's":  {Run: 1, Site: figures(1, 1<<47)},
+		"its origin":  {Run: 1, Site: figures(1<<62, 1)},
+		"a session":   {Run: 1, Links: []handover.HelloLink{{Link: "fibre", Session: 1 << 47}}},
+		"our batches": {Run: 1, Acked: []handover.Acked{{Node: "a", Run: 1 << 47}}},
+	} {
+		h.KME, h.Node = km2, "km2-a"
+		if _, err := k.PeerDoor().Hello(t.Context(), km2, h); problem.KindOf(err) != problem.Unauthorized {
+			t.Errorf("hello with %s: %v, want it refused", what, err)
+		}
+	}
+	if _, err := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: "km2-a", Run: 1 << 47}); problem.KindOf(err) != problem.Unauthorized {
+		t.Errorf("a run: %v, want it refused", err)
+	}
+	if _, err := k.PeerDoor().Burned(t.Context(), km2, handover.Burned{Origin: 1 << 47}); problem.KindOf(err) != problem.Unauthorized {
+		t.Errorf("a recovery: %v, want it refused", err)
+	}
+	if n := alice.site.ask("SELECT (SELECT count(*) FROM kme.peer_node) + (SELECT count(*) FROM kme.peer_run) + (SELECT count(*) FROM kme.peer_burned)"); n != 0 || k.suspended() != "" {
+		t.Errorf("%d rows of it are kept; suspended: %q", n, k.suspended())
 	}
 }

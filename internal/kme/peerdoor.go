@@ -30,6 +30,9 @@ func (d PeerDoor) Hello(ctx context.Context, from identity.KME, h handover.Hello
 	if err := d.known(ctx, from, h.Node); err != nil {
 		return handover.Hello{}, err
 	}
+	if err := h.CheckReached(d.k.Now()); err != nil {
+		return handover.Hello{}, d.refuse(ctx, from, err)
+	}
 	s := d.k.standing(ctx)
 	d.k.judgeSelf(ctx, from, h, s)
 	d.k.learn(ctx, from, h)
@@ -106,6 +109,9 @@ func (d PeerDoor) Void(ctx context.Context, from identity.KME, v handover.Void) 
 func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
 	if err := d.known(ctx, from, r.Node); err != nil {
 		return nil, err
+	}
+	if err := handover.CheckReached("run", r.Run, d.k.Now()); err != nil {
+		return nil, d.refuse(ctx, from, err)
 	}
 	if err := d.k.servingPeer(from); err != nil {
 		return nil, err

@@ -73,7 +73,7 @@ func (k *KME) Recover(ctx context.Context, burn bool, out io.Writer) error {
 		return err
 	}
 	say("keys: %d burned in the pool, %d ended that waited to be taken", pool, due)
-	if err := k.endZeroized(ctx); err != nil {
+	if err := k.endZeroized(ctx, w.zeroized); err != nil {
 		return err
 	}
 	if err := k.endRecovery(ctx, w); err != nil {
@@ -89,7 +89,10 @@ type witnesses struct {
 	runs   map[string]int64 // by node: the highest
 	lost   []string         // what the database has less of
 	keks   []hsm.KEKInfo
-	seen   []string // checkpoints of the site's logs, as the peers say
+
+	zeroized int64 // the last mark: see Zeroize
+
+	seen []string // checkpoints of the site's logs, as the peers say
 }
 
 func (w *witnesses) hear(who string, now, known handover.Figures) {
@@ -111,16 +114,16 @@ func (k *KME) askWitnesses(ctx context.Context, say func(string, ...any)) (*witn
 	if err != nil {
 		return nil, err
 	}
-	zeroized, err := k.zeroized(ctx) // it may be that no node has seen it yet
+	m, err := readMarks(ctx, k.Token, k.DataDir)
 	if err != nil {
 		return nil, err
 	}
-	if why := cmp.Or(now.Suspended, zeroized); why != "" {
+	if why := cmp.Or(now.Suspended, m.text()); why != "" {
 		say("%s is suspended: %s", k.Self, why)
 	} else {
 		say("%s is not suspended.", k.Self)
 	}
-	w := &witnesses{runs: map[string]int64{k.Node: 0}}
+	w := &witnesses{runs: map[string]int64{k.Node: 0}, zeroized: m.last()}
 	w.hear("", now.Figures, now.Figures)
 	w.hear("the witness file", now.Figures, k.Store.Witness().Known())
 	for id, client := range k.Peers {
@@ -129,6 +132,9 @@ func (k *KME) askWitnesses(ctx context.Context, say func(string, ...any)) (*witn
 		h.Run, h.Suspended = max(1, now.Run(k.Node)), true
 		answer, err := client.Hello(asking, h)
 		cancel()
+		if err == nil {
+			err = answer.CheckReached(k.Now()) // what we begin is above what it remembers
+		}
 		if err != nil {
 			say("%s does not answer, and cannot say what it remembers: %v", id, err)
 			continue
@@ -241,23 +247,31 @@ func (k *KME) raiseRuns(ctx context.Context, w *witnesses) error {
 	return k.nextRun(ctx, max(w.runs[k.Node], inFile))
 }
 
-// destroyKEKs destroys the KEKs, and records that, and which others of the register are
-// not in the token any more. If the process dies in between, all are such.
+// destroyKEKs destroys the KEKs and records it of each, whatever becomes of the others;
+// then, which others of the register are not in the token any more. If the process dies in
+// between, the one that it was at is such.
 func (k *KME) destroyKEKs(ctx context.Context, keks []hsm.KEKInfo) error {
 	rows, err := k.Store.KEKs(ctx)
 	if err != nil {
 		return err
 	}
-	var events []audit.Event
-	gone := func(format string, args ...any) {
+	gone := func(format string, args ...any) audit.Event {
 		ev := k.own(audit.KEKGone)
 		ev.Reason = fmt.Sprintf(format, args...)
-		events = append(events, ev)
+		return ev
 	}
 	var errs []error
 	for _, info := range keks {
-		errs = append(errs, k.Token.DestroyKEK(ctx, info))
-		gone("%s, check value %x: recovery", info.Label, info.CheckValue)
+		err := k.Token.DestroyKEK(ctx, info)
+		if err == nil {
+			ev := gone("%s, check value %x: recovery", info.Label, info.CheckValue)
+			if i := slices.IndexFunc(rows, func(row store.KEK) bool { return row.Label == info.Label }); i >= 0 {
+				err = k.Store.EndKEK(ctx, rows[i].ID, ev)
+			} else {
+				err = k.Store.Record(ctx, ev)
+			}
+		}
+		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -265,10 +279,11 @@ func (k *KME) destroyKEKs(ctx context.Context, keks []hsm.KEKInfo) error {
 	if left, err := k.ownKEKs(ctx); err != nil || len(left) > 0 {
 		return errors.Join(err, fmt.Errorf("%d KEKs are still in the token", len(left)))
 	}
+	var events []audit.Event
 	for _, row := range rows {
 		was := slices.ContainsFunc(keks, func(info hsm.KEKInfo) bool { return info.Label == row.Label })
 		if !was && (row.State == store.KEKOpen || row.State == store.KEKSealed) {
-			gone("%s, check value %x: recovery; it was not in the token any more", row.Label, row.CheckValue)
+			events = append(events, gone("%s, check value %x: recovery; it was not in the token any more", row.Label, row.CheckValue))
 		}
 	}
 	return k.Store.EndKEKs(ctx, events...)
@@ -336,6 +351,9 @@ func (k *KME) tellBurned(ctx context.Context) {
 		}
 		asking, cancel := context.WithTimeout(ctx, 2*requestTime)
 		answer, err := client.Burned(asking, b)
+		for _, l := range answer.Links { // ours go on above them
+			err = errors.Join(err, handover.CheckReached("session", l.Session, k.Now()))
+		}
 		if err == nil {
 			err = k.Store.AckBurned(asking, id, b, answer)
 		}
@@ -351,6 +369,9 @@ func (d PeerDoor) Burned(ctx context.Context, from identity.KME, b handover.Burn
 	k := d.k
 	if err := k.serving(); err != nil {
 		return handover.BurnedAnswer{}, err
+	}
+	if err := handover.CheckReached("origin", b.Origin, k.Now()); err != nil {
+		return handover.BurnedAnswer{}, d.refuse(ctx, from, err)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
