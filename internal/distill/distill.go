@@ -324,9 +324,13 @@ type Abort struct {
 }
 
 // Estimated says whether the test bits were compared before the block was given up, so that
-// QBER is a rate.
+// QBER is a rate: not for a reason that is not one of ours, of a block that had none.
 func (a *Abort) Estimated() bool {
-	return a.Reason != ReasonPad && a.Reason != ReasonCounts && a.Reason != ReasonBases
+	switch a.Reason {
+	case ReasonDoubles, ReasonGains, ReasonQBER, ReasonLeak, ReasonErrors, ReasonVerify, ReasonTerms, ReasonRuns:
+		return true
+	}
+	return false
 }
 
 // Error says why, with the error rate if there is one.

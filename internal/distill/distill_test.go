@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -555,4 +556,19 @@ func BenchmarkBlock(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(standard.SecretBits)*float64(b.N)/b.Elapsed().Seconds()/1e6, "secret-Mbit/s")
+}
+
+// TestEstimated: an abort has an error rate only if test bits were compared before it; not
+// one for a reason that a source without test bits has.
+func TestEstimated(t *testing.T) {
+	t.Parallel()
+	for reason, want := range map[string]bool{
+		ReasonPad: false, ReasonCounts: false, ReasonBases: false, "the devices have handed out different keys": false, "": false,
+		ReasonDoubles: true, ReasonRuns: true, ReasonGains: true, ReasonQBER: true, ReasonLeak: true, ReasonErrors: true, ReasonVerify: true, ReasonTerms: true,
+	} {
+		a := Abort{Reason: reason}
+		if a.Estimated() != want || strings.Contains(a.Error(), "error rate 0") != want {
+			t.Errorf("%q: estimated: %t; %v", reason, a.Estimated(), &a)
+		}
+	}
 }

@@ -1,11 +1,15 @@
 package kme
 
 import (
+	"fmt"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/qutemail/kme/internal/distill"
 	"github.com/qutemail/kme/internal/handover"
 	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/qlink"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -112,5 +116,36 @@ func TestAlive(t *testing.T) {
 	k.beaten.Store(int64(time.Since(processStart) - stuckAfter - time.Second))
 	if k.Alive() == nil {
 		t.Error("long after the last one: alive")
+	}
+}
+
+// TestUnratedBlock: of a block whose error rate was not found none is kept.
+func TestUnratedBlock(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	l := newLink(k, LinkConfig{ID: "km1-km2", Peer: kmeID(t, "km2"), End: handover.Alice})
+	if err := k.Store.EnsureLink(t.Context(), l.ID, l.Peer, l.End); err != nil {
+		t.Fatal(err)
+	}
+	block := func(n int64) qlink.Block { return qlink.Block{Outcome: distill.Outcome{Session: 1, Block: n}} }
+	l.aborted(t.Context(), block(1), &distill.Abort{Reason: distill.ReasonCounts})
+	l.aborted(t.Context(), block(2), &distill.Abort{Reason: distill.ReasonQBER, QBER: .12})
+	b := block(3)
+	b.QBER = .01
+	l.distilled(t.Context(), b)
+	l.Filler = 1 // from here on there is no light
+	l.distilled(t.Context(), block(4))
+	list, err := k.Store.LastDistilled(t.Context(), l.ID, 10)
+	var got []string
+	for _, d := range list {
+		got = append(got, fmt.Sprint(d.Block, d.Rated, d.TestQBER))
+	}
+	slices.Sort(got)
+	if want := []string{"1 false 0", "2 true 0.12", "3 true 0.01", "4 false 0"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("kept: %q, %v; want %q", got, err, want)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.distilled WHERE qber_test IS NULL"); n != 2 {
+		t.Errorf("%d blocks have no error rate, want 2", n)
 	}
 }

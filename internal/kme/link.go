@@ -233,6 +233,9 @@ func (l *link) alice(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("opening a session: %w", err)
 	}
+	if err := handover.CheckReached("session", theirs.Session, l.k.Now()); err != nil {
+		return fmt.Errorf("opening a session: the peer knows %w", err)
+	}
 	if theirs.Session > mine {
 		return l.behind(ctx, theirs.Session, mine)
 	}
@@ -328,6 +331,9 @@ func (l *link) bob(ctx context.Context, s *peer.Stream, offer sessionFrame) erro
 	}
 	if f.Session <= max(mine, offer.Session) {
 		return fmt.Errorf("opening a session: the peer opened %d, not above %d and %d", f.Session, mine, offer.Session)
+	}
+	if err := handover.CheckReached("session", f.Session, l.k.Now()); err != nil {
+		return fmt.Errorf("opening a session: the peer opened %w", err)
 	}
 	if err := l.openHere(ctx, f.Session); err != nil {
 		return err
@@ -450,13 +456,19 @@ func (l *link) source(ctx context.Context, s *peer.Stream, pads *reserve, seal f
 		f, err := qlink.NewFiller(qlink.FillerConfig{
 			End: l.End, Link: l.ID, Session: session, Channel: s, Atoms: l.Filler, Random: l.Random, Terms: l.terms, Accept: l.accept,
 		})
-		return f, func() {}, err
+		if err != nil {
+			return nil, nil, err
+		}
+		return f, f.Close, nil
 	}
 	if l.Device != nil {
 		u, err := qlink.NewUpstream(qlink.UpstreamConfig{
 			End: l.End, Link: l.ID, Session: session, Channel: s, Device: l.Device, Keys: l.DeviceKeys, Terms: l.terms, Accept: l.accept,
 		})
-		return u, func() {}, err
+		if err != nil {
+			return nil, nil, err
+		}
+		return u, u.Close, nil
 	}
 	box, err := l.Box(ctx)
 	if err != nil {
@@ -477,7 +489,7 @@ type blockSource interface {
 	Next(context.Context) (qlink.Block, error)
 	Rest() (qlink.Block, error) // Next, and nothing new begun
 	Pending() int               // blocks that are under way, at Alice's end
-	Gone() <-chan struct{}      // closed when the classical channel has ended; nil if that is not seen before the next block
+	Gone() <-chan struct{}      // closed when the classical channel has ended
 }
 
 // distillation is what a source of this end is made of.

@@ -190,7 +190,7 @@ func (l *link) distilled(ctx context.Context, b qlink.Block) {
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Rated, s.Stage, s.Done = o, l.k.Now(), b.Took, "", rated, "", 0
 	})
 	l.history.block(o.QBER, rated, o.Length)
-	l.enter(ctx, o, b.Took, "")
+	l.enter(ctx, o, b.Took, rated, "")
 	l.mu.Lock()
 	l.dry = drain{}
 	l.mu.Unlock()
@@ -205,12 +205,12 @@ func (l *link) light() bool { return l.Filler == 0 && l.Device == nil }
 // enter keeps the figures of a block in the database, and reads what they add up to. If
 // the database is away they are lost: nothing rests on them but pictures, and the year's
 // epsilon, of which a block that cannot be held uses nothing.
-func (l *link) enter(ctx context.Context, o distill.Outcome, took time.Duration, why string) {
+func (l *link) enter(ctx context.Context, o distill.Outcome, took time.Duration, rated bool, why string) {
 	n := l.Profile.Intensities
 	err := l.k.Store.NoteDistilled(ctx, l.ID, store.Distilled{
 		Session: o.Session, Block: o.Block, At: l.k.Now(), Took: took, Aborted: why, Gates: o.Gates, Detected: o.Detected, Doubles: o.Doubles,
 		SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest, Key: o.Key[:n], Test: o.Test[:n], TestErrors: o.TestErrors[:n], KeyErrors: o.KeyErrors[:n],
-		TestQBER: o.QBER, KeyQBER: o.KeyQBER, Leak: o.Leak, Efficiency: o.Efficiency, Rounds: o.Rounds, SecretBits: o.Length,
+		Rated: rated, TestQBER: o.QBER, KeyQBER: o.KeyQBER, Leak: o.Leak, Efficiency: o.Efficiency, Rounds: o.Rounds, SecretBits: o.Length,
 		EpsSecrecy: o.EpsSec, EpsCorrect: o.EpsCor,
 	})
 	if err != nil {
@@ -251,7 +251,7 @@ func (l *link) aborted(ctx context.Context, b qlink.Block, a *distill.Abort) {
 		s.Last, s.LastAt, s.LastTook, s.LastWhy, s.Rated, s.Stage, s.Done = o, l.k.Now(), b.Took, a.Reason, rated, "", 0
 	})
 	l.history.block(a.QBER, rated, 0)
-	l.enter(ctx, o, b.Took, a.Reason)
+	l.enter(ctx, o, b.Took, rated, a.Reason)
 	ev := l.k.own(audit.LinkAbort)
 	ev.Outcome, ev.Link, ev.Peer, ev.Reason = audit.Refused, l.ID, l.Peer.String(), a.Error()
 	l.k.note(ctx, ev)

@@ -212,9 +212,7 @@ func (k *KME) judgeNode(ctx context.Context, s sight) {
 	switch {
 	case s.alive:
 		k.clear(ctx, name)
-		for id := range k.Peers {
-			k.clear(ctx, takeoverAlarm(s.Node, id)) // it takes over from itself
-		}
+		k.clearTakeover(ctx, s.Node) // it takes over from itself
 	case s.Run == 0:
 		k.raise(ctx, name, fmt.Sprintf("node %s has never run", s.Node))
 	default:
@@ -225,6 +223,7 @@ func (k *KME) judgeNode(ctx context.Context, s sight) {
 // succeed takes over what dead nodes of the site have left, as long as this node is
 // the one of its site that does so. If it dies on the way, the next one goes on.
 func (k *KME) succeed(ctx context.Context) error {
+	defer k.clearTakeovers(context.WithoutCancel(ctx))
 	t := time.NewTicker(beatEvery)
 	defer t.Stop()
 	for {
@@ -248,6 +247,20 @@ func (k *KME) succeed(ctx context.Context) error {
 	}
 }
 
+// clearTakeovers ends the alarms that others cannot be taken over from: that is another
+// node's to do now, and to say.
+func (k *KME) clearTakeovers(ctx context.Context) {
+	for _, s := range k.watch.others(k.Node) {
+		k.clearTakeover(ctx, s.Node)
+	}
+}
+
+func (k *KME) clearTakeover(ctx context.Context, node string) {
+	for id := range k.Peers {
+		k.clear(ctx, takeoverAlarm(node, id))
+	}
+}
+
 // succeedNode takes over from one dead node. ErrOvertaken says that it has started
 // again, or that another node was first.
 func (k *KME) succeedNode(ctx context.Context, n store.NodeRun) error {
@@ -256,6 +269,10 @@ func (k *KME) succeedNode(ctx context.Context, n store.NodeRun) error {
 		return err
 	}
 	if !k.mayInherit(left.Now) && !k.mayInherit(left.Earlier) {
+		if err := k.Store.ForgetParked(ctx, n.Node); err != nil {
+			return err
+		}
+		k.clearTakeover(ctx, n.Node) // another node may have done it
 		k.watch.note(n, func(s *sight) { s.settled = true })
 		return nil
 	}

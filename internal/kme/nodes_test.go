@@ -2,12 +2,15 @@ package kme
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/qutemail/kme/internal/identity"
+	"github.com/qutemail/kme/internal/peer"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -146,5 +149,52 @@ func TestCutOff(t *testing.T) {
 	k.watch.note(run, func(s *sight) { s.alive, s.quiet, s.since = true, false, time.Now().Add(time.Hour) })
 	if look(); alarmed() {
 		t.Error("it is back, and the alarm stands")
+	}
+}
+
+// TestNotOursToTakeOver: a survivor that leads no more, or finds that another one has taken
+// over, says no more that it could not; and what a node has parked that it has not leased any
+// more is forgotten with it.
+func TestNotOursToTakeOver(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	km2 := kmeID(t, "km2")
+	k.Peers = map[identity.KME]*peer.Client{km2: nil}
+	run, err := k.Store.BumpRun(t.Context(), "b", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := store.NodeRun{Node: "b", Run: run}
+	before := time.Now()
+	k.watch.look(before, before, nil, []store.NodeBeat{{NodeRun: dead}})
+	alarm := takeoverAlarm("b", km2)
+	stood := func() {
+		t.Helper()
+		k.raise(t.Context(), alarm, "cannot learn what km2 assigned")
+		if !k.stands(alarm) {
+			t.Fatal("no alarm")
+		}
+	}
+	stood()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := k.succeed(ctx); !errors.Is(err, context.Canceled) || k.stands(alarm) {
+		t.Errorf("it leads no more (%v), and the alarm stands", err)
+	}
+	stood()
+	s.exec(s.name, "INSERT INTO kme.parked VALUES (gen_random_uuid(), 'b', 1, 7, now()), (gen_random_uuid(), 'c', 1, 7, now())")
+	if err := k.succeedNode(t.Context(), dead); err != nil || k.stands(alarm) {
+		t.Errorf("there is nothing left to take over, %v, and the alarm stands", err)
+	}
+	if others := k.watch.others("a"); len(others) != 1 || !others[0].settled {
+		t.Errorf("%+v, want it settled", others)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.parked"); n != 1 || s.ask("SELECT count(*) FROM kme.parked WHERE node = 'c'") != 1 {
+		t.Errorf("%d keys are parked, want the one of another node", n)
+	}
+	stood()
+	if err := k.inherit(t.Context(), dead); err != nil || k.stands(alarm) {
+		t.Errorf("another node has done it at that peer, %v, and the alarm stands", err)
 	}
 }

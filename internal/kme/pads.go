@@ -27,9 +27,10 @@ import (
 //
 // A link that has none (it is new, or its database was restored) begins again with the secret that both sites
 // were given beforehand. Its pads are expanded from it by HKDF-SHA-256 for each session, by
-// its number and what each end has drawn for it, and place, which is as good as SHA-256 and no better: a session's first block or two are
-// authenticated computationally then, and kme_link_pads shows it. The reserve of the blocks
-// that follow is used as soon as both ends hold them.
+// its number, what each end has drawn for it, and place, which is as good as SHA-256 and no
+// better: a session's first block or two are authenticated computationally then, and
+// kme_link_pads shows it. The reserve of the blocks that follow is used as soon as both ends
+// hold them.
 
 // maxTagFailures is how many wrong tags in a row stop a link until an officer acts.
 const maxTagFailures = 3

@@ -95,9 +95,9 @@ func TestPadsOutliveTheirEpoch(t *testing.T) {
 }
 
 // TestNoPadIsSpentTwice plays the two ends of a link, each with its own rows, through
-// blocks, several under way at a time, aborts, lost blocks, spoilt pads and crashes between any two steps of a block: no
-// tag is ever made with a pad that made one before, at that end, and no block under way is
-// ever left without the pad that it began with.
+// blocks, several under way at a time, aborts, lost blocks, spoilt pads and crashes between
+// any two steps of a block: no tag is ever made with a pad that made one before, at that end,
+// and no block under way is ever left without the pad that it began with.
 func TestNoPadIsSpentTwice(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -203,6 +203,7 @@ func (k *KME) inherit(ctx context.Context, n store.NodeRun) error {
 	var all sync.WaitGroup
 	for id := range k.Peers {
 		if !slices.ContainsFunc(left.Earlier, k.leadsTo(id)) {
+			k.clear(ctx, takeoverAlarm(n.Node, id)) // it is done, perhaps by another node
 			continue
 		}
 		all.Go(func() {

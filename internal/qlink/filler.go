@@ -23,6 +23,7 @@ import (
 // a production node refuses.
 type Filler struct {
 	FillerConfig
+	ear  *ear // of the Channel
 	next int64
 }
 
@@ -39,12 +40,13 @@ type FillerConfig struct {
 	Accept  func(terms distill.Terms, atoms int) error
 }
 
-// NewFiller returns a Filler.
+// NewFiller returns a Filler, which takes over what the channel receives. Whoever has it
+// closes the channel and then the Filler.
 func NewFiller(c FillerConfig) (*Filler, error) {
 	if c.Channel == nil || c.Random == nil || c.Atoms < 1 || c.End == handover.Alice && c.Terms == nil || c.End == handover.Bob && c.Accept == nil {
 		return nil, errors.New("configuring a filler: a part is missing")
 	}
-	return &Filler{FillerConfig: c, next: 1}, nil
+	return &Filler{FillerConfig: c, ear: newEar(c.Channel), next: 1}, nil
 }
 
 // kindFill is Alice's block and Bob's acknowledgement.
@@ -75,8 +77,11 @@ func (f *Filler) Rest() (Block, error) { return Block{}, errors.New("a filler ha
 // Pending is 0.
 func (f *Filler) Pending() int { return 0 }
 
-// Gone is nil: that the channel has ended is seen with the next block.
-func (f *Filler) Gone() <-chan struct{} { return nil }
+// Gone is closed when the channel has ended.
+func (f *Filler) Gone() <-chan struct{} { return f.ear.gone }
+
+// Close returns when the channel, which must have been closed, has been read to its end.
+func (f *Filler) Close() { f.ear.wait() }
 
 func (f *Filler) lead() (Block, error) {
 	begun, terms := time.Now(), f.Terms(f.Atoms, 0)
@@ -92,7 +97,7 @@ func (f *Filler) lead() (Block, error) {
 	if err := f.Channel.Send(kindFill, body); err != nil {
 		return Block{}, err
 	}
-	kind, answer, err := f.Channel.Recv()
+	kind, answer, err := f.ear.Recv()
 	if err != nil {
 		return Block{}, err
 	}
@@ -103,7 +108,7 @@ func (f *Filler) lead() (Block, error) {
 }
 
 func (f *Filler) follow() (Block, error) {
-	kind, body, err := f.Channel.Recv()
+	kind, body, err := f.ear.Recv()
 	if err != nil {
 		return Block{}, err
 	}

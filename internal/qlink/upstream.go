@@ -36,6 +36,7 @@ type Device interface {
 // was drawn for a block which came to nothing is gone.
 type Upstream struct {
 	UpstreamConfig
+	ear  *ear // of the Channel
 	next int64
 }
 
@@ -65,13 +66,14 @@ const (
 	ReasonDiffer = "the devices have handed out different keys"
 )
 
-// NewUpstream returns an Upstream.
+// NewUpstream returns an Upstream, which takes over what the channel receives. Whoever has
+// it closes the channel and then the Upstream.
 func NewUpstream(c UpstreamConfig) (*Upstream, error) {
 	alice := c.End == handover.Alice
 	if c.Channel == nil || c.Device == nil || alice && (c.Terms == nil || c.Keys < 1 || c.Keys > MaxUpstream) || !alice && c.Accept == nil {
 		return nil, errors.New("configuring an upstream: a part is missing")
 	}
-	return &Upstream{UpstreamConfig: c, next: 1}, nil
+	return &Upstream{UpstreamConfig: c, ear: newEar(c.Channel), next: 1}, nil
 }
 
 // Kinds of the messages about a block: Alice's, Bob's, and Alice's again.
@@ -130,8 +132,11 @@ func (u *Upstream) Rest() (Block, error) {
 // Pending is 0.
 func (u *Upstream) Pending() int { return 0 }
 
-// Gone is nil: that the channel has ended is seen with the next block.
-func (u *Upstream) Gone() <-chan struct{} { return nil }
+// Gone is closed when the channel has ended.
+func (u *Upstream) Gone() <-chan struct{} { return u.ear.gone }
+
+// Close returns when the channel, which must have been closed, has been read to its end.
+func (u *Upstream) Close() { u.ear.wait() }
 
 func (u *Upstream) lead(ctx context.Context) (Block, error) {
 	begun := time.Now()
@@ -188,7 +193,7 @@ func (u *Upstream) pair(m drawn, bits []byte) (Block, error) {
 }
 
 func (u *Upstream) follow(ctx context.Context) (Block, error) {
-	kind, body, err := u.Channel.Recv()
+	kind, body, err := u.ear.Recv()
 	if err != nil {
 		return Block{}, err
 	}
@@ -269,7 +274,7 @@ func (u *Upstream) say(kind byte, m shown) error {
 }
 
 func (u *Upstream) hear(kind byte, m *shown) error {
-	got, body, err := u.Channel.Recv()
+	got, body, err := u.ear.Recv()
 	if err == nil && (got != kind || json.Unmarshal(body, m) != nil) {
 		err = fmt.Errorf("%w: kind %#x of %d bytes", errMalformed, got, len(body))
 	}

@@ -173,6 +173,9 @@ func TestUpstream(t *testing.T) {
 	}
 	close(there)
 	<-done
+	bob.Close()
+	close(back)
+	alice.Close()
 	if last < 2 {
 		t.Error("no block after those that came to nothing")
 	}
@@ -213,5 +216,7 @@ func TestUpstreamRefuses(t *testing.T) {
 		if _, abort := errors.AsType[*distill.Abort](err); err == nil || abort {
 			t.Errorf("%s: %v, want the session to end", what, err)
 		}
+		close(there)
+		bob.Close()
 	}
 }

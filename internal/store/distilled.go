@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 )
 
 // Distilled is what was seen of a block that was distilled or given up. Slices are by
@@ -21,8 +22,9 @@ type Distilled struct {
 	SiftedKey, SiftedTest  int
 	Key, Test              []int // bits used
 	TestErrors, KeyErrors  []int
-	TestQBER, KeyQBER      float64
-	Leak                   int // bits
+	Rated                  bool    // the error rate of the test bits was found
+	TestQBER, KeyQBER      float64 // the former 0 if it was not
+	Leak                   int     // bits
 	Efficiency             float64
 	Rounds                 int
 	SecretBits             int
@@ -40,7 +42,7 @@ func (db *DB) NoteDistilled(ctx context.Context, link string, d Distilled) error
 			key_bits, test_bits, test_errors, key_errors, qber_test, qber_key, leak, efficiency, rounds, secret_bits)
 			VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21) ON CONFLICT DO NOTHING`,
 			link, d.Session, d.Block, d.At, d.Took.Milliseconds(), d.Aborted, d.Gates, d.Detected, d.Doubles, d.SiftedKey, d.SiftedTest,
-			d.Key, d.Test, d.TestErrors, d.KeyErrors, d.TestQBER, d.KeyQBER, d.Leak, d.Efficiency, d.Rounds, d.SecretBits)
+			d.Key, d.Test, d.TestErrors, d.KeyErrors, pgtype.Float8{Float64: d.TestQBER, Valid: d.Rated}, d.KeyQBER, d.Leak, d.Efficiency, d.Rounds, d.SecretBits)
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}
@@ -76,9 +78,11 @@ func (db *DB) LastDistilled(ctx context.Context, link string, limit int) ([]Dist
 		FROM distilled WHERE link = $1 ORDER BY at DESC, session DESC, block DESC LIMIT $2`, link, limit)
 	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (d Distilled, err error) {
 		var took int64
+		var qber pgtype.Float8
 		err = row.Scan(&d.Session, &d.Block, &d.At, &took, &d.Aborted, &d.Gates, &d.Detected, &d.Doubles, &d.SiftedKey, &d.SiftedTest,
-			&d.Key, &d.Test, &d.TestErrors, &d.KeyErrors, &d.TestQBER, &d.KeyQBER, &d.Leak, &d.Efficiency, &d.Rounds, &d.SecretBits)
+			&d.Key, &d.Test, &d.TestErrors, &d.KeyErrors, &qber, &d.KeyQBER, &d.Leak, &d.Efficiency, &d.Rounds, &d.SecretBits)
 		d.At, d.Took = d.At.UTC(), time.Duration(took)*time.Millisecond
+		d.Rated, d.TestQBER = qber.Valid, qber.Float64
 		return d, err
 	})
 	if err != nil {

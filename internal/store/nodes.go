@@ -67,6 +67,16 @@ func (db *DB) LeftBy(ctx context.Context, n NodeRun) (left Left, err error) {
 	return left, nil
 }
 
+// ForgetParked ends the parking of keys by a node that has leased none of them any more:
+// their block was lost since, or they were burned. They are no takeover's to settle.
+func (db *DB) ForgetParked(ctx context.Context, node string) error {
+	_, err := db.pool.Exec(ctx, "DELETE FROM parked WHERE node = $1 AND NOT EXISTS (SELECT FROM key k JOIN chunk c ON c.id = k.chunk WHERE k.id = key_id AND c.node = $1)", node)
+	if err != nil {
+		return away("forgetting what "+node+" has parked", err)
+	}
+	return nil
+}
+
 // Depose begins a takeover of a node that seems dead: it ends run n.Run, and returns
 // the run that it makes. From then on nothing of a lower run commits. Of two that
 // depose one run, and of one that is late and a node that has started again, one

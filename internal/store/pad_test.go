@@ -155,8 +155,8 @@ func TestReserveOfDestroyedKEKs(t *testing.T) {
 	if err := db.HeardHeldAnswer(ctx, b.BlockRef, handover.Equal, blockEvents(b.BlockRef)); err != nil {
 		t.Fatal(err)
 	}
-	if err := db.AbandonKEK(ctx, b.Pads[0].KEK); err != nil {
-		t.Fatal(err)
+	if given, err := db.AbandonKEK(ctx, b.Pads[0].KEK); err != nil || !given {
+		t.Fatal(given, err)
 	}
 	r, err := db.Reserve(ctx, linkName)
 	if diff := cmp.Diff(Reserve{Pads: 2, Lowest: b.Pads[2].PadName}, r); err != nil || diff != "" {
@@ -268,10 +268,11 @@ func TestDistilled(t *testing.T) {
 	good := Distilled{
 		Session: 1, Block: 1, At: at, Took: 1500 * time.Millisecond, Gates: 7e7, Detected: 1e6, Doubles: 4000, SiftedKey: 530_000, SiftedTest: 73_000,
 		Key: []int{188_000, 334_000, 1100}, Test: []int{25_000, 45_000, 150}, TestErrors: []int{300, 700, 70}, KeyErrors: []int{2000, 5000, 500},
-		TestQBER: .0148, KeyQBER: .0149, Leak: 60_000, Efficiency: 1.031, Rounds: 300, SecretBits: 118_016, EpsSecrecy: 1e-14, EpsCorrect: 1e-33,
+		Rated: true, TestQBER: .0148, KeyQBER: .0149, Leak: 60_000, Efficiency: 1.031, Rounds: 300, SecretBits: 118_016, EpsSecrecy: 1e-14, EpsCorrect: 1e-33,
 	}
 	bad := Distilled{
-		Session: 1, Block: 2, At: at.Add(time.Second), Aborted: "too many errors", Gates: 7e7, Key: []int{}, Test: []int{}, TestErrors: []int{}, KeyErrors: []int{},
+		Session: 1, Block: 2, At: at.Add(time.Second), Aborted: "counts too low", // and so no error rate
+		Gates: 7e7, Key: []int{}, Test: []int{}, TestErrors: []int{}, KeyErrors: []int{},
 		EpsSecrecy: 1, // of a block that was given up: not counted
 	}
 	for _, d := range []Distilled{good, bad, good, bad} {
