@@ -20,7 +20,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha test-console test-arm64 test-deb storm rotation bench lint deb sbom release fuzz tools promtool prerequisites clean
+.PHONY: all run build test test-ha test-console test-arm64 test-deb test-reproducible storm rotation bench lint deb sbom release fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -84,6 +84,10 @@ deb: sbom
 test-deb: deb tools
 	@command -v debootstrap >/dev/null || { echo "kme: please install debootstrap"; exit 1; }
 	@deploy/deb/test.sh dist/kme_$(VERSION)_$$(dpkg --print-architecture).deb $(BIN)/step
+
+## test-reproducible: another clone of this commit makes the same programs and the same package; some minutes
+test-reproducible: build deb
+	@deploy/deb/reproduce.sh $(VERSION) $(BIN) dist
 
 ## sbom: what each program is made of, in CycloneDX, in dist/
 CYCLONEDX := github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
