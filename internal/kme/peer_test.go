@@ -1,6 +1,7 @@
 package kme
 
 import (
+	"context"
 	"slices"
 	"strings"
 	"testing"
@@ -96,6 +97,31 @@ func TestStrangeNode(t *testing.T) {
 	_, err := k.PeerDoor().Run(t.Context(), km2, handover.RunStarted{Node: "km2-a", Run: 1})
 	if events = s.audit(); problem.KindOf(err) != problem.Invalid || events[len(events)-1] != (told{"malformed", "refused", "invalid: a higher run of node km2-a is known", 0}) {
 		t.Errorf("a run that is over: %v, and the event %+v", err, events[len(events)-1])
+	}
+}
+
+// TestOneSearchAtATime: what a peer asks that takes a search waits for what it has asked
+// before, no longer than it would itself, and for nobody else's.
+func TestOneSearchAtATime(t *testing.T) {
+	t.Parallel()
+	d := PeerDoor{new(KME)}
+	leave, err := d.turn(t.Context(), kmeID(t, "km2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := d.turn(t.Context(), kmeID(t, "km3"))
+	if err != nil {
+		t.Fatalf("another peer: %v", err)
+	}
+	other()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := d.turn(gone, kmeID(t, "km2")); problem.KindOf(err) != problem.Unavailable {
+		t.Errorf("the same peer: %v, want that it comes again", err)
+	}
+	leave()
+	if _, err := d.turn(t.Context(), kmeID(t, "km2")); err != nil {
+		t.Errorf("when the first is answered: %v", err)
 	}
 }
 
