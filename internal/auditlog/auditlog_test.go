@@ -410,6 +410,11 @@ func TestRoles(t *testing.T) {
 	a.requests(s, 3)
 	s.step(q)
 	s.exec(s.name, `DO $$ BEGIN CREATE ROLE kme_node_a LOGIN IN ROLE kme_app ROLE kme_owner; EXCEPTION WHEN duplicate_object THEN NULL; END $$`)
+	for _, with := range []string{"name", "text"} { // operators that a node's role has made for itself, to be another node
+		s.exec(s.name, `CREATE SCHEMA IF NOT EXISTS lair; GRANT USAGE ON SCHEMA lair TO PUBLIC`)
+		s.exec(s.name, `CREATE FUNCTION lair.same(name, `+with+`) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT true'`)
+		s.exec(s.name, `CREATE OPERATOR lair.= (LEFTARG = name, RIGHTARG = `+with+`, FUNCTION = lair.same)`)
+	}
 	insert := `INSERT INTO audit_d20260301 (day, node, seq, prev, body, at) SELECT '2026-03-01', '%s', 1000, decode(repeat('00', 32), 'hex'), '{}', now()`
 	for _, test := range []struct {
 		role, sql string
@@ -418,6 +423,7 @@ func TestRoles(t *testing.T) {
 		{store.AppRole, fmt.Sprintf(insert, "b"), true}, // a site that has no roles for its nodes
 		{"kme_node_a", fmt.Sprintf(insert, "a"), true},
 		{"kme_node_a", fmt.Sprintf(insert, "b"), false},
+		{"kme_node_a", "SET LOCAL search_path = lair, pg_catalog, kme; " + fmt.Sprintf(insert, "b"), false},
 		{"kme_node_a", "UPDATE node_run SET mark = mark WHERE node = 'a'", true},
 		{store.AppRole, "SELECT body FROM audit", false},
 		{store.AppRole, "UPDATE audit SET body = ''", false},
