@@ -44,12 +44,17 @@ type shaken struct {
 }
 
 func (l shaken) Accept() (net.Conn, error) {
-	raw, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	for {
+		raw, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		c := tls.Server(raw, l.cfg)
+		if c.Handshake() == nil {
+			return c, nil
+		}
+		_ = c.Close() // the client has thought better of it
 	}
-	c := tls.Server(raw, l.cfg)
-	return c, c.Handshake()
 }
 
 // none is a ConnContext that adds nothing.

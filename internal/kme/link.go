@@ -70,11 +70,10 @@ func newLink(k *KME, c LinkConfig) *link {
 	l := &link{LinkConfig: c, k: k, client: k.Peers[c.Peer], announcer: k.announcerTo(c.Peer), patience: blockTime}
 	l.state = LinkState{ID: c.ID, Peer: c.Peer, End: c.End, State: "down", Why: "no session has been opened yet"}
 	l.pool = pool{
-		stocking: make(chan struct{}, 1),
-		lease:    l.lease,
-		free:     func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
-		fresh:    func(e key.Epoch) bool { return e >= l.usable() },
-		nodes:    k.alive,
+		lease: l.lease,
+		free:  func(ctx context.Context, most int) (int, error) { return k.Store.Free(ctx, c.ID, most) },
+		fresh: func(e key.Epoch) bool { return e >= l.usable() },
+		nodes: k.alive,
 
 		wanting: make(chan struct{}, 1),
 	}

@@ -46,7 +46,7 @@ type pool struct {
 	fresh func(key.Epoch) bool                                        // false once atoms of that epoch are too old to be used
 	nodes func() int                                                  // that share the link's chunks
 
-	stocking chan struct{} // of one place, taken while chunks are leased or given back, and before mu
+	stocking turn // had while chunks are leased or given back, and before mu
 
 	mu      sync.Mutex
 	leases  []*held
@@ -57,6 +57,24 @@ type pool struct {
 	low     int                      // atoms in hand below which more are leased ahead of need
 	wanting chan struct{}            // there are fewer: to whoever stocks
 }
+
+// turn is had by one at a time, and waited for no longer than a context. The zero value is free.
+type turn struct {
+	once sync.Once
+	had  chan struct{}
+}
+
+func (t *turn) enter(ctx context.Context) error {
+	t.once.Do(func() { t.had = make(chan struct{}, 1) })
+	select {
+	case t.had <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (t *turn) leave() { <-t.had }
 
 // held is a leased chunk and its atoms not yet lent, in index order.
 type held struct {
@@ -74,12 +92,10 @@ func (p *pool) take(ctx context.Context, number, atoms int) ([]lent, error) {
 	if got, _ := p.lend(nil, number, atoms); got != nil {
 		return got, nil
 	}
-	select {
-	case p.stocking <- struct{}{}:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("waiting for chunks to be leased: %w", ctx.Err())
+	if err := p.stocking.enter(ctx); err != nil {
+		return nil, fmt.Errorf("waiting for chunks to be leased: %w", err)
 	}
-	defer p.stocked()
+	defer p.stocking.leave()
 	got, short := p.lend(nil, number, atoms)
 	for got == nil {
 		leases, err := p.more(ctx, short)
@@ -127,9 +143,6 @@ func (p *pool) enter(leases []store.Lease) {
 	}
 }
 
-// stocked gives back the place in stocking.
-func (p *pool) stocked() { <-p.stocking }
-
 // stock leases more whenever there is little in hand, so that nobody has to wait for
 // it, until ctx ends.
 func (p *pool) stock(ctx context.Context) error {
@@ -139,7 +152,9 @@ func (p *pool) stock(ctx context.Context) error {
 			return ctx.Err()
 		case <-p.wanting:
 		}
-		p.stocking <- struct{}{}
+		if err := p.stocking.enter(ctx); err != nil {
+			return err
+		}
 		asking, cancel := context.WithTimeout(ctx, requestTime) // requests wait for this
 		leases, err := p.more(asking, 1)
 		cancel()
@@ -148,7 +163,7 @@ func (p *pool) stock(ctx context.Context) error {
 			p.enter(leases)
 			p.mu.Unlock()
 		}
-		p.stocked()
+		p.stocking.leave()
 	}
 }
 
@@ -207,8 +222,8 @@ func (p *pool) add(h *held) int {
 // drop takes out of hand the leases that are meant: their atoms are burned. Those that
 // requests have in hand do not come back.
 func (p *pool) drop(meant func(store.Lease) bool) {
-	p.stocking <- struct{}{}
-	defer p.stocked()
+	_ = p.stocking.enter(context.Background()) // never fails
+	defer p.stocking.leave()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leases = slices.DeleteFunc(p.leases, func(h *held) bool { return meant(h.Lease) })
@@ -218,8 +233,8 @@ func (p *pool) drop(meant func(store.Lease) bool) {
 // forget drops all leases, also one that is being made: their atoms are not in the
 // database any more. Nor are those that requests have in hand, and may yet give back.
 func (p *pool) forget() {
-	p.stocking <- struct{}{}
-	defer p.stocked()
+	_ = p.stocking.enter(context.Background()) // never fails
+	defer p.stocking.leave()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leases = nil
@@ -250,8 +265,8 @@ func (p *pool) put(atoms []lent) {
 
 // empty takes all leases out of the pool.
 func (p *pool) empty() []*held {
-	p.stocking <- struct{}{}
-	defer p.stocked()
+	_ = p.stocking.enter(context.Background()) // never fails
+	defer p.stocking.leave()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.drain()
@@ -265,8 +280,8 @@ func (p *pool) drain() []*held {
 
 // idle is empty if nobody has asked for a while, and otherwise nothing.
 func (p *pool) idle() []*held {
-	p.stocking <- struct{}{}
-	defer p.stocked()
+	_ = p.stocking.enter(context.Background()) // never fails
+	defer p.stocking.leave()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if time.Since(p.used) < idleLease {

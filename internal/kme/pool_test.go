@@ -41,7 +41,7 @@ func one() int { return 1 }
 
 func newFibre() *fibre {
 	f := &fibre{lent: make(map[key.ID]lent), used: make(map[key.ID]bool)}
-	f.pool = pool{stocking: make(chan struct{}, 1), lease: f.lease, free: f.free, fresh: f.fresh, nodes: one}
+	f.pool = pool{lease: f.lease, free: f.free, fresh: f.fresh, nodes: one}
 	return f
 }
 
@@ -412,7 +412,9 @@ func TestDrop(t *testing.T) {
 func TestPoolIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	f := newFibre()
-	f.pool.stocking <- struct{}{} // the database hangs
+	if err := f.pool.stocking.enter(t.Context()); err != nil { // the database hangs
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if got, err := f.pool.take(ctx, 1, 1); !errors.Is(err, context.Canceled) {
