@@ -60,7 +60,7 @@ func TestConsole(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "node", "console.mjs", l.KM1.Nodes[0].OperatorURL(), l.profileDir("operator", "root"), shots, string(own))
+	cmd := exec.CommandContext(ctx, "node", "console.mjs", l.KM1.Nodes[0].OperatorURL(), l.profileDir("operator", "root"), l.profileDir("sae", "alice"), shots, string(own))
 	cmd.Dir = "testdata/console"
 	out, err := cmd.CombinedOutput()
 	if t.Logf("%s", out); err != nil {

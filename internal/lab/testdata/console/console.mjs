@@ -1,6 +1,7 @@
 // Looks at the console of a KME node in a headless Chromium, as an operator would.
-//   node console.mjs URL PROFILE SHOTS APPROVAL
-// PROFILE is a folder with the operator's cert.pem and key.pem; screenshots go to SHOTS.
+//   node console.mjs URL PROFILE STRANGER SHOTS APPROVAL
+// PROFILE is a folder with the operator's cert.pem and key.pem, STRANGER one with an SAE's;
+// screenshots go to SHOTS.
 // APPROVAL is the operator's own, for letting in carol again, which olga has approved.
 import { createRequire } from "node:module";
 import { readFileSync } from "node:fs";
@@ -8,15 +9,15 @@ import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const [url, profile, shots, approval] = process.argv.slice(2);
+const [url, operator, stranger, shots, approval] = process.argv.slice(2);
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
 
 // open gives a page of an operator whose system is light or dark. Scripts that the page
 // does not have itself are kept out by its policy: axe comes in beside it.
-async function open(colorScheme, width = 1280) {
+async function open(colorScheme, width = 1280, profile = operator) {
   const context = await browser.newContext({
     colorScheme, viewport: { width, height: 900 }, ignoreHTTPSErrors: true,
-    clientCertificates: [{ origin: url, certPath: `${profile}/cert.pem`, keyPath: `${profile}/key.pem` }],
+    clientCertificates: profile ? [{ origin: url, certPath: `${profile}/cert.pem`, keyPath: `${profile}/key.pem` }] : [],
   });
   const page = await context.newPage();
   page.complaints = [];
@@ -43,7 +44,7 @@ async function judge(page, what) {
 try {
   for (const scheme of ["light", "dark"]) {
     const page = await open(scheme);
-    const views = ["/console/", "/console/?range=month", "/console/saes", "/console/acts/disable?sae=carol", "/console/keks", "/console/audit", "/console/audit?action=start", "/console/acts", "/console/acts/cleanup", "/console/acts/enable?sae=carol", "/console/approvals"];
+    const views = ["/console/", "/console/?range=month", "/console/saes", "/console/acts/disable?sae=carol", "/console/keks", "/console/audit", "/console/audit?action=start", "/console/acts", "/console/acts/cleanup", "/console/acts/reload", "/console/acts/enable?sae=carol", "/console/approvals"];
     for (const [i, view] of views.entries()) {
       page.loads.length = 0;
       await page.goto(url + view, { waitUntil: "load" });
@@ -79,6 +80,20 @@ try {
   await page.keyboard.press("Enter");
   await page.getByRole("status").filter({ hasText: "overdue keys were ended" }).waitFor();
   assert.deepEqual(page.complaints, [], "the browser's console");
+
+  await page.goto(url + "/console/acts/reload");
+  await page.getByRole("button", { name: "Read policies anew" }).click();
+  await page.getByRole("status").filter({ hasText: "policies in force have the digest" }).waitFor();
+  assert.deepEqual(page.complaints, [], "the browser's console");
+
+  // An SAE's certificate opens nothing here, nor does none.
+  for (const [who, profile] of [["an SAE", stranger], ["nobody", null]]) {
+    const refused = await open("light", 1280, profile);
+    const why = await refused.goto(url + "/console/").then((page) => page.text(), String);
+    assert.match(why, /net::ERR_|client-certificate error/, `${who} is let in`); // the second is what Playwright shows in its place
+    assert.doesNotMatch(why, /Alarms/);
+    await refused.context().close();
+  }
 
   // Shut out by one officer, and let in again by two: the word of one waits here.
   await page.goto(url + "/console/saes");
