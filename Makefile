@@ -34,7 +34,7 @@ build:
 
 ## test: everything, against real Postgres, SoftHSM and certificates
 test: prerequisites build tools promtool
-	$(GO) test -tags $(TAGS) -timeout 30m ./...
+	$(GO) test -tags $(TAGS) -vet off -timeout 30m ./... # vet is make lint's
 	$(GO) test -tags $(TAGS),failpoint ./internal/failpoint ./internal/saedoor
 
 ## test-ha: failovers of a site's database under load (deploy/patroni); some minutes

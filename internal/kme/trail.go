@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -314,7 +315,8 @@ func (k *KME) checkpointFile() string {
 // keepCheckpoint appends a checkpoint to the day's file and makes it durable.
 func (k *KME) keepCheckpoint(signed string) error {
 	name := k.checkpointFile()
-	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+	// Not the data folder itself, which would be an empty one in the place of that which is gone.
+	if err := os.Mkdir(filepath.Dir(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("keeping a checkpoint: %w", err)
 	}
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
