@@ -687,6 +687,19 @@ func TestTokenFileBeingWritten(t *testing.T) {
 	}
 }
 
+// TestFewSessions: a token that has no session left for a change gets one of those that
+// wait for the next call.
+func TestFewSessions(t *testing.T) {
+	b := newBench(t)
+	f := newFaults(t, b)
+	token := b.open(t)
+	k := newKEK(t, token, "epoch-1")
+	wrap(t, k).opens(t, k) // on a session that stays open
+	f.MaxSessions(2)       // with the one that is logged in
+	k = newKEK(t, token, "epoch-2")
+	wrap(t, k).opens(t, k)
+}
+
 type writerFunc func([]byte)
 
 func (f writerFunc) Write(b []byte) (int, error) {

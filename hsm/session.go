@@ -62,9 +62,20 @@ func (t *Token) admitAlone(ctx context.Context, what string, enter func(context.
 	return nil
 }
 
-// onOwnSession runs f on a read-write session of its own.
+// onOwnSession runs f on a read-write session of its own. If the token has no more, those
+// that wait for the next call are given up for it: the caller is alone, and nobody is on one.
 func (t *Token) onOwnSession(f func(pkcs11.SessionHandle) error) error {
 	s, err := t.m.OpenSession(t.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if isRV(err, pkcs11.CKR_SESSION_COUNT) {
+		t.mu.Lock()
+		idle := t.idle
+		t.idle = nil
+		t.mu.Unlock()
+		for _, s := range idle {
+			_ = t.m.CloseSession(s)
+		}
+		s, err = t.m.OpenSession(t.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	}
 	if err != nil {
 		return fault("C_OpenSession", err)
 	}

@@ -167,7 +167,8 @@ func (c *alicesClient) ask(t *testing.T, other string) (status int, conn net.Con
 	}
 	defer res.Body.Close()
 	if _, err := io.Copy(io.Discard, res.Body); err != nil {
-		t.Fatal(err)
+		t.Logf("asking: %v", err) // or under its answer
+		return 0, conn
 	}
 	return res.StatusCode, conn
 }
