@@ -3,8 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,26 +15,9 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/audit/audittest"
 	"github.com/qutemail/kme/internal/key"
 )
-
-// softKey is the key of a log or a witness.
-type softKey struct{ ed25519.PrivateKey }
-
-func newSoftKey(t *testing.T) softKey {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return softKey{private}
-}
-
-func (k softKey) Public() ed25519.PublicKey { return k.PrivateKey.Public().(ed25519.PublicKey) }
-
-func (k softKey) Sign(_ context.Context, message []byte) ([]byte, error) {
-	return ed25519.Sign(k.PrivateKey, message), nil
-}
 
 // siteLog is the log of a site's origin, whose events are of one node. It is its own source.
 type siteLog struct {
@@ -50,7 +31,7 @@ type siteLog struct {
 	dir    string
 }
 
-func newSiteLog(t *testing.T, site string, origin int64, k softKey, begins audit.Head, events ...audit.Event) *siteLog {
+func newSiteLog(t *testing.T, site string, origin int64, k audittest.Key, begins audit.Head, events ...audit.Event) *siteLog {
 	t.Helper()
 	signer, err := audit.NewLogSigner(audit.LogName("qutemail.example", site, origin), k)
 	if err != nil {
@@ -143,15 +124,15 @@ func TestReconcileKeys(t *testing.T) {
 	}
 	served := audit.Event{Action: audit.EncKeys, Outcome: audit.Done, Request: "r1", Master: "alice", Slaves: []string{"bob"}, Keys: []key.ID{id}}
 	assigned := audit.Event{Action: audit.Assign, Outcome: audit.Done, Master: "alice", Slaves: []string{"bob"}, Keys: []key.ID{id}}
-	k1, k2 := newSoftKey(t), newSoftKey(t)
+	k1, k2 := audittest.NewKey(t), audittest.NewKey(t)
 	km1, km2 := newSiteLog(t, "km1", 1, k1, audit.Head{}, served), newSiteLog(t, "km2", 1, k2, audit.Head{}, assigned)
 	a, b := km1.bundle("a.bundle", 0, 1), km2.bundle("b.bundle", 0, 1)
-	w, err := audit.NewCosigner("witness.example", newSoftKey(t))
+	w, err := audit.NewCosigner("witness.example", audittest.NewKey(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Whoever has the whole of a site's database, and not its token, makes a log of his own.
-	forged := newSiteLog(t, "km2", 1, newSoftKey(t), audit.Head{}, assigned).bundle("forged.bundle", 0, 1)
+	forged := newSiteLog(t, "km2", 1, audittest.NewKey(t), audit.Head{}, assigned).bundle("forged.bundle", 0, 1)
 	unsaid := func(log string, side string) string {
 		return fmt.Sprintf("NOT CHECKED: whose log qutemail.example/%s/audit/1 is. It was verified with the key that it names itself: give --vkey-%s", log, side)
 	}
@@ -181,7 +162,7 @@ func TestReconcileKeys(t *testing.T) {
 // of them is proved without a KME.
 func TestVerifyArchive(t *testing.T) {
 	t.Parallel()
-	k := newSoftKey(t)
+	k := audittest.NewKey(t)
 	events := slices.Repeat([]audit.Event{{Action: audit.Alarm, Outcome: audit.Done}}, 700)
 	log := newSiteLog(t, "km1", 1, k, audit.Head{}, events...)
 	archived := func(first, last int64, file string) audit.Event {
@@ -231,7 +212,7 @@ func TestVerifyArchive(t *testing.T) {
 // What became of the days of a log that a recovery has ended is said by the log after it.
 func TestVerifyEndedLog(t *testing.T) {
 	t.Parallel()
-	k := newSoftKey(t)
+	k := audittest.NewKey(t)
 	events := slices.Repeat([]audit.Event{{Action: audit.Alarm, Outcome: audit.Done}}, 10)
 	ended := newSiteLog(t, "km1", 1, k, audit.Head{}, events...)
 	last := ended.rows[9]
@@ -246,7 +227,7 @@ func TestVerifyEndedLog(t *testing.T) {
 	later := newSiteLog(t, "km1", 2, k, head, recovery, dropped)
 	offline := []string{"audit", "verify", "--offline", ended.bundle("ended", 10, 10), "--vkey", ended.key()}
 	says := later.bundle("later", 0, 2)
-	unkeyed := newSiteLog(t, "km1", 2, newSoftKey(t), head, recovery, dropped).bundle("later", 0, 2)
+	unkeyed := newSiteLog(t, "km1", 2, audittest.NewKey(t), head, recovery, dropped).bundle("later", 0, 2)
 	for _, w := range []wants{
 		{offline, "leaf 9: it is missing, and no event of the log says", true},
 		{append(slices.Clone(offline), "--later", says), "no leaves, since all are in bundles, of qutemail.example/km1/audit/1", false},

@@ -2,11 +2,12 @@ package audit
 
 import (
 	"bytes"
-	"crypto/ed25519"
 	"errors"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/qutemail/kme/internal/audit/audittest"
 )
 
 func TestArchived(t *testing.T) {
@@ -28,7 +29,7 @@ func TestArchived(t *testing.T) {
 func TestBundleCosigned(t *testing.T) {
 	t.Parallel()
 	l := newMemoryLog(t, 300)
-	w, err := NewCosigner("witness.example", softKey{ed25519.NewKeyFromSeed(bytes.Repeat([]byte{9}, ed25519.SeedSize))})
+	w, err := NewCosigner("witness.example", audittest.KeyOf(9))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,7 +3,6 @@ package audit
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"errors"
 	"slices"
 	"strings"
@@ -11,6 +10,8 @@ import (
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/qutemail/kme/internal/audit/audittest"
 )
 
 // A log that a recovery has begun names the last checkpoints of the logs before it. They
@@ -20,7 +21,7 @@ func TestLogFollows(t *testing.T) {
 	first, second := newMemoryLog(t, 7), newMemoryLogOf(t, 2, Event{Action: Alarm}, Event{Action: Alarm})
 	shorter := newMemoryLog(t, 5)
 	fork := newMemoryLogOf(t, 1, slices.Repeat([]Event{{Action: Alarm, Reason: "other"}}, 7)...)
-	foreign, err := NewLogSigner(LogName("qutemail.example", "km1", 1), softKey{ed25519.NewKeyFromSeed(bytes.Repeat([]byte{8}, ed25519.SeedSize))})
+	foreign, err := NewLogSigner(LogName("qutemail.example", "km1", 1), audittest.KeyOf(8))
 	if err != nil {
 		t.Fatal(err)
 	}

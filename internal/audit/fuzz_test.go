@@ -3,23 +3,15 @@ package audit
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"testing"
 	"time"
 
 	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/qutemail/kme/internal/audit/audittest"
 )
-
-// softKey is a key whose token is this test.
-type softKey struct{ ed25519.PrivateKey }
-
-func (k softKey) Public() ed25519.PublicKey { return k.PrivateKey.Public().(ed25519.PublicKey) }
-
-func (k softKey) Sign(_ context.Context, message []byte) ([]byte, error) {
-	return ed25519.Sign(k.PrivateKey, message), nil
-}
 
 // memoryLog is a log of a few events in memory.
 type memoryLog struct {
@@ -42,7 +34,7 @@ func newMemoryLog(t testing.TB, events int) *memoryLog {
 // newMemoryLogOf is the log of an origin of the site's account.
 func newMemoryLogOf(t testing.TB, origin int64, events ...Event) *memoryLog {
 	t.Helper()
-	key := softKey{ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, ed25519.SeedSize))}
+	key := audittest.KeyOf(7)
 	signer, err := NewLogSigner(LogName("qutemail.example", "km1", origin), key)
 	if err != nil {
 		t.Fatal(err)

@@ -2,8 +2,6 @@ package auditlog
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -16,6 +14,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/audit/audittest"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/store"
@@ -58,38 +57,18 @@ func testMain(m *testing.M) int {
 	return code
 }
 
-// softKey is the key of a log or a witness whose token is this test.
-type softKey struct{ ed25519.PrivateKey }
-
-func newSoftKey(t testing.TB) softKey {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return softKey{private}
-}
-
-func (k softKey) Public() ed25519.PublicKey {
-	return k.PrivateKey.Public().(ed25519.PublicKey)
-}
-
-func (k softKey) Sign(_ context.Context, message []byte) ([]byte, error) {
-	return ed25519.Sign(k.PrivateKey, message), nil
-}
-
 // site is km1's database, its log's key and a clock.
 type site struct {
 	t     testing.TB
 	name  string
 	dir   string
-	key   softKey
+	key   audittest.Key
 	clock atomic.Int64 // Unix milliseconds
 }
 
 func newSite(t testing.TB) *site {
 	t.Helper()
-	s := &site{t: t, name: fmt.Sprintf("site%d", databases.Add(1)), dir: t.TempDir(), key: newSoftKey(t)}
+	s := &site{t: t, name: fmt.Sprintf("site%d", databases.Add(1)), dir: t.TempDir(), key: audittest.NewKey(t)}
 	s.clock.Store(time.Date(2026, 3, 1, 12, 30, 0, 0, time.UTC).UnixMilli())
 	s.exec("postgres", "CREATE DATABASE "+s.name+" TEMPLATE "+template)
 	return s

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/audit/audittest"
 	"github.com/qutemail/kme/internal/pgdev"
 	"github.com/qutemail/kme/internal/problem"
 	"github.com/qutemail/kme/internal/store"
@@ -161,8 +162,8 @@ func TestRecoveryFollows(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	peer := s.node() // km1, who witnesses the logs of km2
-	peer.Trail.TrustDomain, peer.trail.witnessKey = "qutemail.example", newSoftKey(t)
-	km2, key := kmeID(t, "km2"), newSoftKey(t)
+	peer.Trail.TrustDomain, peer.trail.witnessKey = "qutemail.example", audittest.NewKey(t)
+	km2, key := kmeID(t, "km2"), audittest.NewKey(t)
 	first, second := newOtherLog(t, key, 1).add("a", "b", "c"), newOtherLog(t, key, 2).add("x")
 	older := first.submission(0).Note
 	for _, sub := range []audit.Submission{first.submission(0), first.add("d").submission(3), second.submission(0)} {
@@ -179,7 +180,7 @@ func TestRecoveryFollows(t *testing.T) {
 	}
 	k := &KME{Config: Config{Self: km2, Trail: Trail{TrustDomain: "qutemail.example"}}}
 	k.trail.logKey = key
-	foreign := newOtherLog(t, newSoftKey(t), 1).add("a", "b", "c", "d", "e").submission(0).Note
+	foreign := newOtherLog(t, audittest.NewKey(t), 1).add("a", "b", "c", "d", "e").submission(0).Note
 	var said []string
 	follows, err := k.lastOfEach(3, append(seen.Notes, older, foreign, "?"), func(format string, args ...any) { said = append(said, fmt.Sprintf(format, args...)) })
 	if err != nil {

@@ -3,8 +3,6 @@ package kme
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -27,6 +25,7 @@ import (
 
 	"github.com/qutemail/kme/internal/admin"
 	"github.com/qutemail/kme/internal/audit"
+	"github.com/qutemail/kme/internal/audit/audittest"
 	"github.com/qutemail/kme/internal/auditlog"
 	"github.com/qutemail/kme/internal/identity"
 	"github.com/qutemail/kme/internal/peer"
@@ -34,24 +33,6 @@ import (
 	"github.com/qutemail/kme/internal/siem"
 	"github.com/qutemail/kme/internal/store"
 )
-
-// softKey is the key of a log or a witness whose token is this test.
-type softKey struct{ ed25519.PrivateKey }
-
-func newSoftKey(t testing.TB) softKey {
-	t.Helper()
-	_, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return softKey{private}
-}
-
-func (k softKey) Public() ed25519.PublicKey { return k.PrivateKey.Public().(ed25519.PublicKey) }
-
-func (k softKey) Sign(_ context.Context, message []byte) ([]byte, error) {
-	return ed25519.Sign(k.PrivateKey, message), nil
-}
 
 // otherLog is the log of a peer, which may say whatever it likes.
 type otherLog struct {
@@ -61,7 +42,7 @@ type otherLog struct {
 	size   int64
 }
 
-func newOtherLog(t *testing.T, key softKey, origin int64) *otherLog {
+func newOtherLog(t *testing.T, key audittest.Key, origin int64) *otherLog {
 	t.Helper()
 	signer, err := audit.NewLogSigner(audit.LogName("qutemail.example", "km2", origin), key)
 	if err != nil {
@@ -123,8 +104,8 @@ func TestWitness(t *testing.T) {
 	s := newSite(t)
 	k := s.node()
 	k.Trail.TrustDomain = "qutemail.example"
-	k.trail.witnessKey = newSoftKey(t)
-	km2, key := kmeID(t, "km2"), newSoftKey(t)
+	k.trail.witnessKey = audittest.NewKey(t)
+	km2, key := kmeID(t, "km2"), audittest.NewKey(t)
 	ask := func(sub audit.Submission) (audit.Cosigned, error) {
 		return k.PeerDoor().Checkpoint(t.Context(), km2, sub)
 	}
@@ -170,7 +151,7 @@ func TestWitness(t *testing.T) {
 	for name, sub := range map[string]audit.Submission{
 		"another tree of that size": log.fork().add().forge("f2").submission(6),
 		"another past":              newOtherLog(t, key, 1).add("a", "b", "c", "d", "e", "F", "g").submission(6),
-		"another key":               newOtherLog(t, newSoftKey(t), 1).add("a").submission(0),
+		"another key":               newOtherLog(t, audittest.NewKey(t), 1).add("a").submission(0),
 	} {
 		k.trail.peers = nil
 		_, err := ask(sub)
@@ -202,7 +183,7 @@ func (l *otherLog) forge(text string) *otherLog {
 func (s *site) trailed() (*KME, *auditlog.Sequencer) {
 	s.t.Helper()
 	k := s.node()
-	key := newSoftKey(s.t)
+	key := audittest.NewKey(s.t)
 	k.trail.logKey, k.trail.witnessKey = key, key
 	k.Trail = Trail{TrustDomain: "qutemail.example"}
 	var err error
@@ -645,24 +626,27 @@ func TestForgedIsNotSent(t *testing.T) {
 	}
 }
 
+// grown folds one event more, and returns the checkpoint with it.
+func grown(t *testing.T, k *KME, q *auditlog.Sequencer) store.Signed {
+	t.Helper()
+	k.note(t.Context(), k.own(audit.Alarm))
+	if _, err := q.Step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	now, err := k.Store.LastCheckpoint(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return now
+}
+
 // A peer that says that this site's log was forked or rewound must show it: a checkpoint
 // that the log has signed and does not follow. Its word alone stops nothing.
 func TestAccused(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k, q := s.trailed()
-	fold := func() store.Signed {
-		t.Helper()
-		k.note(t.Context(), k.own(audit.Alarm))
-		if _, err := q.Step(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		now, err := k.Store.LastCheckpoint(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return now
-	}
+	fold := func() store.Signed { return grown(t, k, q) }
 	first, now := fold(), fold()
 	sign := func(key audit.Key, size int64, root tlog.Hash) string {
 		t.Helper()
@@ -688,7 +672,7 @@ func TestAccused(t *testing.T) {
 	}{
 		{"it shows nothing", refuses, nil, false},
 		{"it shows what the log follows", refuses, []string{first.Note, now.Note}, false},
-		{"it shows what others have signed", refuses, []string{sign(newSoftKey(t), 99, tlog.Hash{1})}, false},
+		{"it shows what others have signed", refuses, []string{sign(audittest.NewKey(t), 99, tlog.Hash{1})}, false},
 		{"it shows no checkpoint", refuses, []string{"?"}, false},
 		{"it shows another tree", refuses, []string{first.Note, sign(k.trail.logKey, 2, tlog.Hash{1})}, true},
 		{"it shows more", refuses, []string{sign(k.trail.logKey, 99, tlog.Hash{1})}, true},
@@ -881,7 +865,7 @@ func TestOtherWitness(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	k, q := s.trailed()
-	key := newSoftKey(t)
+	key := audittest.NewKey(t)
 	me, err := audit.NewCosigner("witness.example", key)
 	if err != nil {
 		t.Fatal(err)
@@ -934,14 +918,7 @@ func TestOtherWitness(t *testing.T) {
 	other := OtherWitness{URL: server.URL, Key: pub}
 	publish := func() store.Signed {
 		t.Helper()
-		k.note(t.Context(), k.own(audit.Alarm))
-		if _, err := q.Step(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		now, err := k.Store.LastCheckpoint(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		now := grown(t, k, q)
 		k.submit(t.Context(), now, cosigner{name: "witness.example", add: other.add})
 		return now
 	}

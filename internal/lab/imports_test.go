@@ -58,6 +58,7 @@ var rings = map[string]int{
 	"deploy/runbooks":            0, // a page of them, for tests
 	"hsm/hsmtest":                0, // likewise
 	"internal/yamlfile/yamltest": 0,
+	"internal/audit/audittest":   0,
 
 	"cmd/kmed":   5,
 	"cmd/kmectl": 5,
@@ -77,6 +78,7 @@ var only = map[string][]string{
 	"internal/lab/binaries":      {}, // only tests
 	"hsm/hsmtest":                {},
 	"internal/yamlfile/yamltest": {},
+	"internal/audit/audittest":   {},
 }
 
 type listed struct {
