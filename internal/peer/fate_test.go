@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -296,14 +297,33 @@ func TestDeadKeptConnections(t *testing.T) {
 func TestHalfOpenPeer(t *testing.T) {
 	ca := newAuthority(t)
 	s := &site{answer: handover.AnnounceAnswer{Standing: handover.Ahead}}
-	addr := serveHTTP(t, ca.server(ca.issue(t, "kme", "km2")), Handler(s, identifyHTTP(t), quiet()))
+	const kept = 4 // connections, each of which has carried a message and rests
+	var inside atomic.Int64
+	all, rests := make(chan struct{}), make(chan error, kept)
+	handler := Handler(s, identifyHTTP(t), quiet())
+	addr := serveHTTP(t, ca.server(ca.issue(t, "kme", "km2")), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if inside.Add(1) == kept {
+			close(all)
+		}
+		<-all
+		handler.ServeHTTP(w, r)
+	}))
 	p := newProxy(t, addr, func() (int64, bool) { return -1, true })
 	c := newClient(t, p.ln.Addr().String(), ca.client(ca.issue(t, "kme", "km1")))
-	var calls sync.WaitGroup
-	for i := range int64(4) {
-		calls.Go(func() { _, _ = c.Announce(within(t, time.Minute), anAnnounce(i+1)) })
+	resting := httptrace.WithClientTrace(within(t, time.Minute), &httptrace.ClientTrace{PutIdleConn: func(err error) { rests <- err }})
+	for i := range int64(kept) {
+		go func() { _, _ = c.Announce(resting, anAnnounce(i+1)) }()
 	}
-	calls.Wait()
+	for range kept {
+		select {
+		case err := <-rests:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-resting.Done():
+			t.Fatal(resting.Err())
+		}
+	}
 	p.deaf.Store(true)
 	_, err := c.Announce(untilSeen(t, func() bool { return s.count(10) > 0 }), anAnnounce(10))
 	wantFate(t, err, unknown)
