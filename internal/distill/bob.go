@@ -175,7 +175,7 @@ func (b *bobEnd) reconcile() error {
 	before := slices.Clone(b.sifted.key)
 	defer clear(before)
 	ask := func(round []frameQuestions) ([]byte, error) { return b.ask(round, rate) }
-	b.searches, err = reconcile(newPasses(b.FrameBits, rate, [32]byte(body)), b.sifted.frames(b.FrameBits), b.spare(), ask)
+	b.searches, err = reconcile(newPasses(b.FrameBits, rate, [32]byte(body)), b.sifted.frames(b.FrameBits), b.haste(), ask)
 	if err != nil {
 		return err
 	}
@@ -190,16 +190,19 @@ func (b *bobEnd) reconcile() error {
 	return nil
 }
 
-// spare is how many bits may leak to save questions: what LeakLimit leaves beyond what
+// haste is none, unless Alice is far away. Then it is what LeakLimit leaves beyond what
 // reconciliation takes, if the key has as many errors as it may by the test bits.
-func (b *bobEnd) spare() int {
+func (b *bobEnd) haste() haste {
 	if b.Hurry == nil || !b.Hurry() {
-		return 0
+		return haste{}
 	}
 	const sigmas, usual = 4, 1.05 // usual: efficiency
 	errors := float64(b.out.TestErrors.total())
 	highest := (errors + sigmas*math.Sqrt(errors) + sigmas) / float64(b.TestBits)
-	return b.LeakLimit - int(usual*float64(b.KeyBits)*entropy(min(.5, highest)))
+	return haste{
+		must: int(usual * float64(b.FrameBits) * entropy(min(.5, highest))),
+		may:  b.LeakLimit / b.Frames(),
+	}
 }
 
 // ask puts questions to Alice, as far as the profile allows her to answer.

@@ -92,11 +92,12 @@ func (l *lanes) lane(n int) *lane { return &lane{lanes: l, n: n} }
 
 type lane struct {
 	*lanes
-	n     int
-	begun time.Time       // when the block was; at Bob's end with its first message
-	sent  time.Time       // when the last message was; zero once there was an answer
-	waits []time.Duration // for the answers
-	held  time.Duration   // for other blocks
+	n      int
+	begun  time.Time       // when the block was; at Bob's end with its first message
+	sent   time.Time       // when the last message was; zero once there was an answer
+	waits  []time.Duration // for the answers
+	held   time.Duration   // for other blocks
+	queued time.Duration   // of that, for those that had more to ask
 }
 
 // hold waits until another block has come so far that this one may go on.
@@ -104,6 +105,13 @@ func (l *lane) hold(until <-chan struct{}) {
 	begun := time.Now()
 	<-until
 	l.held += time.Since(begun)
+}
+
+// queue is hold, by a block that has nothing more to ask and waits for the one before it.
+func (l *lane) queue(until <-chan struct{}) {
+	before := l.held
+	l.hold(until)
+	l.queued += l.held - before
 }
 
 // took is how long the block has taken, without what it waited for others.

@@ -76,10 +76,11 @@ type SourceConfig struct {
 //
 // Several blocks may be under way, each on a lane of the channel. They are fired one after
 // the other, and the transmitter is asked about them in that order, while light goes on: at
-// most maxHeld that it has not been asked about, which is as many as the devices hold. At
-// Alice's end they end in the order of their numbers too, because pads are spent in the order
-// of theirs: she does not state the terms of a block before the one before it is over. In
-// between they go as they come. To the theorem each is a block of its own: its light is over
+// most maxHeld that it has not been asked about, which is as many as the devices hold. They
+// end in the order of their numbers too, because either end spends pads in the order of
+// theirs: Alice states the terms of no block before those of the one before it, and each end
+// spends the pad of none before the other's. She does not wait for his tag in between. Until
+// the end they go as they come. To the theorem each is a block of its own: its light is over
 // before anything is said of it, and what is said of others meanwhile has been drawn without it.
 //
 // All that an end, the other end or the channel loses when it dies are the blocks under way:
@@ -101,8 +102,8 @@ type Source struct {
 	asked [maxHeld]<-chan struct{} // of hers begun last, by number modulo maxHeld: flight.asked
 
 	mu    sync.Mutex
-	top   int64          // the highest block that has begun, at Bob's end
-	begun map[int64]bool // and which of the MaxInFlight numbers up to it have
+	top   int64                   // the highest block that has begun, at Bob's end
+	begun map[int64]chan struct{} // and which of the MaxInFlight numbers up to it have; nil: see spent
 }
 
 // result is how a block went.
@@ -112,6 +113,7 @@ type result struct {
 	lane       int
 	of         int64         // the block, at Alice's end
 	took, away time.Duration // at work or with messages on their way, and of that the latter
+	queued     time.Duration // for blocks that had more to ask
 }
 
 // NewSource seeds this end's Box and waits until the other end has done likewise,
@@ -134,7 +136,7 @@ func NewSource(ctx context.Context, cfg SourceConfig) (*Source, error) {
 	}
 	s := &Source{
 		cfg: cfg, lanes: newLanes(cfg.Channel), pending: make(map[int64]distill.PadName),
-		results: make(chan result, MaxInFlight), early: make(map[int64]result), next: 1, due: 1, begun: make(map[int64]bool),
+		results: make(chan result, MaxInFlight), early: make(map[int64]result), next: 1, due: 1, begun: make(map[int64]chan struct{}),
 		window: window{base: max(1, cfg.InFlight)},
 	}
 	for lane := range MaxInFlight {
@@ -142,7 +144,7 @@ func NewSource(ctx context.Context, cfg SourceConfig) (*Source, error) {
 	}
 	start := mark{reached: make(chan struct{})}
 	close(start.reached)
-	s.last = &flight{fired: start, asked: start, over: start}
+	s.last = &flight{fired: start, asked: start, stated: start, over: start}
 	for i := range s.asked {
 		s.asked[i] = start.reached
 	}
@@ -240,7 +242,7 @@ func (s *Source) Rest() (Block, error) {
 	s.free = append(s.free, r.lane)
 	delete(s.pending, r.of)
 	if r.err == nil {
-		s.window.ended(r.took, r.away)
+		s.window.ended(r.took, r.away, r.queued)
 	}
 	return Block{Outcome: r.Outcome, Provenance: key.Simulated, Took: r.took}, r.err
 }
@@ -299,7 +301,7 @@ func (s *Source) run(ctx context.Context, of int64, distil func(*lane) (distill.
 			clear(r.Bits)
 			clear(r.Pads)
 		}
-		r.took, r.away = ch.took(), ch.away()
+		r.took, r.away, r.queued = ch.took(), ch.away(), ch.queued
 		s.results <- r
 	})
 }
@@ -320,6 +322,7 @@ func (s *Source) lead(ctx context.Context) error {
 	s.pending[f.block] = pad.Name
 	s.run(ctx, f.block, func(ch *lane) (distill.Outcome, error) {
 		defer f.over.reach()
+		defer f.stated.reach()
 		defer f.asked.reach()
 		defer f.fired.reach() // also one that was given up early
 		return s.distil(ctx, ch, f)
@@ -333,14 +336,18 @@ type flight struct {
 	pad   distill.Pad
 	room  <-chan struct{} // closed when the devices have room for it
 
-	fired mark // its light is over
-	asked mark // the transmitter has said all that it will be asked about it
-	over  mark // its pad is spent, or it was given up
+	fired  mark // its light is over
+	asked  mark // the transmitter has said all that it will be asked about it
+	stated mark // its terms are stated, or it was given up
+	over   mark // its pad is spent, or it was given up
 }
 
 // fly makes the flight of the next block.
 func (s *Source) fly(pad distill.Pad) *flight {
-	f := &flight{block: s.next, pad: pad, fired: s.last.fired.next(), asked: s.last.asked.next(), over: s.last.over.next()}
+	f := &flight{
+		block: s.next, pad: pad,
+		fired: s.last.fired.next(), asked: s.last.asked.next(), stated: s.last.stated.next(), over: s.last.over.next(),
+	}
 	slot := &s.asked[f.block%maxHeld]
 	f.room, *slot = *slot, f.asked.reached
 	s.next++ // used up, whatever happens
@@ -377,11 +384,15 @@ func (s *Source) distil(ctx context.Context, ch *lane, f *flight) (distill.Outco
 			ch.hold(f.asked.before)
 			return s.cfg.Box.Sent(ctx, s.cfg.Session, f.block, gates)
 		},
-		NextPad:  func(context.Context) (distill.Pad, error) { return f.pad, nil },
-		SpendPad: s.cfg.SpendPad,
-		Random:   s.cfg.Random, Progress: s.progress(f.over.before),
-		Terms: func(atoms, bobStored int) distill.Terms {
+		NextPad: func(context.Context) (distill.Pad, error) { return f.pad, nil },
+		SpendPad: func(ctx context.Context, name distill.PadName) error {
 			ch.hold(f.over.before)
+			return s.cfg.SpendPad(ctx, name)
+		},
+		Random: s.cfg.Random, Progress: s.progress(f.over.before),
+		Terms: func(atoms, bobStored int) distill.Terms {
+			ch.queue(f.stated.before)
+			f.stated.reach()
 			return s.cfg.Terms(atoms, bobStored)
 		},
 	})
@@ -390,6 +401,7 @@ func (s *Source) distil(ctx context.Context, ch *lane, f *flight) (distill.Outco
 		// Bob has spent it, or never had it: it is of no use here either. Giving it up gives up
 		// all below it, which the blocks before this one may still spend.
 		f.asked.reach()
+		f.stated.reach()
 		ch.hold(f.over.before)
 		if lost := s.cfg.LosePad(ctx, out.Spent); lost != nil {
 			return out, fmt.Errorf("giving pad %s up: %w", out.Spent, lost)
@@ -415,9 +427,25 @@ func (s *Source) progress(first <-chan struct{}) func(stage string, done float64
 // follow waits at Bob's end for a block that Alice names.
 func (s *Source) follow(ctx context.Context) error {
 	s.run(ctx, 0, func(ch *lane) (distill.Outcome, error) {
+		var block int64 // 0 until it has begun
+		defer func() { s.spent(block) }()
 		return distill.Bob(ctx, ch, distill.BobConfig{
 			Params: s.cfg.Params, Link: s.cfg.Link, Session: s.cfg.Session,
-			Detections: s.seen, Pad: s.cfg.Pad, SpendPad: s.cfg.SpendPad,
+			Detections: func(ctx context.Context, session, named int64) (distill.Detections, error) {
+				if !s.mayBegin(named) {
+					return distill.Detections{}, fmt.Errorf("block %d begins, which has begun before, or is long over", named)
+				}
+				block = named
+				return s.seen(ctx, session, named)
+			},
+			Pad: s.cfg.Pad,
+			SpendPad: func(ctx context.Context, name distill.PadName) error {
+				for _, lower := range s.unspent(block) {
+					ch.hold(lower)
+				}
+				defer s.spent(block)
+				return s.cfg.SpendPad(ctx, name)
+			},
 			Stored: s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
 			Hurry: func() bool { return s.lanes.trip() > farAway },
 		})
@@ -425,11 +453,8 @@ func (s *Source) follow(ctx context.Context) error {
 	return nil
 }
 
-// seen fetches a block from the receiver. It is called once a block that begins.
+// seen fetches a block from the receiver.
 func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detections, error) {
-	if !s.mayBegin(block) {
-		return distill.Detections{}, fmt.Errorf("block %d begins, which has begun before, or is long over", block)
-	}
 	list, err := s.cfg.Box.Detections(ctx, session, block)
 	if errors.Is(err, ErrLost) || errors.Is(err, ErrCut) {
 		s.cfg.Log.Warn("no light", "link", s.cfg.Link, "session", session, "block", block, "err", err)
@@ -443,11 +468,34 @@ func (s *Source) seen(ctx context.Context, session, block int64) (distill.Detect
 func (s *Source) mayBegin(block int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if block < 1 || block <= s.top-MaxInFlight || s.begun[block] { // pads of block 0 are expanded from the shared secret
+	if _, twice := s.begun[block]; twice || block < 1 || block <= s.top-MaxInFlight { // pads of block 0 are expanded from the shared secret
 		return false
 	}
-	s.begun[block] = true
+	s.begun[block] = make(chan struct{})
 	s.top = max(s.top, block)
-	maps.DeleteFunc(s.begun, func(n int64, _ bool) bool { return n <= s.top-MaxInFlight })
+	maps.DeleteFunc(s.begun, func(n int64, spent chan struct{}) bool { return spent == nil && n <= s.top-MaxInFlight })
 	return true
+}
+
+// unspent are the blocks below one at Bob's end whose pads may still be spent: each channel
+// is closed when that is over. For Alice stated their terms before, as far as they came.
+func (s *Source) unspent(block int64) (lower []<-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n, spent := range s.begun {
+		if n < block && spent != nil {
+			lower = append(lower, spent)
+		}
+	}
+	return lower
+}
+
+// spent says that the pad of a block is spent at Bob's end, or will not be.
+func (s *Source) spent(block int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if spent := s.begun[block]; spent != nil {
+		close(spent)
+		s.begun[block] = nil
+	}
 }

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -612,7 +614,7 @@ func TestLightGoesOn(t *testing.T) {
 // A block begins once, whichever of those under way is the first to.
 func TestBlocksBeginOnce(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		s := &Source{begun: make(map[int64]bool)}
+		s := &Source{begun: make(map[int64]chan struct{})}
 		begun, top := make(map[int64]bool), int64(0)
 		for _, block := range rapid.SliceOf(rapid.Int64Range(-1, 3*MaxInFlight)).Draw(t, "blocks") {
 			want := block >= 1 && !begun[block] && block > top-MaxInFlight
@@ -622,18 +624,116 @@ func TestBlocksBeginOnce(t *testing.T) {
 			if want {
 				begun[block], top = true, max(top, block)
 			}
+			s.spent(block)
 			if len(s.begun) > MaxInFlight {
 				t.Fatalf("%d numbers are kept", len(s.begun))
 			}
 		}
 	})
-	s := &Source{begun: make(map[int64]bool)}
+	s := &Source{begun: make(map[int64]chan struct{})}
 	for _, tc := range []struct {
 		block int64
 		want  bool
 	}{{math.MaxInt64, true}, {math.MaxInt64, false}, {math.MaxInt64 - MaxInFlight, false}, {1, false}} {
 		if s.mayBegin(tc.block) != tc.want {
 			t.Errorf("block %d may begin: %v", tc.block, !tc.want)
+		}
+	}
+}
+
+// A block waits at Bob's end for the pads of those before it that have begun, whatever has
+// begun or ended since, and for no others.
+func TestPadsWaitForLowerOnes(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := &Source{begun: make(map[int64]chan struct{})}
+		unspent := make(map[int64]bool)
+		top := int64(0)
+		t.Repeat(map[string]func(*rapid.T){
+			"begin": func(t *rapid.T) {
+				block := top + rapid.Int64Range(1-MaxInFlight, MaxInFlight).Draw(t, "block")
+				if s.mayBegin(block) {
+					unspent[block], top = true, max(top, block)
+				}
+			},
+			"spend": func(t *rapid.T) {
+				if len(unspent) == 0 {
+					t.Skip("no block is under way")
+				}
+				block := rapid.SampledFrom(slices.Sorted(maps.Keys(unspent))).Draw(t, "block")
+				delete(unspent, block)
+				waits := s.unspent(block + 1)
+				s.spent(block)
+				s.spent(block) // once more, when it ends
+				for _, lower := range waits {
+					select {
+					case <-lower:
+						return
+					default:
+					}
+				}
+				t.Fatalf("block %d is spent, and one above it still waits", block)
+			},
+			"": func(t *rapid.T) {
+				for block := range unspent {
+					want := 0
+					for lower := range unspent {
+						if lower < block {
+							want++
+						}
+					}
+					if got := len(s.unspent(block)); got != want {
+						t.Fatalf("block %d waits for %d blocks, want %d", block, got, want)
+					}
+				}
+			},
+		})
+	})
+}
+
+// Alice states the terms of a block while that before it still waits for Bob's tag: here he
+// does not spend the first pad before he has her terms of the second block. Pads are spent in
+// the order of their blocks all the same, at both ends.
+func TestTermsDoNotWaitForTags(t *testing.T) {
+	c := newChannel(t, nil)
+	a, b, hangUp := newWires()
+	defer hangUp()
+	_, profile := Standard()
+	l := c.linkOver(t, 1, a, b, profile, 2)
+	var stated atomic.Int64
+	second := make(chan struct{})
+	accept := l.bob.cfg.Accept
+	l.bob.cfg.Accept = func(terms distill.Terms, atoms int) error {
+		if stated.Add(1) == 2 {
+			close(second)
+		}
+		return accept(terms, atoms)
+	}
+	var mu sync.Mutex
+	spent := make(map[*Source][]int)
+	for _, end := range []*Source{l.alice, l.bob} {
+		spend := end.cfg.SpendPad
+		end.cfg.SpendPad = func(ctx context.Context, name distill.PadName) error {
+			if name.Index == 1 && end == l.bob {
+				<-second
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			spent[end] = append(spent[end], name.Index)
+			return spend(ctx, name)
+		}
+	}
+	for number := int64(1); number <= 2; number++ {
+		got, _, errA, errB := l.next(t)
+		if got.Block != number || errA != nil || errB != nil {
+			t.Fatalf("block %d, want %d: %v; %v", got.Block, number, errA, errB)
+		}
+	}
+	hangUp()
+	l.alice.Close()
+	l.bob.Close()
+	for _, end := range []*Source{l.alice, l.bob} {
+		if got := spent[end]; !slices.IsSorted(got) || len(got) < 2 {
+			t.Errorf("%s spent pads %v", end.cfg.End, got)
 		}
 	}
 }

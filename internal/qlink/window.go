@@ -10,15 +10,18 @@ import (
 const farAway = 2 * time.Millisecond
 
 // window says how many blocks may be under way, so that base of them are at work on the
-// average: those of which a message is travelling are not. Without it the ends of a
-// link would do nothing for most of a block's life when they are far apart: a block takes
-// some hundred questions, one after the other.
+// average: those of which a message is travelling are not, nor those that wait for a slower
+// one before them. Without it the ends of a link would do nothing for most of a block's life
+// when they are far apart: a block takes some fifty questions, one after the other.
 //
 // More blocks under way are more light that is lost if an end dies. There are no more than
 // the distance makes necessary.
 type window struct {
-	base  int
-	share float64 // of a block's life, with its messages on their way; of the last ones, on the average
+	base int
+
+	// Shares of a block's life, of the last ones on the average.
+	away float64 // with its messages on their way; what it waited for others is not of its life
+	idle float64 // so, or waiting for the block before it, which is
 }
 
 // most is how many blocks may be under way: base, if what travelling takes is less than the
@@ -26,23 +29,28 @@ type window struct {
 // on the average. For they come in bursts: of one on the average there would be none for a
 // third of the time.
 func (w *window) most() int {
-	if w.share <= 1./6 {
+	if w.away <= 1./6 {
 		return w.base
 	}
-	return int(min(math.Ceil(2*float64(w.base)/(1-w.share)), MaxInFlight))
+	return int(min(math.Ceil(2*float64(w.base)/(1-w.idle)), MaxInFlight))
 }
 
-// ended takes note of a block's life, without what it waited for others, and of how long its
-// messages were on their way. If one odd block counted for all, the window would swing:
-// few under way, all of them fast, then many at once that are in each other's way.
-func (w *window) ended(took, away time.Duration) {
-	const most, of = .99, 8
+// ended takes note of a block's life: how long it took without what it waited for others, how
+// long its messages were on their way, and how long it waited for its turn to end.
+func (w *window) ended(took, away, queued time.Duration) {
 	if took <= 0 {
 		return
 	}
-	share := max(0, min(most, float64(away)/float64(took)))
-	if w.share == 0 {
-		w.share = share
+	note := func(share *float64, part, of time.Duration) {
+		// If one odd block counted for all, the window would swing: few under way, all of them
+		// fast, then many at once that are in each other's way.
+		const most, blocks = .99, 8
+		now := max(0, min(most, float64(part)/float64(of)))
+		if *share == 0 {
+			*share = now
+		}
+		*share += (now - *share) / blocks
 	}
-	w.share += (share - w.share) / of
+	note(&w.away, away, took)
+	note(&w.idle, away+queued, took+queued)
 }
