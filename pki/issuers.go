@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
 )
 
@@ -47,6 +48,11 @@ func (i *Issuers) Reload() error {
 
 // Pool is the issuers as crypto/tls wants them. It is not to be changed.
 func (i *Issuers) Pool() *x509.CertPool { return i.current.Load().pool }
+
+// Issued says whether one of the issuers has signed a certificate, whatever the time.
+func (i *Issuers) Issued(leaf *x509.Certificate) bool {
+	return slices.ContainsFunc(i.all(), func(ca *x509.Certificate) bool { return leaf.CheckSignatureFrom(ca) == nil })
+}
 
 func (i *Issuers) all() []*x509.Certificate { return i.current.Load().certs }
 

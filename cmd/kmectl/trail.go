@@ -23,6 +23,7 @@ type trailCommand struct {
 	Check     checkCommand     `cmd:"" help:"Verify such a proof. Needs no KME."`
 	Verify    verifyCommand    `cmd:"" help:"Verify the whole log, or a bundle of it without a KME."`
 	Export    exportCommand    `cmd:"" help:"Write the log, or a part of it, into a bundle."`
+	Approvals approvalsCommand `cmd:"" help:"Verify again what two officers have signed for each act that takes two."`
 	Reconcile reconcileCommand `cmd:"" help:"Compare the logs of two KMEs."`
 	Watch     watchCommand     `cmd:"" help:"Print events as they come."`
 }

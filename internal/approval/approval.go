@@ -8,6 +8,7 @@
 package approval
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -16,6 +17,7 @@ import (
 	"crypto/sha512"
 	"crypto/x509"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
@@ -173,4 +175,42 @@ func (a Approval) Verify(act Act, node string, now time.Time) (*x509.Certificate
 		return nil, errors.New("its signature does not hold")
 	}
 	return leaf, nil
+}
+
+// recorded is the longest between the moment when a node has verified approvals and the
+// one at which it has the act on record.
+const recorded = time.Minute
+
+// Recheck returns the act that an event of the audit has the approvals of, and the
+// certificates of both officers, if what they signed holds for that node and for the time
+// at which the event was recorded. Whose the certificates are is for the caller to find out.
+func Recheck(texts []string, node string, at time.Time) (act Act, officers []*x509.Certificate, err error) {
+	if len(texts) != 2 {
+		return "", nil, fmt.Errorf("there are %d approvals, not two", len(texts))
+	}
+	for i, text := range texts {
+		var a Approval
+		if err := json.Unmarshal([]byte(text), &a); err != nil {
+			return "", nil, fmt.Errorf("reading an approval: %w", err)
+		}
+		if i == 0 {
+			act = a.Act
+		}
+		verified := at // or, if it has ended meanwhile, shortly before
+		if late := at.Sub(a.Expires); late >= 0 && late < recorded {
+			verified = a.Expires.Add(-time.Millisecond)
+		}
+		leaf, err := a.Verify(act, node, verified)
+		if err != nil {
+			return act, nil, err
+		}
+		if at.Before(leaf.NotBefore) || at.Add(-recorded).After(leaf.NotAfter) {
+			return act, nil, fmt.Errorf("the certificate of %s was not valid then", leaf.Subject)
+		}
+		officers = append(officers, leaf)
+	}
+	if bytes.Equal(officers[0].RawSubject, officers[1].RawSubject) {
+		return act, nil, fmt.Errorf("both are of %s", officers[0].Subject)
+	}
+	return act, officers, nil
 }

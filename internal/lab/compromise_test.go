@@ -1,11 +1,13 @@
 package lab
 
 import (
+	"context"
 	"crypto"
 	"crypto/tls"
 	"errors"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -58,6 +60,13 @@ func TestCompromise(t *testing.T) {
 			}
 		}
 	}
+	eventually(t, "what the officers have signed is verified out of the log", func(context.Context) error {
+		out, err := kmectl(t, l, "audit approvals --officers "+l.path("ca", "operator", "intermediate.pem"))
+		if err == nil && !strings.Contains(out, `"compromise-keys `+since+` now", approved by `) { // it may not be in the tree yet
+			err = errors.New(out)
+		}
+		return err
+	})
 	works(t, l)
 	settled(t, l)
 	comparePools(t, l, time.Time{})
