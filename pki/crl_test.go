@@ -13,9 +13,11 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -294,6 +296,50 @@ func TestExpect(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+}
+
+// TestWhenCRLsAreFetched: every half a minute; from when a change is expected, at once and
+// every second for half a minute; then as before.
+func TestWhenCRLsAreFetched(t *testing.T) {
+	t.Parallel()
+	nobody := &publisher{url: "http://127.0.0.1:1/crl"}
+	ca := newCAs(t)
+	synctest.Test(t, func(t *testing.T) {
+		r := saeRevocations(t, ca, t.TempDir(), nobody)
+		began := time.Now()
+		var at []int // seconds
+		r.Through(func(*http.Request) (*http.Response, error) {
+			at = append(at, int(time.Since(began).Seconds()))
+			return nil, http.ErrServerClosed
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		until := func(second int) (asked []int) {
+			<-time.After(time.Until(began.Add(time.Duration(second)*time.Second + time.Millisecond)))
+			synctest.Wait()
+			asked, at = at, nil
+			return asked
+		}
+		if got := until(70); !slices.Equal(got, []int{30, 60}) {
+			t.Errorf("asked at %v, want every 30 s", got)
+		}
+		r.Expect()
+		want := []int{70}
+		for s := 71; s <= 100; s++ {
+			want = append(want, s)
+		}
+		if got := until(102); !slices.Equal(got, want) {
+			t.Errorf("told at 70 s, asked at %v, want every second for 30 s", got)
+		}
+		if got := until(161); !slices.Equal(got, []int{130, 160}) {
+			t.Errorf("later, asked at %v, want every 30 s again", got)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestIssuersChange: a CA that follows another is read with it, and CRLs of one that is

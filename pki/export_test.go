@@ -3,10 +3,21 @@ package pki
 import (
 	"context"
 	"net"
+	"net/http"
 )
 
 // Fetch asks every URL once, as Run does.
 func (r *Revocations) Fetch(ctx context.Context) { r.fetch(ctx) }
+
+// Through has r ask by another way than the network.
+func (r *Revocations) Through(ask func(*http.Request) (*http.Response, error)) {
+	r.client.Transport = roundTripper(ask)
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+// RoundTrip implements http.RoundTripper.
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 // Flush has what was gathered recorded, as Run does.
 func (q *Refusals) Flush(ctx context.Context) { q.flush(ctx) }
