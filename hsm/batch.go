@@ -71,11 +71,21 @@ const turnItems = 16
 // its maker gave may be wiped and used again at once. It has one owner after the other,
 // its maker and whoever calls the module with it; the last one ends it.
 type batch struct {
+	kek *KEK
+	way direction
 	n   int
 	ops [turnItems]C.struct_operation
 	in  []byte // of each its IV, associated data and text
 	out []byte // of each its room
 }
+
+// direction is what is done with a batch, as errors say it.
+type direction string
+
+const (
+	sealing direction = "wrapping"
+	opening direction = "unwrapping"
+)
 
 // batches are those that have ended: nothing is left in them but room.
 var batches = sync.Pool{New: func() any { return new(batch) }}
@@ -144,7 +154,7 @@ func (b *batch) start(i int) (in, out int) {
 // end gives the batch back. What came out stays with those who have it.
 func (b *batch) end() {
 	clear(b.in)
-	b.n, b.in, b.out = 0, b.in[:0], nil
+	b.kek, b.n, b.in, b.out = nil, 0, b.in[:0], nil
 	batches.Put(b)
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -22,9 +23,19 @@ import (
 // one operation divided by ours, all of ours: IV from the machine's generator, turn,
 // session, context, buffers that are wiped. The rates are medians of wall clock.
 //
+// Like is held against like:
+//   - The bare loop has a thread for each worker and nothing else; so ours has as many
+//     processors (GOMAXPROCS) as workers. With more, the idle ones are woken at each turn
+//     to look for work that is not there, which costs as much as half an operation.
+//   - A slice is long. Go's runtime looks at every processor each 20 us for some
+//     milliseconds after a pause, and where a look costs microseconds a short slice would
+//     measure that.
+//   - Our workers yield after each call, as a server's goroutines do, who come from the
+//     network: one that runs on for 10 ms has its processor taken from it in the module.
+//
 // We use session copies. key=token shows what they are good for.
 
-const slice = 192 // operations of each worker
+const slice = 4096 // operations of each worker, 50 ms or more
 
 // atOnce are how many of them are asked for in one call: of one key in a request, or of
 // those of a batch.
@@ -89,6 +100,7 @@ func against(b *testing.B, op string, ours func(b *testing.B, k *KEK, n int) fun
 // in between.
 func compare(b *testing.B, unit string, workers, atOnce int, ours func() error, bare func(n int) (wall, cpu time.Duration)) {
 	var ratios, rates, bareRates []float64
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(workers))
 	b.ReportAllocs()
 	b.ResetTimer()
 	for left := b.N; left > 0; left -= slice * workers {
@@ -105,6 +117,7 @@ func compare(b *testing.B, unit string, workers, atOnce int, ours func() error, 
 						b.Error(err)
 						return
 					}
+					runtime.Gosched()
 				}
 			})
 		}

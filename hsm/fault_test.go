@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -137,7 +136,7 @@ func TestNoPlainBytesAfterFault(t *testing.T) {
 	k := newKEK(t, token, "epoch-1")
 	s := wrap(t, k)
 	f.FailLate(hsmtest.Decrypt, pkcs11.CKR_DEVICE_ERROR, 1)
-	out, err := opening(t, k, s)(t.Context())
+	out, err := openingOf(t, k, s)(t.Context())
 	if !isRV(err, pkcs11.CKR_DEVICE_ERROR) {
 		t.Errorf("got %v, want CKR_DEVICE_ERROR", err)
 	}
@@ -146,9 +145,9 @@ func TestNoPlainBytesAfterFault(t *testing.T) {
 	}
 }
 
-// opening opens blobs in one turn as UnwrapAll does, and returns the buffer that the module
+// openingOf opens blobs in one turn as UnwrapAll does, and returns the buffer that the module
 // writes to.
-func opening(t *testing.T, k *KEK, blobs ...sealed) func(context.Context) ([]byte, error) {
+func openingOf(t *testing.T, k *KEK, blobs ...sealed) func(context.Context) ([]byte, error) {
 	t.Helper()
 	b := new(batch)
 	for _, s := range blobs {
@@ -159,9 +158,7 @@ func opening(t *testing.T, k *KEK, blobs ...sealed) func(context.Context) ([]byt
 	b.results()
 	out := b.out
 	return func(ctx context.Context) ([]byte, error) {
-		return out, k.turn(ctx, urgent, "unwrapping", b, &k.t.count.unwraps, func(h pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
-			return k.open(h, b, left)
-		})
+		return out, k.turn(ctx, urgent, b, opening)
 	}
 }
 
@@ -180,7 +177,7 @@ func TestLeftAlone(t *testing.T) {
 	var out []byte
 	var err error
 	var caller sync.WaitGroup
-	caller.Go(func() { out, err = opening(t, k, blobs...)(ctx) })
+	caller.Go(func() { out, err = openingOf(t, k, blobs...)(ctx) })
 	until(t, "the call is in the module", func() bool { return f.Inside(hsmtest.Decrypt) == 1 })
 	cancel()
 	caller.Wait()

@@ -64,11 +64,7 @@ func (k *KEK) wrapTurn(ctx context.Context, c class, plains, aads [][]byte, seal
 	}
 	b.results()
 	registers.Clear() // they have what was laid out last, and the turn may be on another thread
-	err := k.turn(ctx, c, "wrapping", b, &k.t.count.wraps, func(s pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
-		k.wraps.Add(int64(b.n)) // before the call: an attempt that fails may have used the key
-		return k.t.m.seal(s, k.copy, b, left)
-	})
-	if err != nil {
+	if err := k.turn(ctx, c, b, sealing); err != nil {
 		return err
 	}
 	for i := range sealed {
@@ -115,10 +111,7 @@ func (k *KEK) unwrapTurn(ctx context.Context, blobs []Sealed, all [][]byte) ([][
 		}
 	}
 	b.results()
-	err := k.turn(ctx, urgent, "unwrapping", b, &k.t.count.unwraps, func(s pkcs11.SessionHandle, left *atomic.Int32) (int, error) {
-		return k.open(s, b, left)
-	})
-	if err != nil {
+	if err := k.turn(ctx, urgent, b, opening); err != nil {
 		return all, err
 	}
 	for i := range blobs {
@@ -166,28 +159,49 @@ func (k *KEK) vouch(s pkcs11.SessionHandle, refusal error) error {
 
 // turn has the module do what is in b, in a turn of its own, and counts it. If it fails, b
 // is ended.
-func (k *KEK) turn(ctx context.Context, c class, verb string, b *batch, count *outcomes, do func(pkcs11.SessionHandle, *atomic.Int32) (int, error)) error {
-	what := verb + " under KEK " + k.info.Label
-	if err := k.t.admit(ctx, c, what); err != nil {
+func (k *KEK) turn(ctx context.Context, c class, b *batch, way direction) error {
+	b.kek, b.way = k, way
+	count := k.count(way)
+	if err := k.t.enter(ctx, c); err != nil {
 		b.end()
 		count.failed(err)
-		return err
+		return fmt.Errorf("%s under KEK %s: %w", way, k.info.Label, err)
 	}
-	left := new(atomic.Int32)
-	err := judged(what, k.t.do(ctx, c, func() error {
-		if k.gone != nil {
-			return k.gone
-		}
-		return k.t.onSession(func(s pkcs11.SessionHandle) error {
-			n, err := do(s, left)
-			count.done.Add(int64(n))
-			return err
-		})
-	}, b.discard))
-	if err != nil {
-		left.Store(1) // if the module has not returned, it need not begin another one
+	err := k.t.perform(ctx, c, b)
+	if err != nil { // and b is not ours any more
+		err = judged(fmt.Sprintf("%s under KEK %s", way, k.info.Label), err)
 		count.failed(err)
 	}
+	return err
+}
+
+// count is where what is done in that direction is counted.
+func (k *KEK) count(way direction) *outcomes {
+	if way == sealing {
+		return &k.t.count.wraps
+	}
+	return &k.t.count.unwraps
+}
+
+// run seals or opens what is in the batch.
+func (b *batch) run(left *atomic.Int32) error {
+	k := b.kek
+	if k.gone != nil {
+		return k.gone
+	}
+	s, err := k.t.takeSession()
+	if err != nil {
+		return err
+	}
+	var done int
+	if b.way == sealing {
+		k.wraps.Add(int64(b.n)) // before the call: an attempt that fails may have used the key
+		done, err = k.t.m.seal(s, k.copy, b, left)
+	} else {
+		done, err = k.open(s, b, left)
+	}
+	k.count(b.way).done.Add(int64(done))
+	k.t.giveSession(s, err)
 	return err
 }
 

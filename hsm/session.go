@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -84,51 +85,109 @@ func (t *Token) onOwnSession(f func(pkcs11.SessionHandle) error) error {
 	return err
 }
 
-// do runs f, which calls the module, in the turn that the caller has taken, and gives
-// the turn back when f has ended. Nothing can call back a call that is in the module:
-// if ctx ends first, do leaves f to itself and fails with ErrUnavailable. What f
-// writes to belongs to f then. discard (which may be nil) undoes what f has done: it is
-// called, once and in f's turn, if f has failed, or has ended when nobody waited for it any
-// more. Close waits for such calls.
+// do runs f, which calls the module, in the turn that the caller has taken. discard (which
+// may be nil) undoes what f has done. See perform.
 func (t *Token) do(ctx context.Context, c class, f func() error, discard func()) error {
-	if discard == nil {
-		discard = func() {}
+	return t.perform(ctx, c, funcs{f, discard})
+}
+
+// work is something that the module is asked to do in one turn.
+type work interface {
+	// run calls the module. left is not 0 any more when nobody waits for it.
+	run(left *atomic.Int32) error
+	// discard undoes what run has done.
+	discard()
+}
+
+// funcs is work that does not look at who waits for it.
+type funcs struct {
+	f    func() error
+	undo func() // nil: there is nothing to undo
+}
+
+func (w funcs) run(*atomic.Int32) error { return w.f() }
+
+func (w funcs) discard() {
+	if w.undo != nil {
+		w.undo()
 	}
-	if ctx.Done() == nil {
+}
+
+// perform has a worker do w in the turn that the caller has taken, which is given back when
+// w has ended. Nothing can call back a call that is in the module: if ctx ends first,
+// perform leaves w to itself and fails with ErrUnavailable. What w writes to belongs to w
+// then. It is discarded, once and in its turn, if it has failed, or has ended when nobody
+// waited for it any more. Close waits for such calls.
+func (t *Token) perform(ctx context.Context, c class, w work) error {
+	if ctx.Done() == nil || t.closed { // a token that was closed is not called any more
 		defer t.gate.leave(c)
-		err := f()
+		err := w.run(&nobodyLeaves)
 		if err != nil {
-			discard()
+			w.discard()
 		}
 		return err
 	}
-	var settled atomic.Bool
-	done := make(chan error, 1)
-	go func() {
-		defer t.gate.leave(c)
-		err := f()
-		if settled.CompareAndSwap(false, true) {
-			if err != nil {
-				discard()
-			}
-			done <- err
-			return
-		}
-		t.stuck.Add(-1)
-		discard()
-	}()
+	v := visits.Get().(*visit)
+	v.class, v.work = c, w
+	t.visits <- v // never full: whoever is in it has a turn
 	select {
-	case err := <-done:
+	case err := <-v.done:
+		v.end()
 		return err
 	case <-ctx.Done():
 		t.stuck.Add(1)
-		if !settled.CompareAndSwap(false, true) {
+		if !v.settled.CompareAndSwap(0, 1) {
 			t.stuck.Add(-1)
-			return <-done
+			err := <-v.done
+			v.end()
+			return err
 		}
 		t.count.abandoned.Add(1)
 		return fmt.Errorf("%w: the module has not returned: %w", ErrUnavailable, context.Cause(ctx))
 	}
+}
+
+// visit is work in the module and who waits for it. It goes from the caller to a worker, and
+// back with the answer. One that its caller has left stays the worker's, and is never used
+// again.
+type visit struct {
+	class   class
+	work    work
+	settled atomic.Int32 // 1 as soon as it is the caller's again, or nobody's but the worker's
+	done    chan error   // of one
+}
+
+// visits are those that have ended.
+var visits = sync.Pool{New: func() any { return &visit{done: make(chan error, 1)} }}
+
+// end gives back a visit whose answer has come.
+func (v *visit) end() {
+	v.work = nil
+	v.settled.Store(0)
+	visits.Put(v)
+}
+
+// serve does what comes, until the token is closed. There is a worker for each turn, so that
+// whoever has one finds a worker, and one that is stuck in the module keeps both.
+func (t *Token) serve() {
+	for v := range t.visits {
+		t.attend(v)
+	}
+}
+
+func (t *Token) attend(v *visit) {
+	w := v.work
+	defer t.gate.leave(v.class)
+	err := w.run(&v.settled)
+	if v.settled.CompareAndSwap(0, 1) {
+		if err != nil {
+			w.discard()
+		}
+		v.done <- err // and v is the caller's
+		return
+	}
+	t.stuck.Add(-1)
+	w.discard()
 }
 
 // enter waits for a turn, and refuses it while the token is down. On success the
@@ -170,12 +229,8 @@ func (t *Token) onSession(f func(pkcs11.SessionHandle) error) error {
 	if err != nil {
 		return err
 	}
-	if err = f(s); isFault(err) {
-		t.count.evicted.Add(1)
-		_ = t.m.CloseSession(s)
-	} else {
-		t.giveSession(s)
-	}
+	err = f(s)
+	t.giveSession(s, err)
 	return err
 }
 
@@ -192,8 +247,14 @@ func (t *Token) takeSession() (pkcs11.SessionHandle, error) {
 	return s, fault("C_OpenSession", err)
 }
 
-// giveSession puts s back. There are never more sessions than turns.
-func (t *Token) giveSession(s pkcs11.SessionHandle) {
+// giveSession puts s back, unless what was done on it failed with an error of the module.
+// There are never more sessions than turns.
+func (t *Token) giveSession(s pkcs11.SessionHandle, err error) {
+	if isFault(err) {
+		t.count.evicted.Add(1)
+		_ = t.m.CloseSession(s)
+		return
+	}
 	t.mu.Lock()
 	t.idle = append(t.idle, s)
 	t.mu.Unlock()

@@ -46,6 +46,9 @@ type Token struct {
 	stuck atomic.Int64           // calls in the module that nobody waits for any more
 	count counters
 
+	visits  chan *visit    // to the workers, of whom there are as many as turns
+	workers sync.WaitGroup // Close waits for them
+
 	mu   sync.Mutex             // guards idle
 	idle []pkcs11.SessionHandle // RO sessions of the hot path, never more than turns
 }
@@ -73,6 +76,9 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 		t.m.unload()
 		return nil, fmt.Errorf("opening hsm token %q: %w", cfg.TokenLabel, err)
 	}
+	for range t.gate.width {
+		t.workers.Go(t.serve)
+	}
 	return t, nil
 }
 
@@ -94,7 +100,7 @@ func prepare(cfg Config) (*Token, error) {
 	m.weak = cfg.WeakAttributes
 	return &Token{
 		cfg: cfg, log: cfg.Log.With("token", cfg.TokenLabel), m: m,
-		gate: newGate(cfg.MaxConcurrent),
+		gate: newGate(cfg.MaxConcurrent), visits: make(chan *visit, cfg.MaxConcurrent),
 		keks: make(map[*KEK]struct{}),
 	}, nil
 }
@@ -291,6 +297,11 @@ func (t *Token) Info() Info { return t.info }
 func (t *Token) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closePatience)
 	defer cancel()
+	return t.close(ctx)
+}
+
+// close is Close, which waits until ctx ends.
+func (t *Token) close(ctx context.Context) error {
 	if err := t.gate.enter(ctx, alone); err != nil {
 		return fmt.Errorf("closing hsm token %q: a call is stuck in the module: %w", t.cfg.TokenLabel, err)
 	}
@@ -299,6 +310,8 @@ func (t *Token) Close() error {
 		return nil
 	}
 	t.closed = true
+	close(t.visits)
+	t.workers.Wait() // not for long: none is in the module
 	t.down.Store(&outage{cause: errors.New("token was closed"), since: time.Now()})
 	t.idle = nil
 	// Closing the sessions destroys the copies of the KEKs and logs out, whatever
