@@ -296,8 +296,7 @@ func (n *ending) depose(ctx context.Context, copies store.NodeRun) error {
 		if s.NodeRun != copies || s.alive || !s.quiet {
 			continue
 		}
-		n.k.Log.Warn("taking over from a node that shows no sign of life: it has copies of KEKs that are to be destroyed", "from", s.Node, "run", s.Run)
-		heir, err := n.k.Store.Depose(ctx, copies)
+		heir, err := n.k.depose(ctx, copies, "it has copies of KEKs that are to be destroyed")
 		if err == nil {
 			err = n.k.inherit(ctx, heir)
 		}

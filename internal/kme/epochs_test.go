@@ -366,6 +366,64 @@ func TestStuckEpoch(t *testing.T) {
 	}
 }
 
+// TestDeposedCopies: a node that shows no sign of life any more, and has nothing but copies
+// of KEKs that are to be destroyed, holds up the end of no epoch; and that its run was ended
+// stands in the audit, though no peer is asked about it.
+func TestDeposedCopies(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	a := s.withToken(tokenDir(t))
+	b := s.beside(a, "b")
+	for _, k := range []*KME{a, b} {
+		stand(t, k)
+	}
+	over, n := key.EpochAt(s.now(), time.Hour), newEnding(a)
+	if _, err := b.keks.forEpoch(t.Context(), over); err != nil {
+		t.Fatal(err)
+	}
+	look := func() {
+		t.Helper()
+		if err := a.lookAround(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.step(3 * time.Hour)
+	if err := b.Store.Beat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	look()
+	for range 2 {
+		if err := n.advance(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		a.tendEpochs(t.Context()) // gives up its own copy
+	}
+	if got := states(t, a)[over]; got != store.EpochDraining {
+		t.Fatalf("the epoch is %s while the other node lives", got)
+	}
+	if err := b.Store.Stop(t.Context(), nil, false); err != nil { // as if it had shown nothing for long, with its copies
+		t.Fatal(err)
+	}
+	look()
+	eventually(t, "the epoch to be dropped", func() bool { // a step that does not get its locks at once is taken next time
+		if err := n.advance(t.Context()); err != nil {
+			t.Log(err)
+		}
+		_, there := states(t, a)[over]
+		return !there
+	})
+	var took []string
+	for _, ev := range s.audit() {
+		if ev.Action == string(audit.Takeover) {
+			took = append(took, ev.Reason)
+		}
+	}
+	want := []string{"run 1 of b is ended: the node shows no sign of life, and it has copies of KEKs that are to be destroyed"}
+	if diff := cmp.Diff(want, took); diff != "" {
+		t.Errorf("takeovers that are recorded (-want +got):\n%s", diff)
+	}
+}
+
 // TestStrays: keys of the token that the register does not know are an alarm: a copy of
 // a KEK under another label above all, which would open what the KEK had sealed when
 // that is destroyed. What a process has left that died while it made a KEK is cleared
@@ -612,6 +670,61 @@ func TestSweepLeavesWhatIsUsed(t *testing.T) {
 	}
 	if list, err = k.Token.ListKEKs(t.Context()); err != nil || len(list) != 2 || !k.stands("kek-unknown") {
 		t.Errorf("%v, %v, alarms %v: want the copy there, and an alarm of it", list, err, k.Alarms())
+	}
+}
+
+// TestFencedWhileMaking: a node that was taken over while its token made a KEK neither uses
+// it nor destroys it: whether it was registered is not for that node to say any more. The
+// node that has taken over clears it away, and what a commit that was not answered has
+// registered stays.
+func TestFencedWhileMaking(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	dir := tokenDir(t)
+	token, faults := faultyToken(t, dir)
+	a := s.withToken(dir, func(c *Config) { c.Token = token })
+	b := s.beside(a, "b")
+	for _, k := range []*KME{a, b} {
+		if err := k.beginRun(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e := key.EpochAt(s.now(), time.Hour)
+	faults.Hold(hsmtest.GenerateKey, true)
+	made := make(chan error, 1)
+	go func() {
+		_, err := a.keks.forEpoch(t.Context(), e)
+		made <- err
+	}()
+	eventually(t, "the token to be at it", func() bool { return faults.Inside(hsmtest.GenerateKey) == 1 })
+	if _, err := b.depose(t.Context(), store.NodeRun{Node: a.Node, Run: a.run.Load()}, "it hangs"); err != nil {
+		t.Fatal(err)
+	}
+	faults.Hold(hsmtest.GenerateKey, false)
+	if err := <-made; !errors.Is(err, store.ErrFenced) {
+		t.Errorf("a KEK of a node that was taken over: %v, want ErrFenced", err)
+	}
+	if _, ok := a.keks.current.Load(e); ok || s.ask("SELECT count(*) FROM kme.kek_copy WHERE node = 'a'") > 0 {
+		t.Error("it is used")
+	}
+	list, err := b.Token.ListKEKs(t.Context())
+	if err != nil || len(list) != 1 || s.ask("SELECT count(*) FROM kme.kek WHERE state = 'planned'") != 1 {
+		t.Errorf("%v in the token, %v: want what was made, and the register as it was", list, err)
+	}
+
+	other, err := b.keks.forEpoch(t.Context(), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := newEnding(b).check(t.Context()); err != nil {
+		t.Error(err)
+	}
+	list, err = b.Token.ListKEKs(t.Context())
+	if err != nil || len(list) != 1 || list[0].Label != other.kek.Info().Label || len(b.Alarms()) != 0 {
+		t.Errorf("%v in the token, %v, alarms %v: want that of the node that has taken over", list, err, b.Alarms())
+	}
+	if n := s.ask("SELECT count(*) FROM kme.kek WHERE state = 'destroyed' AND check_value = ''"); n != 1 {
+		t.Errorf("%d KEKs are given up, want 1", n)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/qutemail/kme/internal/audit"
 	"github.com/qutemail/kme/internal/failpoint"
 	"github.com/qutemail/kme/internal/store"
 )
@@ -277,8 +278,7 @@ func (k *KME) succeedNode(ctx context.Context, n store.NodeRun) error {
 		return nil
 	}
 	if k.mayInherit(left.Now) {
-		k.Log.Warn("taking over from a node that shows no sign of life", "from", n.Node, "run", n.Run)
-		if n, err = k.Store.Depose(ctx, n); err != nil {
+		if n, err = k.depose(ctx, n, "it has leased keys"); err != nil {
 			return err
 		}
 		// If this process dies here or later, the chunks of lower runs say that a
@@ -290,6 +290,15 @@ func (k *KME) succeedNode(ctx context.Context, n store.NodeRun) error {
 	}
 	k.Log.Info("taken over", "from", n.Node, "runs below", n.Run)
 	return nil
+}
+
+// depose ends the run of a node that shows no sign of life, because of what it has that
+// others need. That is recorded by itself: not every takeover goes on to ask a peer.
+func (k *KME) depose(ctx context.Context, n store.NodeRun, has string) (store.NodeRun, error) {
+	k.Log.Warn("taking over from a node that shows no sign of life", "from", n.Node, "run", n.Run, "why", has)
+	ev := k.own(audit.Takeover)
+	ev.Reason = fmt.Sprintf("run %d of %s is ended: the node shows no sign of life, and %s", n.Run, n.Node, has)
+	return k.Store.Depose(ctx, n, ev)
 }
 
 // mayInherit says whether any of the links is this node's: what is leased of another,

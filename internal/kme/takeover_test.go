@@ -347,7 +347,7 @@ func TestPeerWithoutEnd(t *testing.T) {
 			t.Fatal(lends, err)
 		}
 	}
-	run, err := heir.Store.Depose(t.Context(), store.NodeRun{Node: "km1-a", Run: dead.run.Load()})
+	run, err := heir.depose(t.Context(), store.NodeRun{Node: "km1-a", Run: dead.run.Load()}, "it has leased keys")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -172,6 +172,62 @@ func TestWitness(t *testing.T) {
 	}
 }
 
+// Of so many logs of one peer it is kept what was seen, and of no more: a peer that begins one
+// after the other fills nobody's database. Those that are known are witnessed as before, and
+// so are those of other peers.
+func TestWitnessedLogsAreBounded(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.node()
+	k.Trail.TrustDomain = "qutemail.example"
+	k.trail.witnessKey = audittest.NewKey(t)
+	km2, key := kmeID(t, "km2"), audittest.NewKey(t)
+	ask := func(sub audit.Submission) problem.Kind {
+		t.Helper()
+		answer, err := k.PeerDoor().Checkpoint(t.Context(), km2, sub)
+		if (err == nil) != (answer.Line != "") {
+			t.Errorf("answered %+v, %v", answer, err)
+		}
+		return problem.KindOf(err)
+	}
+	first := newOtherLog(t, key, 1).add("a")
+	if kind := ask(first.submission(0)); kind != 0 {
+		t.Fatalf("the first log: %v", kind)
+	}
+	s.exec(s.name, fmt.Sprintf(`INSERT INTO kme.audit_witnessed (log, kme, vkey, size, note, at)
+		SELECT 'qutemail.example/km2/audit/' || n, kme, vkey, size, note, at FROM kme.audit_witnessed, generate_series(2, %d) n`, maxWitnessedLogs-1))
+	if kind := ask(newOtherLog(t, key, 5000).add("a").submission(0)); kind != 0 {
+		t.Errorf("the last one that is kept: %v", kind)
+	}
+	if kind := ask(newOtherLog(t, key, 5001).add("a").submission(0)); kind != problem.Invalid {
+		t.Errorf("one more: %v, want it refused", kind)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.audit_witnessed"); n != maxWitnessedLogs {
+		t.Errorf("%d logs are kept, want %d", n, maxWitnessedLogs)
+	}
+	if kind := ask(first.add("b").submission(1)); kind != 0 {
+		t.Errorf("one that is known, and has grown: %v", kind)
+	}
+	km2, key = kmeID(t, "km3"), audittest.NewKey(t)
+	other := newOtherLog(t, key, 1)
+	var err error
+	if other.signer, err = audit.NewLogSigner(audit.LogName("qutemail.example", "km3", 1), key); err != nil {
+		t.Fatal(err)
+	}
+	if kind := ask(other.add("a").submission(0)); kind != 0 {
+		t.Errorf("the log of another peer: %v", kind)
+	}
+	refused := 0
+	for _, ev := range s.audit() {
+		if ev.Action == string(audit.Malformed) && strings.Contains(ev.Reason, "has not been recovered so often") {
+			refused++
+		}
+	}
+	if refused != 1 {
+		t.Errorf("%d refusals are recorded, want 1", refused)
+	}
+}
+
 // forge replaces the log's last leaf.
 func (l *otherLog) forge(text string) *otherLog {
 	l.size--

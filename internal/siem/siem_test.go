@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -197,6 +198,63 @@ func TestDeadSinkLosesNothing(t *testing.T) {
 	for leaf := range int64(2100) {
 		if !seen[leaf] {
 			t.Fatalf("leaf %d never came", leaf)
+		}
+	}
+}
+
+// full is a sink that takes some bytes and then has no room.
+type full struct{ room int }
+
+func (f *full) Write(b []byte) (int, error) {
+	if len(b) > f.room {
+		return f.room, syscall.ENOSPC
+	}
+	f.room -= len(b)
+	return len(b), nil
+}
+
+func (*full) Close() error { return nil }
+
+// What a sink did not take, or a disk not keep, is not counted as sent, and the cursor stays
+// before it: it is sent when there is room again.
+func TestFailingWrite(t *testing.T) {
+	t.Parallel()
+	pipe := func() writer { // takes what is written, and keeps none of it
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { r.Close() })
+		return w
+	}
+	for _, test := range []struct {
+		name   string
+		leaves int
+		conn   writer
+	}{
+		{"no room for more than a buffer", 500, &full{room: 10}}, // while the leaves are written
+		{"no room for the last of it", 3, &full{room: 10}},       // when they are flushed
+		{"written and not kept", 3, pipe()},
+	} {
+		src := &source{}
+		src.add(1, test.leaves)
+		name := filepath.Join(t.TempDir(), "out")
+		f := New(Config{Name: "sink", Format: JSONLine, To: "file:" + name, Log: slog.New(slog.DiscardHandler)})
+		f.conn = test.conn
+		if more, err := f.step(t.Context(), src); err == nil || more {
+			t.Errorf("%s: it went on, %v", test.name, err)
+		}
+		if f.Sent() != 0 || src.next != 0 || f.Lag() != int64(test.leaves) {
+			t.Errorf("%s: %d sent, the cursor is at %d, %d wait", test.name, f.Sent(), src.next, f.Lag())
+		}
+		f.hangUp()
+		if _, err := f.step(t.Context(), src); err != nil || f.Sent() != int64(test.leaves) || src.next != int64(test.leaves) {
+			t.Errorf("%s, and then room: %d sent, the cursor is at %d, %v", test.name, f.Sent(), src.next, err)
+		}
+		f.hangUp()
+		text, err := os.ReadFile(name)
+		if n := strings.Count(string(text), "\n"); err != nil || n != test.leaves {
+			t.Errorf("%s, and then room: %d lines, %v", test.name, n, err)
 		}
 	}
 }

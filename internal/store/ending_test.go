@@ -144,7 +144,7 @@ func TestDeposedCopy(t *testing.T) {
 	if _, err := db.EndEpoch(ctx, s.epoch()); err == nil {
 		t.Error("ended while the other node may live")
 	}
-	if _, err := db.Depose(ctx, NodeRun{"n2", 1}); err != nil {
+	if _, err := db.Depose(ctx, NodeRun{"n2", 1}, deposed); err != nil {
 		t.Fatal(err)
 	}
 	if done, err := db.EndEpoch(ctx, s.epoch()); !done || err != nil {
@@ -152,6 +152,9 @@ func TestDeposedCopy(t *testing.T) {
 	}
 	if n := ask[int](s, "SELECT count(*) FROM kek_copy"); n != 0 {
 		t.Errorf("%d copies are left", n)
+	}
+	if n := countOf(s.check(), audit.Takeover); n != 1 {
+		t.Errorf("%d takeovers are recorded, want 1", n)
 	}
 }
 

@@ -77,18 +77,22 @@ func (db *DB) ForgetParked(ctx context.Context, node string) error {
 	return nil
 }
 
-// Depose begins a takeover of a node that seems dead: it ends run n.Run, and returns
-// the run that it makes. From then on nothing of a lower run commits. Of two that
+// Depose begins a takeover of a node that seems dead: it ends run n.Run, records event, and
+// returns the run that it makes. From then on nothing of a lower run commits. Of two that
 // depose one run, and of one that is late and a node that has started again, one
 // gets ErrOvertaken.
-func (db *DB) Depose(ctx context.Context, n NodeRun) (heir NodeRun, err error) {
+func (db *DB) Depose(ctx context.Context, n NodeRun, event audit.Event) (heir NodeRun, err error) {
 	heir.Node = n.Node
-	err = db.pool.QueryRow(ctx, "UPDATE node_run SET run = run + 1 WHERE node = $1 AND run = $2 RETURNING run", n.Node, n.Run).Scan(&heir.Run)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return heir, fmt.Errorf("deposing run %d of %s: %w", n.Run, n.Node, ErrOvertaken)
-	}
+	err = db.do(ctx, solo(func(ctx context.Context, a *attempt) error {
+		err := a.conn.QueryRow(ctx, "UPDATE node_run SET run = run + 1 WHERE node = $1 AND run = $2 RETURNING run", n.Node, n.Run).Scan(&heir.Run)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return refuse(ErrOvertaken)
+		}
+		a.record(event)
+		return err
+	}), nil)
 	if err != nil {
-		return heir, away("deposing "+n.Node, err)
+		return heir, fmt.Errorf("deposing run %d of %s: %w", n.Run, n.Node, err)
 	}
 	return heir, nil
 }

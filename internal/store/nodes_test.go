@@ -19,6 +19,9 @@ import (
 	"github.com/qutemail/kme/internal/pgdev"
 )
 
+// deposed is the event of a run that is ended.
+var deposed = audit.Event{Action: audit.Takeover, Outcome: audit.Done, Reason: "a node shows no sign of life"}
+
 // TestBeat: a run shows itself until it is over, and a run that is over shows nothing.
 func TestBeat(t *testing.T) {
 	t.Parallel()
@@ -43,11 +46,11 @@ func TestBeat(t *testing.T) {
 	beat(two)
 	wantNodes(NodeBeat{NodeRun{"n1", 1}, 2}, NodeBeat{NodeRun{"n2", 1}, 1})
 
-	heir, err := two.Depose(t.Context(), NodeRun{"n1", 1})
+	heir, err := two.Depose(t.Context(), NodeRun{"n1", 1}, deposed)
 	if heir != (NodeRun{"n1", 2}) || err != nil {
 		t.Fatalf("deposing: %v, %v", heir, err)
 	}
-	if _, err := two.Depose(t.Context(), NodeRun{"n1", 1}); !errors.Is(err, ErrOvertaken) {
+	if _, err := two.Depose(t.Context(), NodeRun{"n1", 1}, deposed); !errors.Is(err, ErrOvertaken) {
 		t.Errorf("deposing the run that was: %v, want ErrOvertaken", err)
 	}
 	if err := one.Beat(t.Context()); !errors.Is(err, ErrFenced) {
@@ -65,7 +68,9 @@ func TestBeat(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantNodes(NodeBeat{NodeRun{"n1", 3}, 0}, NodeBeat{NodeRun{"n2", 1}, 1})
-	s.check()
+	if n := countOf(s.check(), audit.Takeover); n != 1 {
+		t.Errorf("%d ends of runs are recorded, want the one that was done", n)
+	}
 }
 
 // TestGiveBack: a chunk is given back if all that is left of it is in its holder's
@@ -222,7 +227,7 @@ func TestTakeoverRaces(t *testing.T) {
 		var heirs []NodeRun
 		for _, db := range survivors {
 			all.Go(func() {
-				heir, err := db.Depose(ctx, was)
+				heir, err := db.Depose(ctx, was, deposed)
 				if err == nil {
 					mu.Lock()
 					heirs = append(heirs, heir)

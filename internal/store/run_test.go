@@ -190,7 +190,7 @@ func TestEndTakeoverOfOneLink(t *testing.T) {
 	if err := dead.HeardHeldAnswer(ctx, lost.BlockRef, handover.Different, blockEvents(lost.BlockRef)); err != nil {
 		t.Fatal(err)
 	}
-	run, err := heir.Depose(ctx, NodeRun{"n1", 1})
+	run, err := heir.Depose(ctx, NodeRun{"n1", 1}, deposed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -406,7 +406,7 @@ func TestExpirePoolOfTheDead(t *testing.T) {
 	if n := expire(); n != 128 {
 		t.Errorf("%d expired beside two that live, want what is ours and what is nobody's, 128", n)
 	}
-	heir, err := living.Depose(ctx, NodeRun{"n3", 1})
+	heir, err := living.Depose(ctx, NodeRun{"n3", 1}, deposed)
 	if err != nil {
 		t.Fatal(err)
 	}
