@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"time"
@@ -283,6 +284,27 @@ func (a BurnedAnswer) Check() error {
 func (r RunStarted) Check() error {
 	if err := checkRun(r.Node, r.Run); err != nil {
 		return fmt.Errorf("run: %w", err)
+	}
+	return nil
+}
+
+// Check says what is wrong with a, nil if nothing is.
+func (a RunAnswer) Check() error {
+	if len(a.Assigned) > MaxAssigned {
+		return fmt.Errorf("answer to run: %d keys, more than %d", len(a.Assigned), MaxAssigned)
+	}
+	var last key.ID
+	for _, k := range a.Assigned {
+		if err := k.Check(); err != nil {
+			return fmt.Errorf("answer to run: %w", err)
+		}
+		if bytes.Compare(k.Key[:], last[:]) <= 0 {
+			return fmt.Errorf("answer to run: key %s after %s", k.Key, last)
+		}
+		last = k.Key
+	}
+	if a.UpTo != (key.ID{}) && bytes.Compare(a.UpTo[:], last[:]) < 0 {
+		return fmt.Errorf("answer to run: up to %s, and with key %s", a.UpTo, last)
 	}
 	return nil
 }

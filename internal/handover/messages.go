@@ -292,14 +292,20 @@ type Void struct {
 type RunStarted struct {
 	Node  string `json:"node"`
 	Run   int64  `json:"run"`
-	After key.ID `json:"after,omitzero"` // the last key of the answer before; none in the first question
+	After key.ID `json:"after,omitzero"` // UpTo of the answer before; none in the first question
 }
 
-// Assigned is one key that the peer has assigned for a lower run of a node. The
-// answer to RunStarted is the first MaxAssigned of them whose IDs are above After,
-// in the order of IDs, however often it is asked. Whoever asks goes on until an
-// answer is shorter: there may be as many as an hour's keys, and an answer of any
-// length would at some length not arrive any more.
+// RunAnswer is the answer to RunStarted: what was assigned, of the keys with IDs above After
+// and up to UpTo, in their order. Whoever asks goes on after UpTo until there is none: there
+// may be as many keys as in an hour or a day, nearly all of them taken, and an answer that is
+// of any length, or for which all of them are looked through, would at some number not come
+// in time any more.
+type RunAnswer struct {
+	Assigned []Assigned `json:"assigned"`       // MaxAssigned at most
+	UpTo     key.ID     `json:"up_to,omitzero"` // none: all were looked through
+}
+
+// Assigned is one key that the peer has assigned for a lower run of a node.
 type Assigned struct {
 	Run   int64    `json:"run"`
 	Batch int64    `json:"batch"`

@@ -263,10 +263,10 @@ func (s *tables) Do(node string, run int64, verb any) {
 		rows := []store.DueRef{{Key: v.Key, ExpiryEpoch: key.EpochAt(now().Add(hour), hour)}}
 		s.may(db.Take(ctx, store.TakeJob{SAE: v.SAE, Rows: rows, How: store.GoneTaken, Events: []audit.Event{event(audit.DecKeys)}}), store.ErrShort, v.Done)
 	case handover.DoHearRun:
-		rows, ok, err := db.HearRun(ctx, s.of(v.Node), v.RunStarted)
+		answer, ok, err := db.HearRun(ctx, s.of(v.Node), v.RunStarted)
 		s.must(err)
 		s.same("whether the run is heard", v.OK, ok)
-		s.same("what lower runs were assigned", v.Rows, rows)
+		s.same("what lower runs were assigned", v.Rows, answer.Assigned)
 	case handover.DoEndTakeover:
 		s.may(db.EndTakeover(ctx, store.NodeRun{Node: v.Node, Run: v.Run}, []string{v.Link}, event(audit.Takeover)), store.ErrOvertaken, v.Done)
 	case handover.DoGive:

@@ -359,6 +359,10 @@ func TestStuckEpoch(t *testing.T) {
 		t.Errorf("when one is late: %v", err)
 	}
 	s.exec(s.name, "DELETE FROM kme.key")
+	n.tried[stuck] = time.Now()
+	if _ = n.advance(t.Context()); states(t, k)[stuck] != store.EpochSealed {
+		t.Error("one that is late is looked through again at once")
+	}
 	clear(n.tried) // a minute passes
 	_ = until("the first to end", map[key.Epoch]store.EpochState{stuck: ""})
 	if err := n.advance(t.Context()); err != nil {

@@ -91,9 +91,10 @@ type KME struct {
 	waiting    waiting      // for a second officer
 	greeted    atomic.Int64 // how often all peers were
 	known      compromises
-	searching  sync.Map   // identity.KME -> chan struct{} of one place: see PeerDoor.turn
-	reclaimed  sync.Map   // reclaiming -> key.ID: how far takeovers have come that are not done
-	burning    sync.Mutex // held while compromised keys are burned: whoever began it is told of all of it
+	searching  sync.Map      // identity.KME -> chan struct{} of one place: see PeerDoor.turn
+	reclaimed  sync.Map      // reclaiming -> key.ID: how far takeovers have come that are not done
+	reclaimFor time.Duration // how long one peer is asked at a time: see reclaimTime
+	burning    sync.Mutex    // held while compromised keys are burned: whoever began it is told of all of it
 	alarms     alarms
 	debts      debts
 	watch      watch
@@ -154,14 +155,15 @@ func New(c Config) (*KME, error) {
 	}
 	c.Policies = c.Live.Set
 	k := &KME{
-		Config:    c,
-		started:   c.Now(),
-		links:     make(map[string]*link),
-		debts:     debts{more: make(chan struct{}, 1)},
-		metrics:   newMetrics(),
-		takenOver: make(map[identity.KME]chan struct{}),
-		news:      make(chan struct{}, 1),
-		uneven:    make(chan struct{}, 1),
+		Config:     c,
+		started:    c.Now(),
+		links:      make(map[string]*link),
+		debts:      debts{more: make(chan struct{}, 1)},
+		metrics:    newMetrics(),
+		takenOver:  make(map[identity.KME]chan struct{}),
+		reclaimFor: reclaimTime,
+		news:       make(chan struct{}, 1),
+		uneven:     make(chan struct{}, 1),
 	}
 	k.noPIN = make(chan error, 1)
 	k.hsmDown.Store("")

@@ -106,31 +106,28 @@ func (d PeerDoor) Void(ctx context.Context, from identity.KME, v handover.Void) 
 }
 
 // Run hears of a node's new run and lists what lower runs were assigned here.
-func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+func (d PeerDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) (answer handover.RunAnswer, err error) {
 	if err := d.known(ctx, from, r.Node); err != nil {
-		return nil, err
+		return answer, err
 	}
 	if err := handover.CheckReached("run", r.Run, d.k.Now()); err != nil {
-		return nil, d.refuse(ctx, from, err)
+		return answer, d.refuse(ctx, from, err)
 	}
 	if err := d.k.servingPeer(from); err != nil {
-		return nil, err
+		return answer, err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTime)
 	defer cancel()
 	leave, err := d.turn(ctx, from)
 	if err != nil {
-		return nil, err
+		return answer, err
 	}
 	defer leave()
-	rows, ok, err := d.k.Store.HearRun(ctx, from, r)
-	if err != nil {
-		return nil, err
+	answer, ok, err := d.k.Store.HearRun(ctx, from, r)
+	if err == nil && !ok {
+		err = d.refuseAs(ctx, from, problem.New(problem.Invalid, "a higher run of node %s is known", r.Node))
 	}
-	if !ok {
-		return nil, d.refuseAs(ctx, from, problem.New(problem.Invalid, "a higher run of node %s is known", r.Node))
-	}
-	return rows, nil
+	return answer, err
 }
 
 // turn waits until nothing else of a peer is being done for which tables are searched through:

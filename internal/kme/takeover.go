@@ -256,28 +256,28 @@ func (k *KME) inheritAt(ctx context.Context, id identity.KME, n store.NodeRun) e
 // reclaimAt tells a peer of the node's run and burns and voids what it had assigned
 // for lower ones and is still in the pool here. What is not was served.
 func (k *KME) reclaimAt(ctx context.Context, id identity.KME, n store.NodeRun) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, reclaimTime, fmt.Errorf("not all of it was said within %v", reclaimTime))
+	ctx, cancel := context.WithTimeoutCause(ctx, k.reclaimFor, fmt.Errorf("not all of it was said within %v", k.reclaimFor))
 	defer cancel()
 	of := reclaiming{id, n}
 	started := handover.RunStarted{Node: n.Node, Run: n.Run, After: k.reclaimedUpTo(of)}
 	for {
-		assigned, err := k.assignedAt(ctx, id, started)
+		answer, err := k.assignedAt(ctx, id, started)
 		if err != nil {
 			return errors.Join(err, context.Cause(ctx))
 		}
 		for _, l := range k.links {
-			if l.Peer != id {
+			if l.Peer != id || len(answer.Assigned) == 0 {
 				continue
 			}
-			if err := l.reclaimAssigned(ctx, started, assigned); err != nil {
+			if err := l.reclaimAssigned(ctx, started, answer.Assigned); err != nil {
 				return err
 			}
 		}
-		if len(assigned) < handover.MaxAssigned {
+		if answer.UpTo == (key.ID{}) {
 			k.reclaimed.Delete(of)
 			return nil
 		}
-		started.After = assigned[len(assigned)-1].Key
+		started.After = answer.UpTo
 		k.reclaimed.Store(of, started.After)
 	}
 }
@@ -292,7 +292,7 @@ type reclaiming struct {
 	store.NodeRun
 }
 
-// reclaimedUpTo is the last key of a takeover that has been dealt with.
+// reclaimedUpTo is up to which key a takeover has been dealt with.
 func (k *KME) reclaimedUpTo(of reclaiming) (last key.ID) {
 	if v, ok := k.reclaimed.Load(of); ok {
 		last = v.(key.ID)
@@ -301,22 +301,23 @@ func (k *KME) reclaimedUpTo(of reclaiming) (last key.ID) {
 }
 
 // assignedAt asks a peer for the next keys that it has assigned for lower runs.
-func (k *KME) assignedAt(ctx context.Context, id identity.KME, started handover.RunStarted) ([]handover.Assigned, error) {
+func (k *KME) assignedAt(ctx context.Context, id identity.KME, started handover.RunStarted) (answer handover.RunAnswer, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*announceTime)
 	defer cancel()
 	origin := k.past.originOf(id)
-	assigned, err := k.Peers[id].Run(ctx, started)
-	if err == nil && started.Node == k.Node {
+	if answer, err = k.Peers[id].Run(ctx, started); err != nil {
+		return answer, err
+	}
+	if started.Node == k.Node {
 		k.past.answered(id, origin, started.Run, 0)
 	}
-	last := started.After
-	for _, a := range assigned {
-		if bytes.Compare(a.Key[:], last[:]) <= 0 { // without an order there might be no end
-			return nil, fmt.Errorf("%s lists key %s after %s", id, a.Key, last)
-		}
-		last = a.Key
+	if len(answer.Assigned) > 0 && bytes.Compare(answer.Assigned[0].Key[:], started.After[:]) <= 0 {
+		return answer, fmt.Errorf("%s lists key %s when asked for those after %s", id, answer.Assigned[0].Key, started.After)
 	}
-	return assigned, err
+	if answer.UpTo != (key.ID{}) && bytes.Compare(answer.UpTo[:], started.After[:]) <= 0 { // there might be no end
+		return answer, fmt.Errorf("%s has looked up to %s when asked for what is after %s", id, answer.UpTo, started.After)
+	}
+	return answer, nil
 }
 
 // reclaimAssigned burns those of the assigned keys whose atoms are in this link's

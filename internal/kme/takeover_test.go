@@ -35,11 +35,14 @@ type farSite struct {
 	slave  string // an SAE at home there
 	k      *KME
 	shut   atomic.Bool
-	delay  atomic.Int64             // of each answer, in nanoseconds
-	ahead  atomic.Int64             // its clock, likewise
-	lies   atomic.Bool              // it lists keys without end that it never assigned
-	asked  chan handover.RunStarted // the questions that are answered with lies, as far as they find a place
-	client *peer.Client             // km1's way there
+	delay  atomic.Int64                       // of each answer, in nanoseconds
+	ahead  atomic.Int64                       // its clock, likewise
+	lies   atomic.Bool                        // it lists keys without end that it never assigned
+	meet   chan struct{}                      // if there is one: before it lists any, it waits until another one is asked that has it
+	met    atomic.Bool                        // that it was not the first of these
+	says   atomic.Pointer[handover.RunAnswer] // what it lists, whatever is asked
+	asked  chan handover.RunStarted           // the questions that are answered with lies, as far as they find a place
+	client *peer.Client                       // km1's way there
 }
 
 // far is a KME that shares clock and token with km1, and lies at Bob's end of a link.
@@ -90,7 +93,19 @@ type farDoor struct {
 }
 
 // Run answers, if it is to lie, with as many keys as there may be in an answer.
-func (d farDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+func (d farDoor) Run(ctx context.Context, from identity.KME, r handover.RunStarted) (handover.RunAnswer, error) {
+	if d.f.meet != nil {
+		select {
+		case d.f.meet <- struct{}{}:
+		case <-d.f.meet:
+			d.f.met.Store(true)
+		case <-ctx.Done():
+			return handover.RunAnswer{}, ctx.Err()
+		}
+	}
+	if says := d.f.says.Load(); says != nil {
+		return *says, nil
+	}
 	if !d.f.lies.Load() {
 		return d.PeerDoor.Run(ctx, from, r)
 	}
@@ -105,7 +120,7 @@ func (d farDoor) Run(ctx context.Context, from identity.KME, r handover.RunStart
 		binary.BigEndian.PutUint64(id[:8], last+uint64(i)+1)
 		rows[i] = handover.Assigned{Run: 1, Batch: 1, Key: id, Atoms: []key.ID{id}}
 	}
-	return rows, nil
+	return handover.RunAnswer{Assigned: rows, UpTo: rows[len(rows)-1].Key}, nil
 }
 
 // linked gives km1 links without light in its configuration.
@@ -318,14 +333,13 @@ func TestPeerAwayAtStart(t *testing.T) {
 	}
 }
 
-// TestPeerWithoutEnd: a peer that lists keys without end holds up the takeover of its own
-// links alone, and what it is asked next goes on where the last question ended.
-func TestPeerWithoutEnd(t *testing.T) {
-	t.Parallel()
-	dir := tokenDir(t)
-	s := newSite(t)
-	plain := s.withToken(dir)
-	km2, km3 := s.far(plain, "km2", "fibre", "bob"), s.far(plain, "km3", "long", "far")
+// bereaved is the node km1-b of a site with two peers, each of which has a key of a link that
+// the node km1-a has leased and will never serve.
+func (s *site) bereaved() (km2, km3 *farSite, dead, heir *KME) {
+	t := s.t.(*testing.T)
+	t.Helper()
+	plain := s.withToken(tokenDir(t))
+	km2, km3 = s.far(plain, "km2", "fibre", "bob"), s.far(plain, "km3", "long", "far")
 	node := func(name string) *KME {
 		c := plain.Config
 		c.Node, c.DataDir = name, t.TempDir()
@@ -337,7 +351,7 @@ func TestPeerWithoutEnd(t *testing.T) {
 		}
 		return k
 	}
-	dead, heir := node("km1-a"), node("km1-b")
+	dead, heir = node("km1-a"), node("km1-b")
 	for _, k := range []*KME{dead, heir, km2.k, km3.k} {
 		stand(t, k)
 	}
@@ -347,6 +361,75 @@ func TestPeerWithoutEnd(t *testing.T) {
 			t.Fatal(lends, err)
 		}
 	}
+	return km2, km3, dead, heir
+}
+
+// TestPeersAreAskedAtOnce: a takeover asks no peer after the other: each answers here when
+// the other is asked, too.
+func TestPeersAreAskedAtOnce(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	km2, km3, dead, heir := s.bereaved()
+	km2.meet = make(chan struct{})
+	km3.meet = km2.meet
+	run, err := heir.depose(t.Context(), store.NodeRun{Node: "km1-a", Run: dead.run.Load()}, "it has leased keys")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 { // on a machine that is busy, one may be asked when the other waits no more
+		if err = heir.inherit(t.Context(), run); err == nil {
+			break
+		}
+	}
+	if err != nil || !km2.met.Load() && !km3.met.Load() {
+		t.Errorf("they were not asked at once: %v", err)
+	}
+	if n := s.ask("SELECT count(*) FROM kme.chunk WHERE node IS NOT NULL"); n != 0 {
+		t.Errorf("%d chunks are not free", n)
+	}
+}
+
+// TestUselessAnswers: what a peer lists or has looked through that was not asked for is not
+// believed: going on from there might have no end.
+func TestUselessAnswers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	km2, _, _, heir := s.bereaved()
+	id := func(b byte) key.ID { return key.ID{b} }
+	listed := func(ids ...key.ID) (a handover.RunAnswer) {
+		for _, id := range ids {
+			a.Assigned = append(a.Assigned, handover.Assigned{Run: 1, Batch: 1, Key: id, Atoms: []key.ID{id}})
+		}
+		return a
+	}
+	upTo := func(a handover.RunAnswer, id key.ID) handover.RunAnswer { a.UpTo = id; return a }
+	for _, test := range []struct {
+		name   string
+		answer handover.RunAnswer
+		ok     bool
+	}{
+		{"nothing", listed(), true},
+		{"what is after it", upTo(listed(id(6), id(7)), id(7)), true},
+		{"nothing in what is after it", upTo(listed(), id(6)), true},
+		{"what was dealt with", listed(id(5), id(6)), false},
+		{"no order", listed(id(7), id(6)), false},
+		{"looked through nothing", upTo(listed(), id(5)), false},
+		{"looked through less than it lists", upTo(listed(id(6), id(8)), id(7)), false},
+	} {
+		km2.says.Store(&test.answer)
+		got, err := heir.assignedAt(t.Context(), km2.k.Self, handover.RunStarted{Node: "km1-b", Run: heir.run.Load(), After: id(5)})
+		if (err == nil) != test.ok || test.ok && len(got.Assigned) != len(test.answer.Assigned) {
+			t.Errorf("%s: %+v, %v", test.name, got, err)
+		}
+	}
+}
+
+// TestPeerWithoutEnd: a peer that lists keys without end holds up the takeover of its own
+// links alone, and what it is asked next goes on where the last question ended.
+func TestPeerWithoutEnd(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	km2, _, dead, heir := s.bereaved()
 	run, err := heir.depose(t.Context(), store.NodeRun{Node: "km1-a", Run: dead.run.Load()}, "it has leased keys")
 	if err != nil {
 		t.Fatal(err)
@@ -382,6 +465,13 @@ func TestPeerWithoutEnd(t *testing.T) {
 	}
 	stop()
 	<-ended
+	heir.reclaimFor = time.Millisecond
+	patient, impatient := context.WithTimeout(t.Context(), time.Minute)
+	defer impatient()
+	if err := heir.inherit(patient, run); err == nil || patient.Err() != nil {
+		t.Errorf("a takeover at it does not end by itself: %v", err)
+	}
+	heir.reclaimFor = reclaimTime
 	km2.lies.Store(false)
 	if err := heir.inherit(t.Context(), run); err != nil || leased("fibre") != 0 {
 		t.Errorf("when it lies no more: %v, %d chunks are not free", err, leased("fibre"))

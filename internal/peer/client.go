@@ -157,10 +157,9 @@ func (c *Client) Grant(ctx context.Context, g handover.Grant) (handover.GrantAns
 }
 
 // Run says that a node has a new run and returns the next keys that the peer has
-// assigned for its lower ones (handover.Assigned). It may be said any number of times.
-func (c *Client) Run(ctx context.Context, r handover.RunStarted) ([]handover.Assigned, error) {
-	a, err := call[runAnswer](ctx, c, pathRun, r, maxBody)
-	return a.Assigned, err
+// assigned for its lower ones. It may be said any number of times.
+func (c *Client) Run(ctx context.Context, r handover.RunStarted) (handover.RunAnswer, error) {
+	return call[handover.RunAnswer](ctx, c, pathRun, r, maxBody)
 }
 
 // call says one message and reads its answer.

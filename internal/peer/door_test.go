@@ -35,7 +35,7 @@ type site struct {
 	strange  []identity.Caller
 	err      error                   // what every verb fails with
 	answer   handover.AnnounceAnswer // to announces
-	assigned []handover.Assigned
+	assigned handover.RunAnswer
 }
 
 func (s *site) note(from identity.KME, m any) error {
@@ -93,7 +93,7 @@ func (s *site) Grant(_ context.Context, from identity.KME, g handover.Grant) (ha
 	return handover.GrantAnswer(g), s.note(from, g)
 }
 
-func (s *site) Run(_ context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+func (s *site) Run(_ context.Context, from identity.KME, r handover.RunStarted) (handover.RunAnswer, error) {
 	return s.assigned, s.note(from, r)
 }
 
@@ -155,7 +155,7 @@ func knock(t *testing.T, ca *authority) (*site, *Client) {
 
 func TestEveryMessageArrives(t *testing.T) {
 	s, c := knock(t, newAuthority(t))
-	s.assigned = []handover.Assigned{{Run: 2, Batch: 1, Key: anID(4), Atoms: []key.ID{anID(4), anID(5)}}}
+	s.assigned = handover.RunAnswer{Assigned: []handover.Assigned{{Run: 2, Batch: 1, Key: anID(4), Atoms: []key.ID{anID(4), anID(5)}}}, UpTo: anID(7)}
 	ctx := within(t, time.Minute)
 
 	hello := handover.Hello{KME: mustKME(t, "km1"), Node: "a1", Run: 3, Clock: 1, Links: []handover.HelloLink{{Link: "l1", Session: 2, TTL: 3600_000, Pool: 9}}}

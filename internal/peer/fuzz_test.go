@@ -56,7 +56,7 @@ var parsers = map[string]func(*testing.T, []byte) bool{
 	"grant":           reparse[handover.Grant],
 	"grant-answer":    reparse[handover.GrantAnswer],
 	"run":             reparse[handover.RunStarted],
-	"run-answer":      reparse[runAnswer],
+	"run-answer":      reparse[handover.RunAnswer],
 }
 
 // vector is one line of testdata/peer/messages.txt.

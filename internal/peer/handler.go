@@ -81,10 +81,7 @@ func Handler(b Backend, identify func(*http.Request) (identity.Caller, error), l
 		failpoint.Hit(failpoint.PeerVoidReceived)
 		return done{}, b.Void(ctx, from, v)
 	}))
-	r.Post(pathRun, serve(d, pathRun, func(ctx context.Context, from identity.KME, run handover.RunStarted) (runAnswer, error) {
-		rows, err := b.Run(ctx, from, run)
-		return runAnswer{rows}, err
-	}))
+	r.Post(pathRun, serve(d, pathRun, b.Run))
 	r.Post(pathCompromise, serve(d, pathCompromise, func(ctx context.Context, from identity.KME, c handover.Compromise) (done, error) {
 		return done{}, b.Compromise(ctx, from, c)
 	}))

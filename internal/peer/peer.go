@@ -51,7 +51,7 @@ type Backend interface {
 	// Grant makes chunks this end's, and acknowledges all of them. It is idempotent.
 	Grant(ctx context.Context, from identity.KME, g handover.Grant) (handover.GrantAnswer, error)
 	// Run hears of a node's new run and lists what lower runs were assigned.
-	Run(ctx context.Context, from identity.KME, r handover.RunStarted) ([]handover.Assigned, error)
+	Run(ctx context.Context, from identity.KME, r handover.RunStarted) (handover.RunAnswer, error)
 	// Checkpoint cosigns a checkpoint of the peer's audit log that follows what was seen
 	// of it. problem.Forbidden says that it does not.
 	Checkpoint(ctx context.Context, from identity.KME, s audit.Submission) (audit.Cosigned, error)

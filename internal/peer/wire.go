@@ -29,27 +29,13 @@ const (
 	pathSample     = "/peer/v1/sample"
 )
 
-// heldAnswer and runAnswer wrap answers that are not JSON objects by themselves.
+// heldAnswer wraps an answer that is not a JSON object by itself.
 type heldAnswer struct {
 	Answer handover.HeldAnswer `json:"answer"`
 }
 
 // Check says what is wrong with a, nil if nothing is.
 func (a heldAnswer) Check() error { return a.Answer.Check() }
-
-type runAnswer struct {
-	Assigned []handover.Assigned `json:"assigned"`
-}
-
-// Check says what is wrong with a, nil if nothing is.
-func (a runAnswer) Check() error {
-	for _, k := range a.Assigned {
-		if err := k.Check(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
 
 // done is an empty object: the answer to a Void, and the question what was witnessed.
 type done struct{}

@@ -81,11 +81,11 @@ func mustAssign(t *testing.T, db *DB, j AssignJob, standing handover.Standing, w
 
 func hear(t *testing.T, db *DB, run int64) []handover.Assigned {
 	t.Helper()
-	rows, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: "p1", Run: run})
+	answer, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: "p1", Run: run})
 	if err != nil || !ok {
 		t.Fatalf("HearRun %d: %v, %v", run, ok, err)
 	}
-	return rows
+	return answer.Assigned
 }
 
 func TestAssignMovesKeys(t *testing.T) {
@@ -334,8 +334,8 @@ func TestHearRun(t *testing.T) {
 	if _, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: "p1", Run: 3}); ok || err != nil {
 		t.Errorf("hearing a lower run: %v, %v; want it refused", ok, err)
 	}
-	if rows, ok, err := db.HearRun(t.Context(), kme("KM3"), handover.RunStarted{Node: "p1", Run: 9}); len(rows) != 0 || !ok || err != nil {
-		t.Errorf("another KME's node of the same name: %v, %v, %v", rows, ok, err)
+	if answer, ok, err := db.HearRun(t.Context(), kme("KM3"), handover.RunStarted{Node: "p1", Run: 9}); len(answer.Assigned) != 0 || !ok || err != nil {
+		t.Errorf("another KME's node of the same name: %+v, %v, %v", answer, ok, err)
 	}
 	mustAssign(t, db, s.assignJob(4, 1, request("r4", b.BlockRef, b.Atoms[5])), handover.Fresh, "")
 	s.check()
@@ -388,8 +388,9 @@ func TestAssignBelieving(t *testing.T) {
 	s.check()
 }
 
-// TestHearRunOfMany has more keys assigned than one answer holds: asked on, all of
-// them are listed, each once, in the order of IDs.
+// TestHearRunOfMany has more keys assigned than one answer holds, and many more that were
+// taken: asked on, all of them are listed, each once, in the order of IDs, and no answer
+// looks through more of the others than it may.
 func TestHearRunOfMany(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -397,32 +398,40 @@ func TestHearRunOfMany(t *testing.T) {
 	b := s.fill(db, 64, theirs)
 	hear(t, db, 1)
 	mustAssign(t, db, s.assignJob(1, 1, request("r1", b.BlockRef, b.Atoms[0])), handover.Fresh, "")
-	const more = 2*handover.MaxAssigned + 7
+	const more, taken = 2*handover.MaxAssigned + 7, maxLooked
 	s.super(func(conn *pgx.Conn) error {
-		_, err := conn.Exec(t.Context(), `INSERT INTO due (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread)
-			SELECT gen_random_uuid(), sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread
-			FROM (SELECT * FROM due LIMIT 1) AS one, generate_series(1, $1)`, more)
+		_, err := conn.Exec(t.Context(), `INSERT INTO due (key_id, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch, expires_at, reread, gone_how)
+			SELECT encode(set_byte(uuid_send(gen_random_uuid()), 0, CASE WHEN n > $1 THEN 100 ELSE 200 END), 'hex')::uuid, sae, expiry_epoch, master, bits, provenance, kek, iv, ct, peer, node, run, batch,
+				expires_at, reread, CASE WHEN n > $1 THEN 'taken' END
+			FROM (SELECT * FROM due LIMIT 1) AS one, generate_series(1, $1 + $2) n`, more, taken)
 		return err
 	})
 	started := handover.RunStarted{Node: "p1", Run: 2}
-	listed := 0
+	listed, questions := 0, 0
 	for {
-		rows, ok, err := db.HearRun(t.Context(), kme("KM2"), started)
-		if err != nil || !ok || len(rows) > handover.MaxAssigned {
-			t.Fatalf("HearRun: %d rows, %v, %v", len(rows), ok, err)
+		answer, ok, err := db.HearRun(t.Context(), kme("KM2"), started)
+		if err == nil {
+			err = answer.Check()
 		}
-		for _, r := range rows {
+		if err != nil || !ok {
+			t.Fatalf("HearRun: %v, %v", ok, err)
+		}
+		if n := ask[int](s, "SELECT count(*) FROM due WHERE key_id > $1 AND ($2 = '00000000-0000-0000-0000-000000000000' OR key_id <= $2)", started.After.String(), answer.UpTo.String()); n > maxLooked {
+			t.Errorf("%d keys were looked through for an answer", n)
+		}
+		for _, r := range answer.Assigned {
 			if bytes.Compare(r.Key[:], started.After[:]) <= 0 {
 				t.Fatalf("key %s is listed after %s", r.Key, started.After)
 			}
-			started.After = r.Key
 		}
-		if listed += len(rows); len(rows) < handover.MaxAssigned {
+		listed += len(answer.Assigned)
+		if questions++; answer.UpTo == (key.ID{}) {
 			break
 		}
+		started.After = answer.UpTo
 	}
-	if listed != more+1 {
-		t.Errorf("%d keys were listed, want %d", listed, more+1)
+	if listed != more+1 || questions != 4 {
+		t.Errorf("%d keys were listed in %d answers, want %d in 4", listed, questions, more+1)
 	}
 }
 

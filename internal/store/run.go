@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -122,12 +123,11 @@ func (db *DB) PeerRuns(ctx context.Context, peer identity.KME, nodes []string) (
 }
 
 // HearRun notes durably that a peer's node has begun a run: announces of lower ones
-// are refused from then on. ok is false if a higher run is known; otherwise rows
-// are the next keys, in the order of IDs and at most handover.MaxAssigned, that were
-// assigned here for lower runs and may still be in the peer's pool: one that was
-// taken or consumed had been served there before, and one that was voided had been
-// burned. They are looked for beside the committer, since that may take long.
-func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (rows []handover.Assigned, ok bool, err error) {
+// are refused from then on. ok is false if a higher run is known; otherwise the answer has
+// the next keys that were assigned here for lower runs and may still be in the peer's pool:
+// one that was taken or consumed had been served there before, and one that was voided had
+// been burned. They are looked for beside the committer, since that may take long.
+func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStarted) (answer handover.RunAnswer, ok bool, err error) {
 	known, err := db.PeerRuns(ctx, peer, []string{r.Node})
 	ok = known[r.Node].Run == r.Run // a question that was asked before, or goes on
 	if err == nil && !ok {
@@ -137,9 +137,7 @@ func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStar
 		// It is committed that the run is the node's, for which whoever assigns for a lower one
 		// locks the row: this read sees all that there will ever be.
 		err = db.proven(ctx, func(tx pgx.Tx) (err error) {
-			if _, err = tx.Exec(ctx, wholeTables); err == nil {
-				rows, err = assigned(ctx, tx, peer, r)
-			}
+			answer, err = assigned(ctx, tx, peer, r)
 			return err
 		})
 		if err != nil {
@@ -147,9 +145,9 @@ func (db *DB) HearRun(ctx context.Context, peer identity.KME, r handover.RunStar
 		}
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("hearing of run %d of %s: %w", r.Run, r.Node, err)
+		return handover.RunAnswer{}, false, fmt.Errorf("hearing of run %d of %s: %w", r.Run, r.Node, err)
 	}
-	return rows, ok, nil
+	return answer, ok, nil
 }
 
 // beginPeerRun makes a run of a peer's node the one whose announces are taken. It says false
@@ -172,19 +170,38 @@ func (db *DB) beginPeerRun(ctx context.Context, peer identity.KME, r handover.Ru
 	return ok, err
 }
 
+// maxLooked is how many rows of keys are looked through for one answer, of whatever peers
+// and however they have ended: an answer has to come while the peer waits for it.
+const maxLooked = 1 << 15
+
 // assigned reads the next page. No index tells a key that waits from one that was taken: it
 // would cost each take more than it costs to look through the tables here, now and then. So
-// the planner has the choice: nearly all may have been taken, or nearly none.
-func assigned(ctx context.Context, tx pgx.Tx, peer identity.KME, r handover.RunStarted) ([]handover.Assigned, error) {
+// it is found by the index of key IDs where the page ends, and the planner has the choice of
+// how to look through it: nearly all may have been taken, or nearly none.
+func assigned(ctx context.Context, tx pgx.Tx, peer identity.KME, r handover.RunStarted) (a handover.RunAnswer, err error) {
+	end := key.ID(bytes.Repeat([]byte{0xff}, 16))
+	err = tx.QueryRow(ctx, fmt.Sprintf("SELECT key_id FROM due WHERE key_id > $1 ORDER BY key_id OFFSET %d LIMIT 1", maxLooked-1), [16]byte(r.After)).Scan((*[16]byte)(&end))
+	if more := err == nil; more {
+		a.UpTo = end
+	} else if !errors.Is(err, pgx.ErrNoRows) {
+		return a, err
+	}
+	if _, err := tx.Exec(ctx, wholeTables); err != nil {
+		return a, err
+	}
 	rows, _ := tx.Query(ctx, `SELECT DISTINCT ON (key_id) run, batch, key_id, COALESCE(atoms, ARRAY[key_id]) FROM due
-		WHERE peer = $1 AND node = $2 AND run < $3 AND key_id > $4 AND (gone_how IS NULL OR gone_how = 'expired')
-		ORDER BY key_id LIMIT $5`, peer.String(), r.Node, r.Run, [16]byte(r.After), handover.MaxAssigned)
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {
+		WHERE peer = $1 AND node = $2 AND run < $3 AND key_id > $4 AND key_id <= $5 AND (gone_how IS NULL OR gone_how = 'expired')
+		ORDER BY key_id LIMIT $6`, peer.String(), r.Node, r.Run, [16]byte(r.After), [16]byte(end), handover.MaxAssigned)
+	a.Assigned, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (g handover.Assigned, err error) {
 		var atoms [][16]byte
 		err = row.Scan(&g.Run, &g.Batch, (*[16]byte)(&g.Key), &atoms)
 		g.Atoms = keyIDs(atoms)
 		return g, err
 	})
+	if n := len(a.Assigned); n == handover.MaxAssigned {
+		a.UpTo = a.Assigned[n-1].Key
+	}
+	return a, err
 }
 
 // Void takes back keys that the peer's node had announced and may not have served:

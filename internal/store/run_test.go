@@ -84,13 +84,13 @@ func TestHearRunBesideTheCommitter(t *testing.T) {
 	hear(t, db, 1)
 	mustAssign(t, db, s.assignJob(1, 1, request("r", b.BlockRef, b.Atoms[0])), handover.Fresh, "")
 	unlock := s.lock("LOCK TABLE " + dueTable(s.epoch()+2)) // nothing is written there
-	got := make(chan []handover.Assigned, 1)
+	got := make(chan handover.RunAnswer, 1)
 	go func() {
-		rows, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: "p1", Run: 2})
+		answer, ok, err := db.HearRun(t.Context(), kme("KM2"), handover.RunStarted{Node: "p1", Run: 2})
 		if err != nil || !ok {
 			t.Errorf("HearRun: %v, %v", ok, err)
 		}
-		got <- rows
+		got <- answer
 	}()
 	s.awaitLock()
 	if err := db.Record(t.Context(), audit.Event{Action: audit.Status, Outcome: audit.Done}); err != nil {
@@ -98,8 +98,8 @@ func TestHearRunBesideTheCommitter(t *testing.T) {
 	}
 	mustAssign(t, db, s.assignJob(1, 2), handover.Stale) // and nothing comes to what is looked for
 	unlock()
-	if rows := <-got; len(rows) != 1 || rows[0].Key != b.Atoms[0].ID {
-		t.Errorf("listed: %v", rows)
+	if answer := <-got; len(answer.Assigned) != 1 || answer.Assigned[0].Key != b.Atoms[0].ID {
+		t.Errorf("listed: %+v", answer)
 	}
 	s.check()
 }
