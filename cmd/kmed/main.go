@@ -22,9 +22,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/url"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime/debug"
+	"strings"
 	"syscall"
 	"time"
 
@@ -33,6 +36,7 @@ import (
 	"github.com/qutemail/kme/deploy"
 	"github.com/qutemail/kme/hsm"
 	"github.com/qutemail/kme/internal/release"
+	"github.com/qutemail/kme/internal/secretfile"
 	"github.com/qutemail/kme/internal/store"
 )
 
@@ -55,7 +59,8 @@ type serveCommand struct {
 }
 
 type migrateCommand struct {
-	Database string        `required:"" placeholder:"DSN" help:"Postgres DSN of the schema's owner."`
+	Database string        `required:"" xor:"database" placeholder:"DSN" help:"Postgres DSN of the schema's owner, without a password: everybody on this machine can read it."`
+	File     string        `required:"" xor:"database" name:"database-file" type:"existingfile" placeholder:"FILE" help:"A file with the DSN, which nobody but its owner can read."`
 	Epoch    time.Duration `default:"1h" help:"Length of an epoch; fixed for the life of the database."`
 }
 
@@ -75,8 +80,35 @@ type sequencerCommand struct {
 
 // Run implements the command.
 func (c migrateCommand) Run(ctx context.Context, log *slog.Logger) error {
-	return store.Migrate(ctx, c.Database, c.Epoch, log)
+	dsn := c.Database
+	if c.File != "" {
+		text, err := secretfile.Source{File: c.File}.Read(maxDSN)
+		if err != nil {
+			return fmt.Errorf("reading the DSN: %w", err)
+		}
+		dsn = strings.TrimSpace(string(text))
+		clear(text)
+	} else if namesPassword(dsn) {
+		return errors.New("the DSN has a password, which everybody on this machine can read in the list of processes: " +
+			"change it, and give the new one in --database-file, or in the environment as PGPASSFILE or PGPASSWORD")
+	}
+	return store.Migrate(ctx, dsn, c.Epoch, log)
 }
+
+// maxDSN is the longest DSN that is read from a file, in bytes.
+const maxDSN = 4 << 10
+
+// namesPassword says whether there is a password in a DSN, of either form, or something that
+// may be one.
+func namesPassword(dsn string) bool {
+	if u, err := url.Parse(dsn); err == nil && u.Scheme != "" {
+		_, has := u.User.Password()
+		return has || u.Query().Has("password") || u.Query().Has("sslpassword")
+	}
+	return passwordWord.MatchString(dsn)
+}
+
+var passwordWord = regexp.MustCompile(`(?i)(^|[\s'])(ssl)?password\s*=`)
 
 type configCommands struct {
 	Check        configCheck        `cmd:"" help:"Say all that is wrong with a configuration and the files that it names. Nothing is opened: no HSM, no database, no socket."`

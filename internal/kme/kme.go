@@ -93,6 +93,7 @@ type KME struct {
 	known      compromises
 	searching  sync.Map      // identity.KME -> chan struct{} of one place: see PeerDoor.turn
 	reclaimed  sync.Map      // reclaiming -> key.ID: how far takeovers have come that are not done
+	collecting chan struct{} // of one place: whoever reads figures from the database
 	reclaimFor time.Duration // how long one peer is asked at a time: see reclaimTime
 	burning    sync.Mutex    // held while compromised keys are burned: whoever began it is told of all of it
 	alarms     alarms
@@ -161,6 +162,7 @@ func New(c Config) (*KME, error) {
 		debts:      debts{more: make(chan struct{}, 1)},
 		metrics:    newMetrics(),
 		takenOver:  make(map[identity.KME]chan struct{}),
+		collecting: make(chan struct{}, 1),
 		reclaimFor: reclaimTime,
 		news:       make(chan struct{}, 1),
 		uneven:     make(chan struct{}, 1),

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -371,5 +372,75 @@ func TestAbsurdClaims(t *testing.T) {
 	}
 	if n := alice.site.ask("SELECT (SELECT count(*) FROM kme.peer_node) + (SELECT count(*) FROM kme.peer_run) + (SELECT count(*) FROM kme.peer_burned)"); n != 0 || k.suspended() != "" {
 		t.Errorf("%d rows of it are kept; suspended: %q", n, k.suspended())
+	}
+}
+
+// TestAbsurdAnswers: nor is it believed, or begun above, when a peer answers so: to a hello, to
+// a site that is being recovered, and when it is told of that.
+func TestAbsurdAnswers(t *testing.T) {
+	t.Parallel()
+	const absurd = int64(1) << 47
+	s := newSite(t)
+	plain := s.withToken(tokenDir(t))
+	km2 := s.far(plain, "km2", "fibre", "bob")
+	stand(t, km2.k)
+	node := func() *KME {
+		c := plain.Config
+		c.Node = "km1-a"
+		c.Store = s.connectAs(c.Node, s.data)
+		c.linked(km2)
+		k, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	k := node()
+	stand(t, k)
+	knows := func(s *site) bool { return s.ask("SELECT count(*) FROM kme.peer_node") > 0 }
+	run := km2.k.run.Swap(absurd)
+	eventually(t, "the peer to be greeted", func() bool { k.greet(t.Context()); return knows(km2.site) })
+	if knows(s) {
+		t.Error("what it says of itself with a run that there cannot have been is kept")
+	}
+	km2.k.run.Store(run)
+	eventually(t, "the peer to be known", func() bool { k.greet(t.Context()); return knows(s) })
+	k.Store.Close()
+	if !k.keks.close() {
+		t.Fatal("it keeps its copies of KEKs")
+	}
+	plain.Store.Close() // a recovery wants to be alone
+	km2.change(fmt.Sprintf("UPDATE peer_node SET run = %d", absurd))
+	k = node()
+	var said strings.Builder
+	if err := k.Recover(t.Context(), true, &said); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.ask("SELECT max(run) FROM kme.node_run"); n >= absurd || !strings.Contains(said.String(), "km2 does not answer, and cannot say what it remembers") {
+		t.Errorf("recovered in run %d:\n%s", n, &said)
+	}
+	k.Store.Close()
+
+	k = node()
+	if err := k.beginRun(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	told := func() bool {
+		t.Helper()
+		k.tellBurned(t.Context())
+		pending, err := k.Store.BurnedOut(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(pending) == 0
+	}
+	km2.change(fmt.Sprintf("INSERT INTO session (link, id, opened_at) VALUES ('fibre', %d, now())", absurd))
+	km2.change(fmt.Sprintf("UPDATE link SET session = %d", absurd))
+	if told() {
+		t.Error("an answer with a session that there cannot have been is taken")
+	}
+	km2.change("UPDATE link SET session = 1")
+	if !told() {
+		t.Error("it is not told")
 	}
 }

@@ -230,6 +230,11 @@ func (l *link) account(ctx context.Context) {
 		return
 	}
 	l.update(func(s *LinkState) { s.Reserve, s.EpsSecrecy, s.EpsCorrect = r, secrecy, correct })
+	if name := "pads-" + l.ID; l.End == handover.Bob && r.Pads >= store.ReserveLimit(l.End, l.Profile.Pads) {
+		l.k.raise(ctx, name, fmt.Sprintf("%d pads of link %s wait here: %s spends none of those that its blocks give, as no honest end does. Those of further blocks are not kept", r.Pads, l.ID, l.Peer))
+	} else {
+		l.k.clear(ctx, name)
+	}
 	if name := "epsilon-" + l.ID; secrecy+correct > yearlyEpsilon/2 {
 		l.k.raise(ctx, name, fmt.Sprintf("the blocks of link %s have used %.2g of this year's %.2g: at all of it the link rests", l.ID, secrecy+correct, yearlyEpsilon))
 	} else {

@@ -160,13 +160,23 @@ func (k *KME) Collect(ch chan<- prometheus.Metric) {
 			m.gauge(clockDesc, at.(time.Duration).Seconds(), id.String())
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), collectTime)
 	defer cancel()
+	select { // requests share the connections to the database: one of them is enough for figures
+	case k.collecting <- struct{}{}:
+		defer func() { <-k.collecting }()
+	case <-ctx.Done():
+		return
+	}
 	k.collectRecord(ctx, m)
 	for _, s := range k.LinkStates() {
 		k.collectLink(ctx, m, s)
 	}
 }
+
+// collectTime bounds how long the database is asked for figures. What it does not say by then
+// is missing.
+const collectTime = 2 * time.Second
 
 // reading is where metrics go that are read when asked for.
 type reading struct{ ch chan<- prometheus.Metric }
@@ -215,14 +225,14 @@ func (k *KME) collectRecord(ctx context.Context, m reading) {
 		}
 		m.gauge(lagTimeDesc, late)
 	}
-	epochs, err := k.OperatorDoor().Epochs(ctx, identity.Caller{}, "")
+	epochs, err := k.Store.Epochs(ctx)
 	if err != nil {
 		return // kme_database_up says so
 	}
-	for _, e := range epochs.Epochs {
+	for _, e := range epochs {
 		for _, kek := range e.KEKs {
-			if e.State == string(store.EpochOpen) && kek.State == string(store.KEKOpen) {
-				m.gauge(wrapsDesc, float64(max(0, k.MaxWraps-kek.Wraps)), strconv.FormatInt(e.Epoch, 10))
+			if e.State == store.EpochOpen && kek.State == store.KEKOpen {
+				m.gauge(wrapsDesc, float64(max(0, k.MaxWraps-kek.Wraps)), strconv.FormatInt(int64(e.Epoch), 10))
 			}
 		}
 	}

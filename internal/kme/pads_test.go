@@ -274,3 +274,24 @@ func TestNoPadIsSpentTwice(t *testing.T) {
 		t.Error("not every way was gone")
 	}
 }
+
+// TestPadsOfALiar: an Alice who spends none of the pads that her blocks give is an alarm at
+// Bob's end, until she does.
+func TestPadsOfALiar(t *testing.T) {
+	t.Parallel()
+	l := newTestLink(t, handover.Bob)
+	e := key.EpochAt(l.site.now(), time.Hour)
+	if _, err := l.k.Store.EnsureEpoch(t.Context(), e); err != nil {
+		t.Fatal(err)
+	}
+	limit := store.ReserveLimit(handover.Bob, l.Profile.Pads)
+	l.site.change("INSERT INTO block (link, session, id, epoch, atoms, owners, digest, provenance, state, held_at) VALUES ($1, 1, 1, $2, 1, '', $3, 'simulated', 'ready', now())",
+		l.ID, int64(e), make([]byte, 32))
+	l.site.change("INSERT INTO pad (link, session, block, index, kek, iv, ct) SELECT $1, 1, 1, n, 1, $2, '' FROM generate_series(1, $3::int) n", l.ID, make([]byte, 12), limit)
+	for _, want := range []bool{true, false} {
+		if l.account(t.Context()); l.k.stands("pads-"+l.ID) != want {
+			t.Errorf("%d pads wait: alarms %v", l.now().Reserve.Pads, l.k.Alarms())
+		}
+		l.site.change("DELETE FROM pad WHERE index = (SELECT min(index) FROM pad)")
+	}
+}

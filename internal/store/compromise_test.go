@@ -59,46 +59,50 @@ func TestCompromiseOfTwoLinks(t *testing.T) {
 	s.openOther(db)
 	hear(t, db, 1)
 	batch := int64(0)
-	fill := func(link string) (last handover.BlockRef) { // 63 keys in the pool, and one that waits
+	fill := func(link string) { // 63 keys in the pool, and one that waits
 		b := s.fillLink(db, link, key.ChunkAtoms, theirs)
 		batch++
 		mustAssign(t, db, s.assignJob(1, batch, request(link, b.BlockRef, b.Atoms[0])), handover.Fresh, "")
-		return b.BlockRef
 	}
-	meant := func(last handover.BlockRef) handover.Compromise {
+	meant := func(link string, session, block int64) handover.Compromise { // which is above all that there are
 		e := int64(s.epoch())
-		return handover.Compromise{Act: 7, Link: last.Link, First: e, Last: e, Session: last.Session, Block: last.Block}
+		return handover.Compromise{Act: 7, Link: link, First: e, Last: e, Session: session, Block: block}
 	}
 	wider := func(m handover.Compromise) handover.Compromise { m.Last++; return m }
-	a, b := fill(linkName), fill(otherLink)
+	fill(linkName)
+	fill(otherLink)
 	for _, step := range []struct {
 		name   string
 		m      handover.Compromise
 		burned int
 	}{
-		{"the one link", meant(a), 63},
-		{"the one link, again", meant(a), 0},
-		{"the other link", meant(b), 63},
-		{"the other link, again", meant(b), 0},
+		{"the second link", meant(otherLink, 1, 100), 63},
+		{"the second link, again", meant(otherLink, 1, 100), 0},
+		{"the first link", meant(linkName, 1, 100), 63},
+		{"the first link, again", meant(linkName, 1, 100), 0},
 	} {
 		if burned, voided := s.burnHeard(db, step.m); burned != step.burned || voided != step.burned/63 {
 			t.Errorf("%s: %d keys burned and %d voided, want %d and %d", step.name, burned, voided, step.burned, step.burned/63)
 		}
 	}
-	later := fill(linkName)
-	if burned, voided := s.burnHeard(db, meant(later)); burned != 63 || voided != 1 {
-		t.Errorf("another act of that number: %d keys burned and %d voided, want 63 and 1", burned, voided)
+	for name, m := range map[string]handover.Compromise{
+		"another block": meant(linkName, 1, 101), "another session": meant(linkName, 2, 100), "other epochs": wider(meant(linkName, 1, 100)),
+	} {
+		fill(linkName)
+		if burned, voided := s.burnHeard(db, m); burned != 63 || voided != 1 {
+			t.Errorf("an act of that number and %s: %d keys burned and %d voided, want 63 and 1", name, burned, voided)
+		}
 	}
 	fill(linkName)
-	if burned, voided := s.burnHeard(db, wider(meant(later))); burned != 0 || voided != 1 {
-		t.Errorf("an act of that number and other epochs: %d keys burned and %d voided, want those that wait, 1", burned, voided)
+	if burned, voided := s.burnHeard(db, meant(linkName, 1, 1)); burned != 0 || voided != 1 {
+		t.Errorf("an act of that number and earlier blocks: %d keys burned and %d voided, want those that wait, 1", burned, voided)
 	}
 	if left, err := db.UnfinishedCompromises(t.Context()); err != nil || len(left) != 0 {
 		t.Errorf("unfinished: %v, %v", left, err)
 	}
 	all, err := db.Compromises(t.Context(), 0)
-	if err != nil || len(all) != 4 {
-		t.Errorf("%d compromises are known, want 4: %v", len(all), err)
+	if err != nil || len(all) != 6 {
+		t.Errorf("%d compromises are known, want 6: %v", len(all), err)
 	}
 
 	// A peer that makes up acts is heard no more that day.
@@ -111,7 +115,7 @@ func TestCompromiseOfTwoLinks(t *testing.T) {
 	if _, err := db.HearCompromise(t.Context(), kme("KM2"), one, audit.Event{}); !errors.Is(err, ErrTooManyCompromises) {
 		t.Errorf("one more than is heard in a day: %v", err)
 	}
-	if burned, voided := s.burnHeard(db, meant(b)); burned != 0 || voided != 0 {
+	if burned, voided := s.burnHeard(db, meant(otherLink, 1, 100)); burned != 0 || voided != 0 {
 		t.Errorf("one that is done, again: %d keys burned and %d voided", burned, voided)
 	}
 	s.step(25 * hour)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 
 	"github.com/jackc/pgx/v5"
 
@@ -195,14 +194,21 @@ func (db *DB) ResealPads(ctx context.Context, pads, spoilt []LinkPad) error {
 // maxReserve is how many pads Alice's end of a link keeps.
 const maxReserve = 256
 
-// keep adds a block's pads to the reserve: at Alice's end as long as it is not full, at
-// Bob's all. It is Alice who names the pad of a block: if each end counted, what the one
-// keeps the other might not. What she has not kept he forgets when she spends a higher one.
-func (b Block) keep(a *attempt) {
-	limit := maxReserve
-	if b.Mine == handover.Bob {
-		limit = math.MaxInt32
+// ReserveLimit is how many pads an end of a link keeps, if each block gives so many. It is
+// Alice who names the pad of a block: if each end counted, what the one keeps the other might
+// not. So Bob's keeps all that an honest Alice may have kept: while her reserve is full each
+// block spends her lowest and has room for one, and those of a block that she has not kept he
+// forgets when she spends a higher one. One that never does fills up no more than that.
+func ReserveLimit(end handover.End, each int) int {
+	if end == handover.Bob {
+		return maxReserve * (each + 1)
 	}
+	return maxReserve
+}
+
+// keep adds a block's pads to the reserve, as long as it is not full.
+func (b Block) keep(a *attempt) {
+	limit := ReserveLimit(b.Mine, len(b.Pads))
 	for _, p := range b.Pads {
 		a.writes.Queue(`INSERT INTO pad (link, session, block, index, kek, iv, ct) SELECT $1, $2, $3, $4, $5, $6, $7
 			WHERE (SELECT count(*) FROM pad WHERE link = $1) < $8`, b.Link, b.Session, b.Block, p.Index, p.KEK, p.IV[:], p.CT, limit)

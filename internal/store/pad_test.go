@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"math"
 	"slices"
@@ -103,8 +104,7 @@ func TestReserve(t *testing.T) {
 	s.check()
 }
 
-// Alice's end keeps so many pads, without those of blocks that were lost; Bob's keeps all
-// that she may have kept.
+// Alice's end keeps so many pads, without those of blocks that were lost; Bob's keeps more.
 func TestReserveHasALimit(t *testing.T) {
 	t.Parallel()
 	for end, want := range map[handover.End]int{handover.Alice: maxReserve, handover.Bob: maxReserve + maxReserve/2} {
@@ -129,6 +129,79 @@ func TestReserveHasALimit(t *testing.T) {
 		if r, err := db.Reserve(ctx, linkName); err != nil || r.Pads != want {
 			t.Errorf("%s has %d pads, %v; want %d", end, r.Pads, err, want)
 		}
+	}
+}
+
+// Bob's end has every pad that an honest Alice names, who spends the lowest that she has kept,
+// also when her reserve is full; of one who spends none it keeps no more than its limit.
+func TestReserveOfBobs(t *testing.T) {
+	t.Parallel()
+	const each = 2
+	s := newSite(t)
+	db := s.open("n1")
+	ctx := t.Context()
+	ends := map[handover.End]string{handover.Alice: linkName, handover.Bob: otherLink}
+	s.openOther(db)
+	for _, link := range ends {
+		if err := db.OpenSession(ctx, link, 1, audit.Event{Action: audit.LinkOpen}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := db.EnsureEpoch(ctx, s.epoch()); err != nil {
+		t.Fatal(err)
+	}
+	block := int64(0)
+	give := func(blocks int, alice int) { // of which only the pads matter, and of them Alice's as many of each
+		t.Helper()
+		err := db.do(ctx, solo(func(_ context.Context, a *attempt) error {
+			for range blocks {
+				block++
+				for end, link := range ends {
+					b := Block{BlockRef: handover.BlockRef{Link: link, Session: 1, Block: block}, Mine: end}
+					for i := range map[handover.End]int{handover.Alice: alice, handover.Bob: each}[end] {
+						b.Pads = append(b.Pads, Pad{PadName: PadName{1, block, i}, KEK: 1, CT: make([]byte, 64)})
+					}
+					a.writes.Queue("INSERT INTO block (link, session, id, epoch, atoms, owners, digest, provenance, state, held_at) VALUES ($1, 1, $2, $3, 1, '', $4, 'simulated', 'ready', $5)",
+						link, block, s.epoch(), make([]byte, 32), s.now())
+					b.keep(a)
+				}
+			}
+			return nil
+		}), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	bobs := func() int {
+		t.Helper()
+		r, err := db.Reserve(ctx, otherLink)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Pads
+	}
+	give(maxReserve, 1) // as she has kept them if hers has been full for long
+	for range 8 {
+		give(1, each)
+		named, err := db.NextPad(ctx, linkName, PadName{})
+		if err == nil {
+			_, err = db.Pad(ctx, otherLink, named.PadName)
+		}
+		for _, link := range ends {
+			if err == nil {
+				err = db.SpendPad(ctx, link, 1, named.PadName)
+			}
+		}
+		if err != nil {
+			t.Fatalf("pad %v, of %d that Bob has: %v", named.PadName, bobs(), err)
+		}
+	}
+	if n := bobs(); n < maxReserve*each-each || n >= ReserveLimit(handover.Bob, each) {
+		t.Errorf("Bob has %d pads of an honest Alice", n)
+	}
+	give(maxReserve, each)
+	if n := bobs(); n != ReserveLimit(handover.Bob, each) {
+		t.Errorf("Bob has %d pads of an Alice who spends none, want %d", n, ReserveLimit(handover.Bob, each))
 	}
 }
 
