@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/qutemail/kme/internal/identity"
@@ -36,6 +38,23 @@ func (g *Gate) Identify(r *http.Request) (identity.Caller, error) {
 	})
 }
 
+// suiteNames are those of cipher suites: crypto/tls makes a new list of all of them whenever
+// it is asked for one, which took longer than all else that a request's caller is judged by.
+var suiteNames = sync.OnceValue(func() map[uint16]string {
+	names := make(map[uint16]string)
+	for _, s := range slices.Concat(tls.CipherSuites(), tls.InsecureCipherSuites()) {
+		names[s.ID] = s.Name
+	}
+	return names
+})
+
+func suiteName(id uint16) string {
+	if name, known := suiteNames()[id]; known {
+		return name
+	}
+	return tls.CipherSuiteName(id)
+}
+
 // identify is the only place that looks at a request's certificate.
 func identify(r *http.Request, judge func(*x509.Certificate) (identity.Caller, error)) (identity.Caller, error) {
 	s := identity.Session{Remote: r.RemoteAddr}
@@ -46,7 +65,7 @@ func identify(r *http.Request, judge func(*x509.Certificate) (identity.Caller, e
 	if r.TLS.CurveID != 0 {
 		s.Group = r.TLS.CurveID.String()
 	}
-	s.TLS = strings.TrimSuffix(tls.VersionName(r.TLS.Version)+" "+tls.CipherSuiteName(r.TLS.CipherSuite)+" "+s.Group, " ")
+	s.TLS = strings.TrimSuffix(tls.VersionName(r.TLS.Version)+" "+suiteName(r.TLS.CipherSuite)+" "+s.Group, " ")
 	s.Since, _ = r.Context().Value(handshakeKey{}).(time.Time)
 	leaf := r.TLS.VerifiedChains[0][0]
 	caller, err := judge(leaf)

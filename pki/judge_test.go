@@ -87,6 +87,28 @@ func cpu() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
+// requestOf is a request over a connection of TLS that leaf was shown on.
+func requestOf(leaf *x509.Certificate) *http.Request {
+	return &http.Request{RemoteAddr: "127.0.0.1:1", TLS: &tls.ConnectionState{
+		Version: tls.VersionTLS13, CipherSuite: tls.TLS_AES_128_GCM_SHA256, CurveID: tls.X25519MLKEM768,
+		VerifiedChains: [][]*x509.Certificate{{leaf}},
+	}}
+}
+
+// TestIdentifyIsCheap: who calls is said on every request, and makes next to nothing that
+// has to be collected. Garbage is what it once cost most: five times all else.
+func TestIdentifyIsCheap(t *testing.T) { // beside no other test: all of them would be counted
+	d := newDoor(t, pki.Limits{})
+	r := requestOf(load(t, d.alice()).Leaf()).WithContext(t.Context())
+	if n := testing.AllocsPerRun(1000, func() {
+		if _, err := d.gate.Identify(r); err != nil {
+			t.Fatal(err)
+		}
+	}); n > 3 {
+		t.Errorf("%v allocations a request, want one", n)
+	}
+}
+
 // BenchmarkJudge is what it takes to say who calls and whether that caller may, on
 // every request; of-request is its part of a keep-alive request over mutual TLS whose
 // handler does nothing, by CPU time. Half of what client and server take together is
@@ -108,12 +130,10 @@ func BenchmarkJudge(b *testing.B) {
 		Action: policies.EncKeys, Caller: sae("alice"), Other: sae("bob"), Bits: 256, Number: 1, Provenance: key.QKD, Link: "km1-km2", Group: "X25519MLKEM768",
 	}
 	alice := d.alice()
-	leaf := load(b, alice).Leaf()
-	r := (&http.Request{RemoteAddr: "127.0.0.1:1", TLS: &tls.ConnectionState{CurveID: tls.X25519MLKEM768}}).WithContext(context.Background())
-	r.TLS.VerifiedChains = append(r.TLS.VerifiedChains, nil)
-	r.TLS.VerifiedChains[0] = append(r.TLS.VerifiedChains[0], leaf)
+	r := requestOf(load(b, alice).Leaf()).WithContext(context.Background())
 
 	request := keepAlive(b, d, alice)
+	b.ReportAllocs()
 	b.ResetTimer()
 	began := cpu()
 	for b.Loop() {
