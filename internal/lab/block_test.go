@@ -186,31 +186,47 @@ func (c *alicesClient) served(t *testing.T) (conn net.Conn) {
 	return conn
 }
 
-// noOracle: whoever asks for keys to share with an SAE that nobody knows, one that
-// policy forbids, and one that is disabled, gets the same bytes.
+// noOracle: whoever asks for keys to share with an SAE that nobody knows, one that policy
+// forbids, and one that is disabled, gets the same bytes, whatever is asked and how.
 func noOracle(t *testing.T, l *Lab, n *Node) {
 	t.Helper()
 	dave := at(t, l, "dave", n.Name)
-	answer := func(other string) string {
-		res, err := dave.HTTP.Get(n.URL() + "/api/v1/keys/" + other + "/enc_keys")
-		if err != nil {
-			t.Fatal(err)
+	for _, ask := range []struct {
+		name, method, path, body string // of which %s is the other SAE
+		status                   int
+	}{
+		{"status", http.MethodGet, "%s/status", "", http.StatusUnauthorized},
+		{"enc_keys", http.MethodGet, "%s/enc_keys", "", http.StatusUnauthorized},
+		{"enc_keys, beside bob", http.MethodPost, "bob/enc_keys", `{"additional_slave_SAE_IDs": ["%s"]}`, http.StatusUnauthorized},
+		{"dec_keys", http.MethodGet, "%s/dec_keys?key_ID=01a20a35-6080-7d42-a9b0-32f7aade4f11", "", http.StatusBadRequest},
+	} {
+		answer := func(other string) string {
+			path, body := strings.ReplaceAll(ask.path, "%s", other), strings.ReplaceAll(ask.body, "%s", other)
+			req, err := http.NewRequestWithContext(t.Context(), ask.method, n.URL()+"/api/v1/keys/"+path, strings.NewReader(body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Content-Type", "application/json")
+			res, err := dave.HTTP.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			said, err := io.ReadAll(res.Body)
+			if err != nil || res.StatusCode != ask.status {
+				t.Errorf("%s: dave for %s: %d, %v, want %d", ask.name, other, res.StatusCode, err, ask.status)
+			}
+			id := res.Header.Get("X-Request-Id")
+			res.Header.Del("Date")
+			var head strings.Builder
+			_ = res.Header.Write(&head) // sorted
+			return strings.ReplaceAll(res.Status+"\n"+head.String()+"\n"+string(said), id, strings.Repeat("#", len(id)))
 		}
-		defer res.Body.Close()
-		body, err := io.ReadAll(res.Body)
-		if err != nil || res.StatusCode != http.StatusUnauthorized {
-			t.Errorf("dave for %s: %d, %v", other, res.StatusCode, err)
-		}
-		id := res.Header.Get("X-Request-Id")
-		res.Header.Del("Date")
-		var head strings.Builder
-		_ = res.Header.Write(&head) // sorted
-		return strings.ReplaceAll(res.Status+"\n"+head.String()+"\n"+string(body), id, strings.Repeat("#", len(id)))
-	}
-	unknown := answer("nobodyx")
-	for _, other := range []string{"carol", "alice"} { // forbidden; disabled
-		if got := answer(other); got != unknown {
-			t.Errorf("%s is answered\n%s\nand an unknown SAE\n%s", other, got, unknown)
+		unknown := answer("nobodyx")
+		for _, other := range []string{"carol", "alice"} { // forbidden; disabled
+			if got := answer(other); got != unknown {
+				t.Errorf("%s: %s is answered\n%s\nand an unknown SAE\n%s", ask.name, other, got, unknown)
+			}
 		}
 	}
 }
