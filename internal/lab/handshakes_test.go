@@ -32,15 +32,46 @@ const badHandshakes = 1000
 // which no bucket is ever empty. times-alone is what that costs the SAEs: how many times
 // their p99 without it. handshakes/s is how many it was, of badHandshakes, on a machine that
 // has both sides of them to do, theirs in a process that gives way to all others;
-// km2-cores how many processors the door's kmed has used.
+// nobody-cores how many processors that has used, km2-cores how many the door's kmed has.
+//
+// at-null-door is what all of this costs without a door of ours: the same from other addresses
+// at a listener that hangs up at once.
 func BenchmarkBadHandshakes(b *testing.B) {
 	l := start(b, func(c *Config) { c.Filler, c.PoolLimit, c.Interval = 1<<16, 1<<17+1, 50*time.Millisecond })
 	keysStored(b, l, 50_000)
-	for _, bad := range []string{"no-tls", "hangs-up", "foreign", "hangs-up-anywhere", "foreign-anywhere"} {
-		b.Run(bad, func(b *testing.B) {
-			besides(b, l, func() func() int64 { return startNobody(b, l, bad) }, "handshakes/s")
+	run := func(name, door, bad string) {
+		b.Run(name, func(b *testing.B) {
+			var n *nobody
+			besides(b, l, func() func() int64 { n = startNobody(b, l, door, bad); return n.end }, "handshakes/s")
+			b.ReportMetric(n.used.Seconds()/b.Elapsed().Seconds(), "nobody-cores")
 		})
 	}
+	run("at-null-door", nullDoor(b), "foreign-anywhere")
+	for _, bad := range []string{"no-tls", "hangs-up", "foreign", "hangs-up-anywhere", "foreign-anywhere"} {
+		run(bad, address(l.KM2), bad)
+	}
+}
+
+// nullDoor is the address of a listener that hangs up on everybody.
+func nullDoor(b *testing.B) string {
+	b.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	var listening sync.WaitGroup
+	listening.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_ = c.(*net.TCPConn).SetLinger(0)
+			_ = c.Close()
+		}
+	})
+	b.Cleanup(func() { _ = ln.Close(); listening.Wait() })
+	return ln.Addr().String()
 }
 
 // What somebody who is nobody is told, in the environment.
@@ -51,13 +82,18 @@ const (
 	nobodyRoots = "KME_NOBODY_ROOTS" // verifies the door
 )
 
-// startNobody starts the process of somebody who is nobody, which is this program with
-// TestNobody to run, and returns when its first connection has come to nothing. end says
-// how many have since.
-func startNobody(b *testing.B, l *Lab, does string) (end func() int64) {
+// nobody is a process of somebody who is nobody.
+type nobody struct {
+	end  func() int64  // has it end, and says how many connections have come to nothing since the first
+	used time.Duration // of processors meanwhile, when it has ended
+}
+
+// startNobody starts the process, which is this program with TestNobody to run, and returns
+// when its first connection has come to nothing.
+func startNobody(b *testing.B, l *Lab, door, does string) *nobody {
 	b.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestNobody$")
-	cmd.Env = append(os.Environ(), nobodyDoes+"="+does, nobodyDoor+"="+address(l.KM2), nobodyTLS+"="+l.profileDir("operator", "root"), nobodyRoots+"="+l.path("root.pem"))
+	cmd.Env = append(os.Environ(), nobodyDoes+"="+does, nobodyDoor+"="+door, nobodyTLS+"="+l.profileDir("operator", "root"), nobodyRoots+"="+l.path("root.pem"))
 	cmd.Stderr = os.Stderr
 	said, err := cmd.StdoutPipe()
 	if err != nil {
@@ -70,20 +106,21 @@ func startNobody(b *testing.B, l *Lab, does string) (end func() int64) {
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	var n int64
-	end = sync.OnceValue(func() int64 {
+	n := new(nobody)
+	n.end = sync.OnceValue(func() (begun int64) {
 		_ = stop.Close()
-		if _, err := fmt.Fscanln(said, &n); err != nil {
+		if _, err := fmt.Fscanln(said, &begun, &n.used); err != nil {
 			b.Errorf("nobody does not say how many connections it has begun: %v", err)
 		}
 		_ = cmd.Wait()
-		return n
+		return begun
 	})
-	b.Cleanup(func() { end() })
-	if _, err := fmt.Fscanln(said, &n); err != nil {
+	b.Cleanup(func() { n.end() })
+	var first int64
+	if _, err := fmt.Fscanln(said, &first); err != nil {
 		b.Fatalf("nobody has begun no connection: %v", err)
 	}
-	return end
+	return n
 }
 
 // TestNobody is the process of startNobody, when that asks for it. It ends when its standard
@@ -139,12 +176,19 @@ func TestNobody(t *testing.T) {
 		})
 	}
 	<-first
-	before := begun.Load()
+	before, used := begun.Load(), ownCPU()
 	fmt.Println(before)
 	_, _ = io.Copy(io.Discard, os.Stdin)
-	fmt.Println(begun.Load() - before)
+	fmt.Println(begun.Load()-before, int64(ownCPU()-used))
 	stop()
 	all.Wait()
+}
+
+// ownCPU is what this process has used of processors.
+func ownCPU() time.Duration {
+	var u syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // has no errors for ourselves
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // giveWay lets every other process run before this one.
