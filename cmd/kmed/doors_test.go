@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -123,6 +125,39 @@ func TestStreams(t *testing.T) {
 			if err := <-ended; err != nil {
 				t.Error(err)
 			}
+		}
+	}
+}
+
+// TestLongHeaders: headers are read up to a length, over either protocol; what is longer gets
+// to no handler.
+func TestLongHeaders(t *testing.T) {
+	t.Parallel()
+	for _, protocol := range []int{1, 2} {
+		var served atomic.Int64
+		base := opened(t, door{keys: true, handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served.Add(1) })}, func(*http.Server) {})
+		hc := client(t, protocol)
+		ask := func(length int) (status int, err error) {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, base, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("X-Long", strings.Repeat("a", length))
+			res, err := hc.Do(req)
+			if err != nil {
+				return 0, err
+			}
+			return res.StatusCode, res.Body.Close()
+		}
+		if status, err := ask(8 << 10); err != nil || status != http.StatusOK || served.Load() != 1 {
+			t.Errorf("HTTP/%d: 8 kB: %d, %v", protocol, status, err)
+		}
+		// A client may be told, or hung up on, or of HTTP/2 not even try.
+		if status, err := ask(32 << 10); err == nil && status != http.StatusRequestHeaderFieldsTooLarge || served.Load() != 1 {
+			t.Errorf("HTTP/%d: 32 kB: %d, %v; %d requests were served, want one", protocol, status, err, served.Load())
+		}
+		if status, err := ask(1); err != nil || status != http.StatusOK {
+			t.Errorf("HTTP/%d: after that: %d, %v", protocol, status, err)
 		}
 	}
 }
