@@ -465,6 +465,47 @@ func TestBlockAlice(t *testing.T) {
 	}
 }
 
+// TestCAAwayForADay: while no CRL comes the door serves on, on old connections and new ones,
+// and an alarm stands; when the last one has ended it lets nobody in, and closes what is
+// open; with the next one it serves again.
+func TestCAAwayForADay(t *testing.T) {
+	t.Parallel()
+	d := newDoor(t, pki.Limits{})
+	d.stop()
+	ends := time.Now().Add(72 * time.Hour)
+	alice := mint(t, d.ca, "sae", "alice", func(c *x509.Certificate) { c.NotAfter = ends })
+	open := d.client(alice)
+	d.want(open, http.StatusOK)
+	d.crl.body.Store(nil)
+	for _, away := range []time.Duration{time.Minute, 12 * time.Hour, 23 * time.Hour} {
+		d.later.Store(int64(away))
+		d.revoked.Fetch(t.Context())
+		d.want(open, http.StatusOK)
+		d.want(d.client(alice), http.StatusOK)
+		if trouble := d.revoked.Trouble(d.now()); strings.Contains(trouble, "nobody whom it certified is let in") != (away > pki.DefaultCRLAlarm) {
+			t.Errorf("the CA is away for %v, trouble: %q", away, trouble)
+		}
+	}
+	if log := d.log.String(); strings.Contains(log, "closing a connection") {
+		t.Errorf("a connection was closed meanwhile:\n%s", log)
+	}
+	d.record("meanwhile", "")
+
+	d.later.Store(int64(24*time.Hour + time.Minute))
+	d.until("what is open is closed", func() bool { return d.gate.Open() == 0 })
+	if status, err := d.ask(d.client(alice)); err == nil {
+		t.Errorf("without a CRL that holds: let in, %d", status)
+	}
+	d.record("without a CRL that holds", "handshake no-crl 1")
+	if trouble := d.revoked.Trouble(d.now()); !strings.Contains(trouble, "has ended: nobody") {
+		t.Errorf("without a CRL that holds, trouble: %q", trouble)
+	}
+
+	d.crl.publish(d.sae.crl(t, 2, func(l *x509.RevocationList) { l.NextUpdate = ends }))
+	d.revoked.Fetch(t.Context())
+	d.want(d.client(alice), http.StatusOK)
+}
+
 // until waits for what must become true.
 func (d *door) until(what string, is func() bool) {
 	d.t.Helper()
