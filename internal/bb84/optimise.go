@@ -25,8 +25,23 @@ func (p Params) Optimise(objective func(Params) float64) (best Params, score flo
 			best, score = candidate, s
 		}
 	}
+	if score <= 0 && p.Km >= closer {
+		// Where hardly any key is made there is none at all starts, and no way up. But what is
+		// best a little closer makes some.
+		near := p
+		near.Km -= closer
+		if near, s := near.Optimise(objective); s > 0 {
+			at, s := climb(near.point(), value)
+			if candidate, ok := p.place(at); ok && s > score {
+				best, score = candidate, s
+			}
+		}
+	}
 	return best, score
 }
+
+// closer is how much, in km.
+const closer = 5
 
 // logit maps a probability to a number without bounds, sigmoid back.
 func logit(v float64) float64   { return math.Log(v / (1 - v)) }
@@ -51,14 +66,21 @@ func (p Params) place(x []float64) (Params, bool) {
 	return p, p.Validate() == nil
 }
 
+// point is where place makes p of, if it can.
+func (p Params) point() []float64 {
+	i, part := p.Intensities, func(of, whole float64) float64 { return logit(max(.01, min(of/whole, .99))) }
+	x := []float64{logit(p.PX), part(i[0].Mu, 1.5), part(i[1].Mu, i[0].Mu), logit(i[0].P)}
+	if len(i) == 3 {
+		x = append(x, part(i[1].P, 1-i[0].P))
+	}
+	return x
+}
+
 // starts are the points from which the search begins: the link's own, and the best of a
 // coarse grid.
 func (p Params) starts(score func([]float64) float64) [][]float64 {
-	i := p.Intensities
-	own := []float64{logit(p.PX), logit(min(i[0].Mu/1.5, .99)), logit(min(i[1].Mu/i[0].Mu, .99)), logit(i[0].P)}
 	axes := [][]float64{{.35, .5, .7, .9, .97}, {.3, .4, .5}, {.2, .35, .5}, {.05, .15, .3, .6, .85}}
-	if len(i) == 3 {
-		own = append(own, logit(.7))
+	if len(p.Intensities) == 3 {
 		axes = append(axes, []float64{.5, .65, .8})
 	}
 	grid := []vertex{{}}
@@ -75,7 +97,7 @@ func (p Params) starts(score func([]float64) float64) [][]float64 {
 		grid[k].v = score(grid[k].x)
 	}
 	slices.SortStableFunc(grid, func(a, b vertex) int { return cmp.Compare(b.v, a.v) })
-	return [][]float64{own, grid[0].x, grid[1].x, grid[2].x}
+	return [][]float64{p.point(), grid[0].x, grid[1].x, grid[2].x}
 }
 
 // climb is the downhill simplex of Nelder and Mead, upside down, begun anew from where

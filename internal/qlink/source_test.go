@@ -347,6 +347,41 @@ func TestSplitPhotons(t *testing.T) {
 	}
 }
 
+// Blinded detectors click in every gate that Eve has them click in, one of them and never
+// both, whatever was sent. The errors are few; the decoys show it, and the double clicks that
+// are missing: either test catches it without the other.
+func TestBlinding(t *testing.T) {
+	params := bb84.Standard()
+	standard, err := StandardPlan().Profile(params)
+	ok(t, err)
+	anyDoubles, anyGains := standard, standard
+	anyDoubles.Doubles = distill.Limits{Max: math.MaxInt32}
+	for k := range anyGains.Intensities {
+		for _, l := range [][]distill.Limits{anyGains.Key[:], anyGains.Test[:], anyGains.TestErrors[:], anyGains.KeyErrors[:]} {
+			l[k].Min = 0
+		}
+		anyGains.Key[k].Max, anyGains.Test[k].Max = anyGains.KeyBits, anyGains.TestBits
+	}
+	c := newChannel(t, func(cfg *Config) { cfg.Eve = bb84.Eve{Blind: true} })
+	session := int64(0)
+	for reason, profile := range map[string]distill.Params{distill.ReasonGains: anyDoubles, distill.ReasonDoubles: anyGains} {
+		session++
+		alice, bob, hangUp := newWires()
+		l := c.linkOver(t, session, alice, bob, profile, 1)
+		a, b, errA, errB := l.next(t)
+		if ab, bb := aborted(t, errA), aborted(t, errB); ab.Reason != reason || bb.Reason != reason {
+			t.Errorf("want %s: %v; %v", reason, ab, bb)
+		}
+		if a.Bits != nil || b.Bits != nil || b.QBER > .02 {
+			t.Errorf("bits %v, QBER %v, want the fibre's own", a.Bits != nil || b.Bits != nil, b.QBER)
+		}
+		t.Logf("QBER %.4f; %v; %v", b.QBER, errA, errB)
+		hangUp()
+		l.alice.Close()
+		l.bob.Close()
+	}
+}
+
 // Several blocks may be under way: they end in the order of their numbers, alike at both
 // ends, each with a pad of its own, whatever happens to the light of some.
 func TestBlocksInFlight(t *testing.T) {
