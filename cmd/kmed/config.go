@@ -219,7 +219,7 @@ type LinkConfig struct {
 	Interval time.Duration `yaml:"interval"`
 	// KeyBits is how many sifted bits a block is made of, a multiple of 262144 (2^18). A
 	// longer block makes more key of the same light, and takes more time and memory. Both
-	// ends must have the same. Default 524288, at most 2097152.
+	// ends must have the same. Default 524288, at most 4194304.
 	KeyBits int `yaml:"key_bits"`
 	// InFlight is how many blocks may be at work at a time, at Alice's end. Those whose
 	// messages are on their way to the other end or back do not count: for a peer that is far
@@ -479,7 +479,7 @@ func (c *Config) checkLinks(k *yamlfile.Checker) {
 		}
 		k.Must(l.AuthFile == "" || !l.AuthInHSM, at+"auth_in_hsm", "is there beside auth_file: one of them")
 		k.Must(l.Interval >= time.Millisecond, at+"interval", "is %v: at least 1ms", l.Interval)
-		k.Must(l.KeyBits >= 1<<19 && l.KeyBits <= 1<<21 && l.KeyBits%(1<<18) == 0, at+"key_bits", "is %d: a multiple of 262144, from 524288 to 2097152", l.KeyBits)
+		k.Must(l.KeyBits >= 1<<19 && l.KeyBits <= 1<<22 && l.KeyBits%(1<<18) == 0, at+"key_bits", "is %d: a multiple of 262144, from 524288 to 4194304", l.KeyBits)
 		k.Must(l.InFlight >= 1 && l.InFlight <= qlink.MaxInFlight, at+"in_flight", "is %d: from 1 to %d", l.InFlight, qlink.MaxInFlight)
 		k.Must(l.Filler >= 0, at+"filler", "is %d: at least 1, or 0 for none", l.Filler)
 		k.Must(l.Filler <= 0 || !c.Production, at+"filler", "is for tests only: this node is set to production")

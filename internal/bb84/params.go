@@ -174,7 +174,7 @@ func (p Params) Seconds(gates int64) float64 { return float64(gates) / p.ClockHz
 
 // Standard is the link of the lab: 10 km of standard fibre, detectors of 20 % with a
 // dead time of 30 ns and 1 % of afterpulses at a clock of 1 GHz, two decoys, QBER near
-// 1.5 %. Bases and intensities are for blocks of 2^19 to 2^21 key bits, and make within 5 %
+// 1.5 %. Bases and intensities are for blocks of 2^19 to 2^22 key bits, and make within 5 %
 // of the most secret bits per gate, for either. Among such they are those of which a
 // detection makes the most: it is detections that cost time to process.
 func Standard() Params {

@@ -15,7 +15,7 @@ import (
 )
 
 // MaxFrame is the longest frame of a Stream, kind and body, in bytes.
-const MaxFrame = 16 << 20
+const MaxFrame = 32 << 20
 
 // A beat is sent where nothing else was for beatEvery; an end that has sent
 // nothing for silence, or taken nothing for stall, is given up. Whether the other end

@@ -17,8 +17,8 @@ import (
 	"github.com/qutemail/kme/internal/distill"
 )
 
-// BenchmarkLink distils blocks of the lab's link, of the lab's size and four times as
-// long: light, fibre and detectors behind their sockets, and both ends of distillation
+// BenchmarkLink distils blocks of the lab's link, of the lab's size, four and eight times
+// as long: light, fibre and detectors behind their sockets, and both ends of distillation
 // over a third. Nothing is wrapped or stored, and the classical channel is not encrypted;
 // the benchmark of the same name in package lab has all of that.
 //
@@ -31,7 +31,7 @@ import (
 func BenchmarkLink(b *testing.B) {
 	defer debug.SetGCPercent(debug.SetGCPercent(800))
 	params := bb84.Standard()
-	for _, n := range []int{1 << 19, 1 << 21} {
+	for _, n := range []int{1 << 19, 1 << 21, 1 << 22} {
 		b.Run(fmt.Sprintf("km=%v/clock=%vGHz/key=2^%d", params.Km, params.ClockHz/1e9, bits.Len(uint(n))-1), func(b *testing.B) {
 			plan := StandardPlan()
 			plan.KeyBits = n

@@ -12,7 +12,7 @@ import (
 
 // maxDetections is how many detections of a block the receiver is built to hold,
 // on the average.
-const maxDetections = 1 << 22
+const maxDetections = 1 << 23
 
 // maxHeld is how many blocks a device holds, so that light goes on while the ends sift what
 // was fired before: a few, for ends so far apart that a message there and back takes as long

@@ -17,7 +17,7 @@ const MaxInFlight = 31
 
 // maxWaiting is how many bytes of messages may wait on all lanes together. Whose turn it is
 // listens, so that hardly any do; the lists of some long blocks may come all at once.
-const maxWaiting = 64 << 20
+const maxWaiting = 128 << 20
 
 // lanes carry the messages of several blocks over one channel. Before the body of a
 // message stands the number of its lane. On each lane the ends speak by turns.

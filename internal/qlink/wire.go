@@ -16,7 +16,7 @@ import (
 // A frame is a 4-byte big-endian length, a kind, and a body; the length counts the
 // kind and the body. One request of a Box is answered by one frame before the next.
 const (
-	maxFrame = 32 << 20 // bytes, the largest list of detections
+	maxFrame = 48 << 20 // bytes, the largest list of detections
 	maxHello = 2 << 10  // bytes, before the secret is known to be right
 	maxList  = 2 * maxDetections
 )
