@@ -214,14 +214,12 @@ func BenchmarkDecKeys(b *testing.B) {
 // secret-Mbit/s is a throughput of the processing, not a rate of a link: gates are
 // simulated as fast as they can be, and sim/wall says how much faster than the link's clock
 // that was. Mbit/cpu-s is what a second of one processor makes, all processes counted.
-// Blocks are the lab's, one at a time, then four times as long, three at a time.
+// Blocks are the lab's, one at a time, then four and eight times as long, three at a time.
 func BenchmarkLink(b *testing.B) {
-	for _, inFlight := range []int{1, 3} {
+	for _, c := range []struct{ inFlight, keyBits int }{{1, 1 << 19}, {3, 1 << 21}, {3, 1 << 22}} {
 		plan := qlink.StandardPlan()
-		if inFlight > 1 {
-			plan.KeyBits = 1 << 21
-		}
-		b.Run(fmt.Sprintf("in-flight=%d", inFlight), func(b *testing.B) { benchmarkLink(b, plan, inFlight) })
+		plan.KeyBits = c.keyBits
+		b.Run(fmt.Sprintf("in-flight=%d", c.inFlight), func(b *testing.B) { benchmarkLink(b, plan, c.inFlight) })
 	}
 }
 

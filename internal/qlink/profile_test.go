@@ -1,7 +1,9 @@
 package qlink
 
 import (
+	"fmt"
 	"math"
+	"math/bits"
 	"testing"
 
 	"github.com/qutemail/kme/internal/bb84"
@@ -182,4 +184,29 @@ func splitSingles(p bb84.Params) float64 {
 		sent += in.P * chance(in.Mu, 1)
 	}
 	return (1-p.Afterpulse)*singles/all + p.Afterpulse*sent
+}
+
+// The lab's link is one for blocks of all lengths, and near the best for each.
+func TestStandardIsNearTheBest(t *testing.T) {
+	for _, tc := range []struct {
+		keyBits int
+		share   float64 // of the most secret bits per gate
+	}{{1 << 19, .94}, {1 << 21, .89}, {1 << 22, .83}} {
+		t.Run(fmt.Sprintf("2^%d", bits.Len(uint(tc.keyBits))-1), func(t *testing.T) {
+			t.Parallel()
+			perGate := func(link bb84.Params) float64 {
+				plan := StandardPlan()
+				plan.KeyBits = tc.keyBits
+				profile, err := plan.Profile(link)
+				if err != nil {
+					return 0
+				}
+				return float64(profile.KeyedBits()) / float64(profile.Gates)
+			}
+			_, best := bb84.Standard().Optimise(perGate)
+			if got := perGate(bb84.Standard()); got < tc.share*best {
+				t.Errorf("%.3e secret bits per gate: %.3f of the best, %.3e", got, got/best, best)
+			}
+		})
+	}
 }
