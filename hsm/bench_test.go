@@ -25,8 +25,9 @@ import (
 //
 // Like is held against like:
 //   - The bare loop has a thread for each worker and nothing else; so ours has as many
-//     processors (GOMAXPROCS) as workers. With more, the idle ones are woken at each turn
-//     to look for work that is not there, which costs as much as half an operation.
+//     processors (GOMAXPROCS) as workers, as far as the machine has them. With more, the
+//     idle ones are woken at each turn to look for work that is not there, which costs as
+//     much as half an operation.
 //   - A slice is long. Go's runtime looks at every processor each 20 us for some
 //     milliseconds after a pause, and where a look costs microseconds a short slice would
 //     measure that.
@@ -100,7 +101,7 @@ func against(b *testing.B, op string, ours func(b *testing.B, k *KEK, n int) fun
 // in between.
 func compare(b *testing.B, unit string, workers, atOnce int, ours func() error, bare func(n int) (wall, cpu time.Duration)) {
 	var ratios, rates, bareRates []float64
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(workers))
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(min(workers, runtime.NumCPU())))
 	b.ReportAllocs()
 	b.ResetTimer()
 	for left := b.N; left > 0; left -= slice * workers {
