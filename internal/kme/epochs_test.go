@@ -359,6 +359,9 @@ func TestStuckEpoch(t *testing.T) {
 		t.Errorf("when one is late: %v", err)
 	}
 	s.exec(s.name, "DELETE FROM kme.key")
+	if n.tried[stuck].IsZero() {
+		t.Error("it is not known when the one that is late was looked through")
+	}
 	n.tried[stuck] = time.Now()
 	if _ = n.advance(t.Context()); states(t, k)[stuck] != store.EpochSealed {
 		t.Error("one that is late is looked through again at once")

@@ -103,6 +103,32 @@ func TestZeroizedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestRecoveredBeforeTheLastKey: a recovery that ends while keys are still being destroyed has
+// not brought back a site without those: it is zeroized once more.
+func TestRecoveredBeforeTheLastKey(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	k := s.withToken(tokenDir(t))
+	stand(t, k)
+	recovered := false
+	recover := func() {
+		m, err := readMarks(t.Context(), k.Token, k.DataDir)
+		if err == nil {
+			err = k.endZeroized(t.Context(), m.last())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		recovered = true
+	}
+	if err := Zeroize(t.Context(), k.Token, k.DataDir, s.now(), &hook{"destroyed ", recover}); err != nil {
+		t.Fatal(err)
+	}
+	if why, err := k.zeroized(t.Context()); err != nil || why == "" || !recovered {
+		t.Errorf("the site is not suspended: %q, %v; recovered meanwhile: %t", why, err, recovered)
+	}
+}
+
 // TestMarks: which mark stands, by the token and by a node's files.
 func TestMarks(t *testing.T) {
 	t.Parallel()
