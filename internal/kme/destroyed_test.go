@@ -76,9 +76,9 @@ func (s *site) recorded(a audit.Action, e key.Epoch) (reasons []string) {
 // KEK is not destroyed, until it is; other KEKs do not wait for that.
 func TestCopyLives(t *testing.T) {
 	t.Parallel()
+	s := newSite(t)
 	dir := tokenDir(t)
 	token, faults := faultyToken(t, dir)
-	s := newSite(t)
 	k := s.withToken(dir, func(c *Config) { c.Token = token })
 	stand(t, k)
 	n := newEnding(k)

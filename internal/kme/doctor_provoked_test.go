@@ -68,8 +68,8 @@ type patient struct {
 // newPatient starts the node while its peer is away.
 func newPatient(t *testing.T) *patient {
 	t.Helper()
-	dir := tokenDir(t)
-	p := &patient{T: t, site: newSite(t), tokens: filepath.Join(dir, "tokens"), dir: filepath.Join(t.TempDir(), "data"), rows: runbooks.Complaints(runbooks.Node)}
+	s, dir := newSite(t), tokenDir(t)
+	p := &patient{T: t, site: s, tokens: filepath.Join(dir, "tokens"), dir: filepath.Join(t.TempDir(), "data"), rows: runbooks.Complaints(runbooks.Node)}
 	p.must(os.Mkdir(p.dir, 0o700))
 	plain := p.withToken(dir, func(c *Config) {
 		c.Token, p.module = faultyToken(t, dir)

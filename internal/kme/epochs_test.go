@@ -51,9 +51,9 @@ type blob struct {
 // those.
 func TestEndOfEpoch(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSiteApart(t)
 	base := s.baseBackup()
+	dir := tokenDir(t)
 	nodes := []*KME{s.withToken(dir)}
 	nodes = append(nodes, s.beside(nodes[0], "b"))
 	var stop []func()
@@ -197,8 +197,8 @@ func until(ctx context.Context, every time.Duration, do func()) {
 func TestRotation(t *testing.T) {
 	t.Parallel()
 	const seconds = 6
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir, func(c *Config) { c.MaxWraps = 60 })
 	stop := run(t, k)
 	began := key.EpochAt(s.now(), time.Hour)
@@ -437,8 +437,8 @@ func TestDeposedCopies(t *testing.T) {
 // away, and no alarm.
 func TestStrays(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	if err := k.beginRun(t.Context()); err != nil {
 		t.Fatal(err)
@@ -527,8 +527,8 @@ func TestStrays(t *testing.T) {
 func TestRotationByWraps(t *testing.T) {
 	t.Parallel()
 	const most = 20
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir, func(c *Config) { c.MaxWraps = most })
 	stand(t, k)
 	var held []etsi014.Key

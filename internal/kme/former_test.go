@@ -47,8 +47,8 @@ func TestFormerPolicy(t *testing.T) {
 // if policy is against it, or if they asked for others; and it stays in the pool.
 func TestFormerOrder(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	judge, _ := coreOf(t, rules+noLight)
 	k := s.withToken(dir, func(c *Config) { c.Policies, c.Live = judge.Policies, policies.NewCurrent(judge.Policies()) })
 	l := litLink(t, k)
@@ -80,8 +80,8 @@ func TestFormerOrder(t *testing.T) {
 // burned if it is ours, and assigned to nobody if it is the peer's.
 func TestFormerLight(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	km2 := kmeID(t, "km2")
 	l := litLink(t, k)

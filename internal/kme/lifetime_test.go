@@ -81,8 +81,8 @@ func (c counter) take(as, master string, id key.ID) (status int, answer string) 
 // then it is ended, and no place of its pair's is taken any more.
 func TestLifetime(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	stand(t, k)
 	door := newCounter(t, k)
@@ -194,8 +194,8 @@ func litLink(t *testing.T, k *KME) *link {
 // yet; what the peer has had assigned before lives as long as the peer has said.
 func TestPoolLifetime(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	km2 := kmeID(t, "km2")
 	l := litLink(t, k)

@@ -22,8 +22,8 @@ import (
 // however it had gone, and no other.
 func TestReplayedRow(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	stand(t, k)
 	reader, err := auditlog.NewReader(t.Context(), s.cluster.DSN(store.AuditorRole, s.name))

@@ -3,6 +3,7 @@ package kme
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -44,7 +45,9 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	code := 1
-	err = cluster.EnsureDatabase(ctx, template)
+	if err = errors.Join(inParallel(), neverSync(ctx)); err == nil {
+		err = cluster.EnsureDatabase(ctx, template)
+	}
 	if err == nil {
 		err = store.Migrate(ctx, cluster.DSN(pgdev.Superuser, template), time.Hour, nil)
 	}
@@ -56,6 +59,35 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	return code
+}
+
+// inParallel has more tests under way at a time than there are processors, unless somebody has
+// said how many: nearly all of them wait, for each other (see module) or for what comes every
+// second.
+func inParallel() error {
+	flag.Parse()
+	said := false
+	flag.Visit(func(f *flag.Flag) { said = said || f.Name == "test.parallel" })
+	if said {
+		return nil
+	}
+	return flag.Set("test.parallel", "6")
+}
+
+// neverSync has the cluster write to the disk when the system likes to: it is killed here, and
+// no machine loses its power.
+func neverSync(ctx context.Context) error {
+	conn, err := pgx.Connect(ctx, cluster.DSN(pgdev.Superuser, "postgres"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	for _, sql := range []string{"ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()"} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // clock is one that only moves when it is stepped.

@@ -233,8 +233,8 @@ func (f *farSite) untilDelivered(t *testing.T, km1 *KME, delivered map[key.ID]in
 // untouched until that has said what it assigned. No key is delivered twice, none is lost.
 func TestPeerAwayAtStart(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	plain, data := s.withToken(dir), t.TempDir()
 	km2, km3 := s.far(plain, "km2", "fibre", "bob"), s.far(plain, "km3", "long", "far")
 	again := func() *KME {

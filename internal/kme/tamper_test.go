@@ -42,8 +42,8 @@ func (s *site) change(sql string, args ...any) {
 // that waits, the key does not leave, the row is not used up, and the audit tells of it.
 func TestTamperedDue(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	run(t, k)
 	const swap = `WITH a AS (SELECT * FROM due WHERE key_id = $1), b AS (SELECT * FROM due WHERE key_id = $2)
@@ -133,8 +133,8 @@ func later(id key.ID) key.ID {
 // TestTamperedPool: likewise of atoms in the pool, which are opened from the lease.
 func TestTamperedPool(t *testing.T) {
 	t.Parallel()
-	dir := tokenDir(t)
 	s := newSite(t)
+	dir := tokenDir(t)
 	k := s.withToken(dir)
 	run(t, k)
 	km2 := kmeID(t, "km2")

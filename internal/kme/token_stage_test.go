@@ -34,7 +34,7 @@ const (
 var module sync.Mutex
 
 // tokenDir makes a SoftHSM folder with a token, and has the module to itself until the
-// test ends.
+// test ends: whatever takes time and needs no token comes before.
 func tokenDir(t *testing.T) string {
 	t.Helper()
 	module.Lock()
