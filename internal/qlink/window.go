@@ -25,14 +25,14 @@ type window struct {
 }
 
 // most is how many blocks may be under way: base, if what travelling takes is less than the
-// fifth of the throughput that may be lost, and otherwise so many that twice base are at work
-// on the average. For they come in bursts: of one on the average there would be none for a
-// third of the time.
+// fifth of the throughput that may be lost, and otherwise so many that three times base are at
+// work on the average. For they come in bursts: of one on the average there would be none for a
+// third of the time. And on a busy machine some of what counts as work is waiting for a processor.
 func (w *window) most() int {
 	if w.away <= 1./6 {
 		return w.base
 	}
-	return int(min(math.Ceil(2*float64(w.base)/(1-w.idle)), MaxInFlight))
+	return int(min(math.Ceil(3*float64(w.base)/(1-w.idle)), MaxInFlight))
 }
 
 // ended takes note of a block's life: how long it took without what it waited for others, how

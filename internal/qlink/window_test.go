@@ -18,13 +18,13 @@ func TestWindow(t *testing.T) {
 	}{
 		{1, 0, 1},
 		{1, 15 * time.Millisecond, 1}, // which costs less than a fifth
-		{1, 30 * time.Millisecond, 3},
-		{1, 100 * time.Millisecond, 4},
-		{1, 550 * time.Millisecond, 13},
-		{1, 1250 * time.Millisecond, 27},
+		{1, 30 * time.Millisecond, 4},
+		{1, 100 * time.Millisecond, 6},
+		{1, 550 * time.Millisecond, 20},
+		{1, 1250 * time.Millisecond, MaxInFlight},
 		{1, 10 * time.Second, MaxInFlight},
 		{3, 0, 3},
-		{3, 100 * time.Millisecond, 12},
+		{3, 100 * time.Millisecond, 18},
 	} {
 		t.Run(fmt.Sprintf("base=%d/travel=%v", tc.base, tc.travel), func(t *testing.T) {
 			w := window{base: tc.base}
@@ -39,8 +39,8 @@ func TestWindow(t *testing.T) {
 	}
 	slow := window{base: 1}
 	slow.ended(200*time.Millisecond, 100*time.Millisecond, 200*time.Millisecond)
-	if n := slow.most(); n != 8 {
-		t.Errorf("with as long a wait for the block before, %d under way, want 8", n)
+	if n := slow.most(); n != 12 {
+		t.Errorf("with as long a wait for the block before, %d under way, want 12", n)
 	}
 	near := window{base: 3}
 	near.ended(100*time.Millisecond, 10*time.Millisecond, 200*time.Millisecond)
