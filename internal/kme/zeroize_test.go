@@ -35,6 +35,9 @@ func TestZeroizedAgain(t *testing.T) {
 		if why, err := k.zeroized(t.Context()); err != nil || why != "" {
 			t.Errorf("the site is suspended after it was recovered: %s, %v", why, err)
 		}
+		if m, err := readMarks(t.Context(), k.Token, k.DataDir); err != nil || m.recovered != m.file || m.recoveredFile != m.file {
+			t.Errorf("marks of a site that was recovered: %+v, %v; want it in the token and in the file", m, err)
+		}
 		s.step(-time.Hour)
 	}
 }
