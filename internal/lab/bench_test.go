@@ -409,8 +409,11 @@ func (r *rig) cpu(b *testing.B) spent {
 		parent, _ := strconv.Atoi(f[1])
 		user, _ := strconv.Atoi(f[11])
 		system, _ := strconv.Atoi(f[12])
+		ended, _ := strconv.Atoi(f[13]) // children that have been waited for
+		endedSystem, _ := strconv.Atoi(f[14])
 		const tick = 10 * time.Millisecond // sysconf(_SC_CLK_TCK) is 100 on every Linux
 		used := time.Duration(user+system) * tick
+		gone := time.Duration(ended+endedSystem) * tick
 		switch {
 		case pid == os.Getpid():
 			s.clients += used
@@ -422,6 +425,10 @@ func (r *rig) cpu(b *testing.B) spent {
 			s.kmed[0] += used
 		case pid == r.KM2.Nodes[0].kmed.cmd.Process.Pid:
 			s.kmed[1] += used
+		case pid == r.KM1.pg.Pid():
+			s.postgres[0] += used + gone
+		case pid == r.KM2.pg.Pid():
+			s.postgres[1] += used + gone
 		case parent == r.KM1.pg.Pid():
 			s.postgres[0] += used
 		case parent == r.KM2.pg.Pid():
