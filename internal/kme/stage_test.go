@@ -3,7 +3,6 @@ package kme
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -45,7 +44,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	code := 1
-	if err = errors.Join(inParallel(), neverSync(ctx)); err == nil {
+	if err = neverSync(ctx); err == nil {
 		err = cluster.EnsureDatabase(ctx, template)
 	}
 	if err == nil {
@@ -59,19 +58,6 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	return code
-}
-
-// inParallel has more tests under way at a time than there are processors, unless somebody has
-// said how many: nearly all of them wait, for each other (see module) or for what comes every
-// second.
-func inParallel() error {
-	flag.Parse()
-	said := false
-	flag.Visit(func(f *flag.Flag) { said = said || f.Name == "test.parallel" })
-	if said {
-		return nil
-	}
-	return flag.Set("test.parallel", "6")
 }
 
 // neverSync has the cluster write to the disk when the system likes to: it is killed here, and

@@ -131,7 +131,7 @@ func balanced(t *testing.T, l *Lab) {
 	t.Helper()
 	settled(t, l)
 	check(t, l, l.checkTables)
-	comparePools(t, l, time.Time{})
+	comparePools(t, l, time.Time{}, false)
 	compareOwners(t, l)
 }
 

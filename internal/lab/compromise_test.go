@@ -69,7 +69,7 @@ func TestCompromise(t *testing.T) {
 	})
 	works(t, l)
 	settled(t, l)
-	comparePools(t, l, time.Time{})
+	comparePools(t, l, time.Time{}, false)
 }
 
 // approvals are the words of root and olga for an act at the first node of a site.

@@ -137,7 +137,7 @@ func well(t *testing.T, f *traffic) {
 	defer f.rest.Unlock()
 	settled(t, f.lab)
 	check(t, f.lab, f.lab.checkTables)
-	comparePools(t, f.lab, f.recovered)
+	comparePools(t, f.lab, f.recovered, f.tooOld)
 	compareOwners(t, f.lab)
 }
 

@@ -93,6 +93,7 @@ func rotatesByQuickClocks(t *testing.T) {
 	l := shortEpochs(t)
 	keysStored(t, l, 1000)
 	f := begin(t, l)
+	f.tooOld = true
 	f.flows(t)
 	lives := newLives(t, l)
 	lives.pass(t, 5, 3)

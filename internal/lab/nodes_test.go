@@ -329,8 +329,8 @@ func TestTakeoverWithoutPeer(t *testing.T) {
 	}
 	dead.Kill()
 	untilNodeAlarm(t, survivor, "takeover-"+dead.Name+"-km2", true)
-	if n := takeovers(t, l); n != 4 {
-		t.Errorf("%d takeovers, want each node's own at its start", n)
+	if n := takeovers(t, l); n != 5 {
+		t.Errorf("%d takeovers, want each node's own at its start, and that the run of %s is ended", n, dead.Name)
 	}
 	for _, n := range l.KM2.Nodes {
 		if err := n.Restart(t.Context()); err != nil {

@@ -34,6 +34,7 @@ type traffic struct {
 	keys  map[key.ID]*account
 
 	recovered time.Time                    // when the last recovery of a site was over
+	tooOld    bool                         // atoms may be too old when they are announced: a second is a minute
 	ids       map[[sha256.Size]byte]key.ID // by the key's bytes
 	wrong     []string                     // what no client may ever see
 }
