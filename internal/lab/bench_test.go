@@ -219,7 +219,8 @@ func BenchmarkLink(b *testing.B) {
 	for _, c := range []struct{ inFlight, keyBits int }{{1, 1 << 19}, {3, 1 << 21}, {3, 1 << 22}} {
 		plan := qlink.StandardPlan()
 		plan.KeyBits = c.keyBits
-		b.Run(fmt.Sprintf("in-flight=%d", c.inFlight), func(b *testing.B) { benchmarkLink(b, plan, c.inFlight) })
+		name := fmt.Sprintf("in-flight=%d,key=2^%d", c.inFlight, bits.Len(uint(c.keyBits))-1)
+		b.Run(name, func(b *testing.B) { benchmarkLink(b, plan, c.inFlight) })
 	}
 }
 
@@ -233,7 +234,7 @@ func benchmarkLink(b *testing.B, plan qlink.Plan, inFlight int) {
 		c.Interval, c.PoolLimit, c.KeyBits, c.InFlight = time.Millisecond, 1<<30, plan.KeyBits, inFlight
 	})}
 	op := operator(b, r.KM1)
-	b.Run(fmt.Sprintf("km=%v/clock=%vGHz/key=2^%d", params.Km, params.ClockHz/1e9, bits.Len(uint(profile.KeyBits))-1), func(b *testing.B) {
+	b.Run(fmt.Sprintf("km=%v/clock=%vGHz", params.Km, params.ClockHz/1e9), func(b *testing.B) {
 		tick := time.NewTicker(250 * time.Millisecond) // looking costs both kmed and Postgres something
 		defer tick.Stop()
 		blocks := func(n int) int {

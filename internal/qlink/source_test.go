@@ -692,7 +692,7 @@ func TestPadsWaitForLowerOnes(t *testing.T) {
 			},
 			"spend": func(t *rapid.T) {
 				if len(unspent) == 0 {
-					t.Skip("no block is under way")
+					t.Skip("no block is under way") // of rapid: this step only, it draws another one
 				}
 				block := rapid.SampledFrom(slices.Sorted(maps.Keys(unspent))).Draw(t, "block")
 				delete(unspent, block)
