@@ -190,12 +190,10 @@ func (b *bobEnd) reconcile() error {
 	return nil
 }
 
-// haste is none, unless Alice is far away. Then it is what LeakLimit leaves beyond what
-// reconciliation takes, if the key has as many errors as it may by the test bits.
+// haste is what LeakLimit leaves beyond what reconciliation takes, if the key has as many
+// errors as it may by the test bits. The length of the secret has paid for LeakLimit, not for
+// what does leak: bits that are left over would buy nothing, and spent they save questions.
 func (b *bobEnd) haste() haste {
-	if b.Hurry == nil || !b.Hurry() {
-		return haste{}
-	}
 	const sigmas, usual = 4, 1.05 // usual: efficiency
 	errors := float64(b.out.TestErrors.total())
 	highest := (errors + sigmas*math.Sqrt(errors) + sigmas) / float64(b.TestBits)

@@ -91,10 +91,10 @@ const maxLink = 255
 
 // Channel carries messages to the other end and back, in order and whole. It must
 // be authenticated. A body that was received belongs to the receiver; a body that
-// was sent is not kept. Recv returns an error once the channel is closed, which
+// was sent, in parts, is not kept. Recv returns an error once the channel is closed, which
 // is the way to stop a machine that waits.
 type Channel interface {
-	Send(kind byte, body []byte) error
+	Send(kind byte, body ...[]byte) error
 	Recv() (kind byte, body []byte, err error)
 }
 
@@ -278,11 +278,6 @@ type BobConfig struct {
 
 	// Stored answers how many atoms Bob's end has stored.
 	Stored func() int
-
-	// Hurry, if not nil, is asked when reconciliation begins whether Alice is far away. Then
-	// fewer questions are asked, of more bits, as far as the profile lets them leak. It changes
-	// nothing about the length of the secret, for which LeakLimit counts and not what does leak.
-	Hurry func() bool
 
 	// Accept judges Alice's terms for a block of so many atoms. An error aborts the
 	// block; it is kept in Abort.Err here and not told to Alice.

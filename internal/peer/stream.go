@@ -44,7 +44,7 @@ type Stream struct {
 	close func() error
 
 	mu   sync.Mutex // guards what follows, and is held for the whole of a write
-	out  []byte
+	out  *bufio.Writer
 	sent bool // since the last tick
 
 	deadline struct {
@@ -61,7 +61,7 @@ type Stream struct {
 // in; nil: somebody else looks.
 func NewStream(conn net.Conn, still func() error) *Stream {
 	s := &Stream{conn: conn, still: still, stop: make(chan struct{}), done: make(chan struct{})}
-	s.in = bufio.NewReaderSize(heard{s}, 64<<10)
+	s.in, s.out = bufio.NewReaderSize(heard{s}, piece), bufio.NewWriterSize(moved{s}, piece)
 	s.close = sync.OnceValue(func() error {
 		close(s.stop)
 		err := conn.Close()
@@ -111,35 +111,35 @@ func (s *Stream) overdue(err error) error {
 	return err
 }
 
-// Send writes one frame. body is not kept.
-func (s *Stream) Send(kind byte, body []byte) error {
+// Send writes one frame, whose body may come in parts. They are not kept.
+func (s *Stream) Send(kind byte, body ...[]byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	frame, err := appendFrame(s.out[:0], kind, body)
-	if err != nil {
-		return err
-	}
-	s.out, s.sent = frame, true
-	if err := s.write(frame); err != nil {
+	s.sent = true
+	if err := writeFrame(s.out, kind, body); err != nil {
 		return fmt.Errorf("sending frame %d: %w", kind, err)
 	}
 	return nil
 }
 
-// write sends b in pieces, so that a slow other end has stall for each of them.
-func (s *Stream) write(b []byte) error {
-	const piece = 64 << 10
-	for len(b) > 0 {
-		if err := s.conn.SetWriteDeadline(s.until(stall)); err != nil {
-			return err
+// piece is how many bytes are read at a time, and written at most.
+const piece = 64 << 10
+
+// moved writes to the connection in pieces, and gives a slow other end stall for each of them.
+type moved struct{ s *Stream }
+
+func (m moved) Write(b []byte) (n int, err error) {
+	for n < len(b) {
+		if err := m.s.conn.SetWriteDeadline(m.s.until(stall)); err != nil {
+			return n, err
 		}
-		n, err := s.conn.Write(b[:min(piece, len(b))])
+		more, err := m.s.conn.Write(b[n:min(len(b), n+piece)])
+		n += more
 		if err != nil {
-			return s.overdue(err)
+			return n, m.s.overdue(err)
 		}
-		b = b[n:]
 	}
-	return nil
+	return n, nil
 }
 
 // beat says that this end is alive, even while its owner computes for long, and breaks off
@@ -168,7 +168,7 @@ func (s *Stream) beat() {
 			continue // a frame is on its way: that is a sign of life
 		}
 		if !s.sent {
-			_ = s.write(make([]byte, 4)) // whoever sends or receives next sees the error
+			_, _ = moved{s}.Write(make([]byte, 4)) // whoever sends or receives next sees the error
 		}
 		s.sent = false
 		s.mu.Unlock()
@@ -200,13 +200,22 @@ func (h heard) Read(b []byte) (int, error) {
 	return h.s.conn.Read(b)
 }
 
-// appendFrame appends a frame to b.
-func appendFrame(b []byte, kind byte, body []byte) ([]byte, error) {
-	if len(body) >= MaxFrame {
-		return b, fmt.Errorf("frame %d of %d bytes is longer than %d", kind, len(body)+1, MaxFrame)
+// writeFrame writes a frame: what is short goes out in one piece, what is long is not copied.
+func writeFrame(w *bufio.Writer, kind byte, body [][]byte) error {
+	size := 1
+	for _, part := range body {
+		size += len(part)
 	}
-	b = binary.BigEndian.AppendUint32(b, uint32(len(body)+1))
-	return append(append(b, kind), body...), nil
+	if size > MaxFrame {
+		return fmt.Errorf("%d bytes are more than %d", size, MaxFrame)
+	}
+	head := append(binary.BigEndian.AppendUint32(make([]byte, 0, 5), uint32(size)), kind)
+	for _, part := range append([][]byte{head}, body...) {
+		if _, err := w.Write(part); err != nil {
+			return err
+		}
+	}
+	return w.Flush()
 }
 
 // readFrame reads the next frame that is not a beat. Memory grows with what has
@@ -230,11 +239,10 @@ func readFrame(r io.Reader, most int) (kind byte, body []byte, err error) {
 		return 0, nil, unexpected(err)
 	}
 	n-- // the kind
-	const piece = 64 << 10
 	body = make([]byte, 0, min(n, piece))
 	for len(body) < n {
 		start := len(body)
-		more := min(n-start, max(piece, start))
+		more := min(n-start, max(piece, 3*start))
 		body = slices.Grow(body, more)[:start+more]
 		if _, err := io.ReadFull(r, body[start:]); err != nil {
 			return 0, nil, unexpected(err)

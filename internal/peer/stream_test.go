@@ -96,10 +96,11 @@ func TestStreamOverTLS(t *testing.T) {
 	}
 	defer func() { _ = s.Close() }()
 	sent := [][]byte{nil, {0}, bytes.Repeat([]byte{7}, 100_000), bytes.Repeat([]byte{9}, MaxFrame-1)}
+	parts := func(b []byte) [][]byte { return [][]byte{b[:len(b)/5], nil, b[len(b)/5:]} }
 	var sending sync.WaitGroup
 	sending.Go(func() {
 		for i, b := range sent {
-			if err := s.Send(byte(i*80), b); err != nil {
+			if err := s.Send(byte(i*80), parts(b)...); err != nil {
 				t.Error(err)
 			}
 		}

@@ -185,8 +185,8 @@ func far(b *testing.B, e socketEnd, delay time.Duration) farEnd {
 	return f
 }
 
-func (f farEnd) Send(kind byte, body []byte) error {
-	f.out <- sentAt{kind, bytes.Clone(body), time.Now()}
+func (f farEnd) Send(kind byte, body ...[]byte) error {
+	f.out <- sentAt{kind, bytes.Join(body, nil), time.Now()}
 	return nil
 }
 
@@ -194,9 +194,14 @@ func (f farEnd) Send(kind byte, body []byte) error {
 type socketEnd struct{ net.Conn }
 
 // Send writes a frame like writeFrame, and leaves body as it is: it is not secret.
-func (e socketEnd) Send(kind byte, body []byte) error {
-	head := append(binary.BigEndian.AppendUint32(nil, uint32(len(body)+1)), kind)
-	_, err := (&net.Buffers{head, body}).WriteTo(e.Conn)
+func (e socketEnd) Send(kind byte, body ...[]byte) error {
+	size := 1
+	for _, part := range body {
+		size += len(part)
+	}
+	head := append(binary.BigEndian.AppendUint32(nil, uint32(size)), kind)
+	parts := append(net.Buffers{head}, body...)
+	_, err := parts.WriteTo(e.Conn)
 	return err
 }
 

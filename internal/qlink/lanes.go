@@ -28,8 +28,7 @@ type lanes struct {
 	gone chan struct{} // closed when nothing more comes
 	why  error         // set before it is closed
 
-	waiting  atomic.Int64 // bytes of messages that nobody has read
-	shortest atomic.Int64 // time from a message to its answer, in ns; 0 before the first
+	waiting atomic.Int64 // bytes of messages that nobody has read
 }
 
 type laneMessage struct {
@@ -72,20 +71,6 @@ func (l *lanes) receive() error {
 
 // wait returns when the channel is closed and has been read to its end.
 func (l *lanes) wait() { <-l.gone }
-
-// trip is how long a message to the other end and the answer are on their way: the shortest
-// time that one has taken. Most answers take longer, because something is done for them.
-func (l *lanes) trip() time.Duration { return time.Duration(l.shortest.Load()) }
-
-// answered takes note of a time from a message to its answer.
-func (l *lanes) answered(took time.Duration) {
-	for {
-		least := l.shortest.Load()
-		if least > 0 && int64(took) >= least || l.shortest.CompareAndSwap(least, max(1, int64(took))) {
-			return
-		}
-	}
-}
 
 // lane is the channel of one block.
 func (l *lanes) lane(n int) *lane { return &lane{lanes: l, n: n} }
@@ -133,12 +118,11 @@ func (l *lane) away() time.Duration {
 	return time.Duration(len(l.waits)) * l.waits[len(l.waits)/2]
 }
 
-func (l *lane) Send(kind byte, body []byte) error {
+func (l *lane) Send(kind byte, body ...[]byte) error {
 	l.sent = time.Now()
-	onLane := append(append(make([]byte, 0, 1+len(body)), byte(l.n)), body...)
 	l.send.Lock()
 	defer l.send.Unlock()
-	return l.ch.Send(kind, onLane)
+	return l.ch.Send(kind, append([][]byte{{byte(l.n)}}, body...)...)
 }
 
 func (l *lane) Recv() (kind byte, body []byte, err error) {
@@ -148,9 +132,7 @@ func (l *lane) Recv() (kind byte, body []byte, err error) {
 		l.begun = time.Now()
 	}
 	if err == nil && !l.sent.IsZero() {
-		wait := time.Since(l.sent)
-		l.answered(wait)
-		l.waits, l.sent = append(l.waits, wait), time.Time{}
+		l.waits, l.sent = append(l.waits, time.Since(l.sent)), time.Time{}
 	}
 	return m.kind, m.body, err
 }

@@ -447,7 +447,6 @@ func (s *Source) follow(ctx context.Context) error {
 				return s.cfg.SpendPad(ctx, name)
 			},
 			Stored: s.cfg.Stored, Accept: s.cfg.Accept, Progress: s.cfg.Progress,
-			Hurry: func() bool { return s.lanes.trip() > farAway },
 		})
 	})
 	return nil

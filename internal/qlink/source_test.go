@@ -81,9 +81,9 @@ type end struct {
 	gone    chan struct{} // closed with the channel
 }
 
-func (e *end) Send(kind byte, body []byte) error {
+func (e *end) Send(kind byte, body ...[]byte) error {
 	select {
-	case e.out <- message{kind, bytes.Clone(body)}:
+	case e.out <- message{kind, bytes.Join(body, nil)}:
 		return nil
 	case <-e.gone:
 		return io.ErrClosedPipe

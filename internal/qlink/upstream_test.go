@@ -69,8 +69,8 @@ type letter struct {
 	body []byte
 }
 
-func (f letters) Send(kind byte, body []byte) error {
-	f.out <- letter{kind, bytes.Clone(body)}
+func (f letters) Send(kind byte, body ...[]byte) error {
+	f.out <- letter{kind, bytes.Join(body, nil)}
 	return nil
 }
 

@@ -5,14 +5,10 @@ import (
 	"time"
 )
 
-// farAway is from which time there and back on questions are worth more than bits that they
-// leak: see distill.BobConfig.Hurry.
-const farAway = 2 * time.Millisecond
-
 // window says how many blocks may be under way, so that base of them are at work on the
 // average: those of which a message is travelling are not, nor those that wait for a slower
 // one before them. Without it the ends of a link would do nothing for most of a block's life
-// when they are far apart: a block takes some fifty questions, one after the other.
+// when they are far apart: a block takes some 25 questions, one after the other.
 //
 // More blocks under way are more light that is lost if an end dies. There are no more than
 // the distance makes necessary.
