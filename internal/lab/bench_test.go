@@ -342,8 +342,10 @@ func (r *rig) waiting(b *testing.B, requests, number int) [][]key.ID {
 // for before it makes another.
 const benchBlock = 1 << 17
 
+func (r *rig) limit() int { return 3*r.block + 1 }
+
 func (r *rig) fill(c *Config) {
-	c.Filler, c.PoolLimit, c.Interval = r.block, 3*r.block+1, 50*time.Millisecond
+	c.Filler, c.PoolLimit, c.Interval = r.block, r.limit(), 50*time.Millisecond
 }
 
 // rests returns when the pool is full and, if a block has as many, so many keys can be
@@ -358,7 +360,7 @@ func (r *rig) rests(b *testing.B, keys int) {
 			if err == nil && now.State != "full" {
 				err = fmt.Errorf("%d keys; the link is %s (%s)", now.Stored, now.State, now.Why)
 			}
-			spare = now.Stored + now.StoredPeer - 2*r.block - 1
+			spare = now.Stored + now.StoredPeer - r.limit()
 			return err
 		})
 		const request = 128
