@@ -21,6 +21,7 @@ const (
 	announceTime   = 2 * time.Second // after which an announce is in doubt
 	announceWindow = 8               // batches in flight
 	askAtoms       = 2048            // the most that one request may name: 128 keys of 16 atoms
+	manyAtoms      = 1024            // that wait, and leave: fewer at a time cost more, more keep a site waiting
 	repeatMin      = 50 * time.Millisecond
 	repeatMax      = 2 * time.Second
 )
@@ -152,13 +153,14 @@ func (a *announcer) gather() {
 // ready says whether what waits leaves now: at once when nothing is under way, to the
 // peer or into our own database, and otherwise when it is as much as what is. So
 // batches are few and large while the peer is near, which spares both ends
-// transactions, and several are under way when it is far.
+// transactions, and several are under way when it is far. A batch of many atoms is worth its
+// transactions whatever is under way: while one site unwraps, the other seals.
 func (a *announcer) ready() bool {
 	if len(a.waiting) == 0 || !a.sender.Free() {
 		return false
 	}
 	busy := a.asking + int(a.committing.Load())
-	return busy <= len(a.waiting) || a.full()
+	return busy <= len(a.waiting) || a.atoms >= manyAtoms || a.full()
 }
 
 // depart sends the next batch on its way.

@@ -163,7 +163,7 @@ func TestGather(t *testing.T) {
 }
 
 // TestReady: what waits leaves at once when nothing is in flight, and otherwise when
-// it is as much as what is, or all that a batch may hold, and the window has room.
+// it is as much as what is, or has many atoms, and the window has room.
 func TestReady(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -179,6 +179,9 @@ func TestReady(t *testing.T) {
 		{32, 32, 16, 16, 3, true},
 		{32, 32, 32, 0, announceWindow, false},
 		{2, 2 * askAtoms, 32, 0, 3, true},
+		{15, manyAtoms - 1, 48, 0, 3, false},
+		{16, manyAtoms, 48, 0, 3, true},
+		{16, manyAtoms, 48, 0, announceWindow, false},
 		{handover.MaxRequests, handover.MaxRequests, 9999, 0, 3, true},
 	} {
 		a := &announcer{sender: handover.NewSender("a1", 1, announceWindow), waiting: make([]*ask, tt.waiting), atoms: tt.atoms, asking: tt.asking}
