@@ -66,7 +66,8 @@ var (
 func TestCascadeLeavesNoError(t *testing.T) { leavesNoError(t, *manyFrames, *frameLog, 0) }
 
 // Nor do the questions of a block that has bits to spare leave one, as a link's blocks have:
-// they go after the same errors in several passes, and do not leak more than they may.
+// they go after the same errors in several passes, and do not leak more than they may. With
+// -frames 10000 -frame-log 18, 150 000 frames left no error (in twenty minutes, too).
 func TestHurriedCascadeLeavesNoError(t *testing.T) {
 	for _, more := range []float64{.1, .2, .4} {
 		leavesNoError(t, *manyFrames, *frameLog, more)
