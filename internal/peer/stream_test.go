@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -112,8 +114,8 @@ func TestStreamOverTLS(t *testing.T) {
 		}
 	}
 	sending.Wait()
-	if err := s.Send(1, make([]byte, MaxFrame)); err == nil {
-		t.Error("a frame that is too long was sent")
+	if err := s.Send(1, make([]byte, MaxFrame-1), []byte{1}); err == nil || !strings.Contains(err.Error(), "are more than") { // of ours: nothing went out
+		t.Errorf("a frame that is too long: %v", err)
 	}
 	stop() // closes the stream at the door's end
 	if _, _, err := s.Recv(); !errors.Is(err, io.EOF) {
@@ -251,6 +253,33 @@ func TestSilentPeerIsNoticed(t *testing.T) {
 			t.Errorf("after %v: %v", time.Since(start), err)
 		}
 	})
+}
+
+// TestPromisedFrame: who promises the longest frame has memory made for what he sends, or for
+// four times as much.
+func TestPromisedFrame(t *testing.T) {
+	t.Parallel()
+	for _, sent := range []int{0, 1, piece, 3 * piece, 1 << 20} {
+		wire := append(binary.BigEndian.AppendUint32(nil, MaxFrame), make([]byte, 1+sent)...)
+		in := &asked{Reader: bytes.NewReader(wire)}
+		if _, _, err := readFrame(in, MaxFrame); !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%d bytes: %v", sent, err)
+		}
+		if in.most > max(piece, 4*sent) {
+			t.Errorf("of %d bytes there was room for %d at a time", sent, in.most)
+		}
+	}
+}
+
+// asked notes for how many bytes there was room.
+type asked struct {
+	io.Reader
+	most int
+}
+
+func (a *asked) Read(b []byte) (int, error) {
+	a.most = max(a.most, len(b))
+	return a.Reader.Read(b)
 }
 
 func TestStalledPeerIsNoticed(t *testing.T) {
