@@ -125,8 +125,18 @@ func TestRestoredInUse(t *testing.T) {
 	s := l.KM1
 	idle := s.Nodes[1]
 	f.flows(t)
-	f.pause(t, func() { s.backUp(t) })
-	f.flows(t)
+	var had int64
+	f.pause(t, func() {
+		s.backUp(t)
+		had = s.Node.commits(t)
+	})
+	eventually(t, s.Node.Name+" to have something to lose", func(context.Context) error {
+		f.flows(t)
+		if has := s.Node.commits(t); has <= had {
+			return fmt.Errorf("it stands at commit %d, as in the backup", has)
+		}
+		return nil
+	})
 	s.withoutDatabase(t, func(data string) {
 		f.pause(t, func() { f.forgets(s) })
 		copyFolder(t, data+".copy", data)
@@ -153,10 +163,9 @@ func TestRestoredInUse(t *testing.T) {
 		}
 		return err
 	})
-	if !idle.Running() {
-		if err := idle.Restart(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+	// What was only suspended may end yet, when it meets the database: the next process stays.
+	if err := errors.Join(idle.Stop(), idle.Restart(t.Context())); err != nil {
+		t.Fatal(err)
 	}
 	if said, err := s.Recover(t.Context(), "--burn"); err == nil || !strings.Contains(said, idle.Name+" is connected to the database: stop all nodes") {
 		t.Errorf("a recovery beside the other node: %v\n%s", err, said)
@@ -353,6 +362,20 @@ func (s *Site) holdings(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return fmt.Sprintf("%d atoms, %d keys waiting", atoms, due)
+}
+
+// commits counts the node's commits, as its database does.
+func (n *Node) commits(t *testing.T) (mark int64) {
+	t.Helper()
+	conn, done, err := n.site.super(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer done()
+	if err := conn.QueryRow(t.Context(), "SELECT mark FROM kme.node_run WHERE node = $1", n.Name).Scan(&mark); err != nil {
+		t.Fatal(err)
+	}
+	return mark
 }
 
 // backUp copies the site's database, stopped for that, and its token.
