@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -19,33 +20,40 @@ import (
 // Plain keys live in buffers of ours, which are wiped. But whatever the garbage collector
 // has freed keeps its bytes until the memory is used for something else, and an answer
 // passes through buffers of the standard library that nobody can reach. So the collector
-// overwrites what it frees (clobberFree), it is made to run soon after keys were handed out
+// overwrites what it frees (beginsWith), it is made to run soon after keys were handed out
 // (sweeper), over HTTP/1.1 an answer goes from its handler's buffer to TLS, which encrypts
 // it (past), and over HTTP/2 it is overwritten where it has been: in net/http's buffers of
 // the response and the connection by what follows it (saedoor.Exchange.Write), in that
 // between them and TLS by us (wiping). hsm/README.md has what is still found.
 
-// clobberFree has Go's runtime overwrite memory that the garbage collector frees. It is
-// read once, when a process begins: main begins again with it.
-const clobberFree = "clobberfree=1"
+// beginsWith is what the environment has to say when a process begins, since it is read but
+// once: main begins again with it. What an operator says of a setting stays.
+var beginsWith = []struct{ variable, between, setting, value string }{
+	// Go's runtime overwrites memory that the garbage collector frees.
+	{"GODEBUG", ",", "clobberfree", "1"},
+	// A thread of the C library keeps as many freed pieces of each size for its next
+	// allocations, instead of 7: SoftHSM allocates more than that for each call.
+	{"GLIBC_TUNABLES", ":", "glibc.malloc.tcache_count", "200"},
+}
 
-// withClobberFree is environ with clobberFree in GODEBUG; nil if it is there, or if
-// whoever has started us has said that it is not to be.
-func withClobberFree(environ []string) []string {
-	const name = "GODEBUG="
-	for i, e := range environ {
-		value, ok := strings.CutPrefix(e, name)
-		if !ok {
-			continue
+// withSettings is environ with what it lacks of beginsWith; nil if it lacks nothing.
+func withSettings(environ []string) []string {
+	with, lacking := slices.Clone(environ), false
+	for _, b := range beginsWith {
+		name := b.variable + "="
+		at := slices.IndexFunc(with, func(e string) bool { return strings.HasPrefix(e, name) })
+		if at < 0 {
+			at, with = len(with), append(with, name)
 		}
-		if strings.Contains(value, "clobberfree=") {
-			return nil
+		if said := with[at][len(name):]; !strings.Contains(said, b.setting+"=") {
+			with[at] = name + strings.Trim(said+b.between+b.setting+"="+b.value, b.between)
+			lacking = true
 		}
-		with := append([]string(nil), environ...)
-		with[i] = name + strings.Trim(value+","+clobberFree, ",")
-		return with
 	}
-	return append(append([]string(nil), environ...), name+clobberFree)
+	if !lacking {
+		return nil
+	}
+	return with
 }
 
 const (

@@ -121,7 +121,6 @@ type committer struct {
 type downReason struct{ err error }
 
 func newCommitter(db *DB, config *pgx.ConnConfig) *committer {
-	config.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
 	c := &committer{
 		db: db, config: config, queue: make(chan *job, maxQueue), events: make(chan *job, maxRecords),
 		fenced: make(chan struct{}), days: make(map[string]bool),

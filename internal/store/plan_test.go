@@ -83,6 +83,17 @@ func TestHotStatementsReadFewRows(t *testing.T) {
 			return audit.Event{Action: audit.VoidKeys}
 		}))
 	}
+	if plannedOnce(t, db.committer.conn) == 0 {
+		t.Error("the committer has executed nothing")
+	}
+	all := 0
+	for _, c := range db.pool.AcquireAllIdle(ctx) {
+		all += plannedOnce(t, c.Conn())
+		c.Release()
+	}
+	if all == 0 {
+		t.Error("the pool has executed nothing")
+	}
 	db.Close()
 	after := s.rowsRead()
 	for table, n := range after {
@@ -93,6 +104,25 @@ func TestHotStatementsReadFewRows(t *testing.T) {
 		}
 	}
 	s.check()
+}
+
+// plannedOnce has the server say that it planned no statement of a connection for each of
+// its executions, and returns how many of these there were.
+func plannedOnce(t *testing.T, conn *pgx.Conn) (all int) {
+	t.Helper()
+	rows, _ := conn.Query(t.Context(), "SELECT statement, generic_plans, custom_plans FROM pg_prepared_statements")
+	var statement string
+	var once, anew int
+	_, err := pgx.ForEachRow(rows, []any{&statement, &once, &anew}, func() error {
+		if all += once; anew > 0 {
+			t.Errorf("planned %d times: %s", anew, statement)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
 }
 
 // rowsRead is how many rows of each table that grows were ever read, by whatever

@@ -101,7 +101,8 @@ type DB struct {
 
 // pointLookups makes the planner take the index whatever it believes about a
 // table's size: hot statements name a few rows of tables that grow by the minute,
-// and a plan made while a partition was empty would stay.
+// and a plan made while a partition was empty would stay. So there is but one plan of
+// each, and it is made once: planning anew costs the server more than the reading.
 var pointLookups = map[string]string{
 	"search_path":                         schemaName,
 	"enable_seqscan":                      "off",
@@ -109,6 +110,7 @@ var pointLookups = map[string]string{
 	"enable_hashjoin":                     "off",
 	"enable_mergejoin":                    "off",
 	"jit":                                 "off",
+	"plan_cache_mode":                     "force_generic_plan",
 	"default_transaction_isolation":       "read committed",
 	"synchronous_commit":                  "on",
 	"idle_in_transaction_session_timeout": "10s",
@@ -185,4 +187,4 @@ func (db *DB) scan(ctx context.Context, read func(pgx.Tx) error) error {
 }
 
 // wholeTables undoes pointLookups until the end of the transaction.
-const wholeTables = "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_bitmapscan = on"
+const wholeTables = "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_bitmapscan = on; SET LOCAL plan_cache_mode = auto"
