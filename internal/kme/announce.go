@@ -178,7 +178,7 @@ func (a *announcer) depart(ctx context.Context) {
 	a.flying[f] = true
 	a.asking += len(f.asks)
 	a.flights.Go(func() {
-		f.answer, f.err = a.tell(ctx, f.batch)
+		f.answer, f.err = a.tellFirst(ctx, f.batch)
 		a.bringHome(ctx, f)
 	})
 }
@@ -241,6 +241,25 @@ func (a *announcer) tell(ctx context.Context, batch handover.Announce) (handover
 		case <-time.After(wait):
 		}
 	}
+}
+
+// tellFirst says a batch for the first time, and at once a second time if the answer is
+// lost on the way: a node that ends closes its connections, whatever is on its way to it,
+// and the second copy goes to another of the peer's. The batch is in doubt, with the first
+// copy's error, if the second is not judged either: that this one was refused, declined or
+// not sent says nothing of the first.
+func (a *announcer) tellFirst(ctx context.Context, batch handover.Announce) (handover.AnnounceAnswer, error) {
+	ctx, cancel := context.WithTimeout(ctx, announceTime)
+	defer cancel()
+	answer, lost := a.tell(ctx, batch)
+	if lost == nil || untold(lost) || ctx.Err() != nil {
+		return answer, lost
+	}
+	answer, err := a.tell(ctx, batch)
+	if err != nil || answer.Standing == handover.Ahead || answer.Standing == handover.Declined {
+		return handover.AnnounceAnswer{}, lost
+	}
+	return answer, nil
 }
 
 // untold says that the peer has certainly not acted on any copy that was sent.

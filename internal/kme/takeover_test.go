@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -42,13 +43,14 @@ type farSite struct {
 	met    atomic.Bool                        // that it was not the first of these
 	says   atomic.Pointer[handover.RunAnswer] // what it lists, whatever is asked
 	asked  chan handover.RunStarted           // the questions that are answered with lies, as far as they find a place
+	lost   chan loss                          // what becomes of the next announces, while there are any
 	client *peer.Client                       // km1's way there
 }
 
 // far is a KME that shares clock and token with km1, and lies at Bob's end of a link.
 func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 	s.t.Helper()
-	f := &farSite{site: newSite(s.t), link: link, slave: slave, asked: make(chan handover.RunStarted, 2)}
+	f := &farSite{site: newSite(s.t), link: link, slave: slave, asked: make(chan handover.RunStarted, 2), lost: make(chan loss, 2)}
 	f.self, f.clock = self, s.clock
 	c := km1.Config
 	c.Self, c.Node, c.DataDir = kmeID(s.t, self), self+"-a", f.data
@@ -73,6 +75,14 @@ func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 			panic(http.ErrAbortHandler)
 		}
 		time.Sleep(time.Duration(f.delay.Load())) // the delay that is played
+		if strings.HasSuffix(r.URL.Path, "/announce") {
+			select {
+			case l := <-f.lost:
+				l(w, r, door)
+				return
+			default:
+			}
+		}
 		door.ServeHTTP(w, r)
 	}))
 	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
@@ -84,6 +94,24 @@ func (s *site) far(km1 *KME, self, link, slave string) *farSite {
 	}
 	s.t.Cleanup(f.client.Close)
 	return f
+}
+
+// loss is what becomes of an announce instead of reaching the far site and being answered.
+type loss func(http.ResponseWriter, *http.Request, http.Handler)
+
+func lostBefore(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAbortHandler) }
+
+func lostAfter(_ http.ResponseWriter, r *http.Request, door http.Handler) {
+	door.ServeHTTP(httptest.NewRecorder(), r)
+	panic(http.ErrAbortHandler)
+}
+
+func declined(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+	_, _ = io.WriteString(w, `{"standing":"declined"}`)
+}
+
+func refused(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+	w.WriteHeader(http.StatusForbidden)
 }
 
 // farDoor is the door for peers of a far site, which may lie.
