@@ -42,7 +42,7 @@ func lockMemory() error {
 	return unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
 }
 
-// beginAgain runs this program in place of itself, with beginsWith. It returns only if
+// beginAgain runs this program in place of itself, with clobberFree. It returns only if
 // there is no need to, or on an error.
 func beginAgain() error {
 	env := withSettings(os.Environ())

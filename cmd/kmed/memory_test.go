@@ -26,8 +26,9 @@ func TestWithSettings(t *testing.T) {
 		{[]string{"GODEBUG=", allocator, "A=1"}, []string{collector, allocator, "A=1"}},
 		{[]string{"GODEBUG=gctrace=1", allocator}, []string{"GODEBUG=gctrace=1,clobberfree=1", allocator}},
 		{[]string{"GODEBUG=gctrace=1,clobberfree=0", allocator}, nil},
-		{[]string{"GODEBUG=clobberfree=0", "GLIBC_TUNABLES=glibc.malloc.check=1"}, []string{"GODEBUG=clobberfree=0", "GLIBC_TUNABLES=glibc.malloc.check=1:glibc.malloc.tcache_count=200"}},
-		{[]string{collector, "GLIBC_TUNABLES=glibc.malloc.tcache_count=7"}, nil},
+		{[]string{"GLIBC_TUNABLES=glibc.malloc.check=1"}, []string{"GLIBC_TUNABLES=glibc.malloc.check=1:glibc.malloc.tcache_count=200", collector}},
+		{[]string{"GLIBC_TUNABLES=glibc.malloc.tcache_count=7"}, []string{"GLIBC_TUNABLES=glibc.malloc.tcache_count=7", collector}},
+		{[]string{collector}, nil}, // the C library has erased the other
 		{[]string{collector, allocator}, nil},
 	} {
 		was := slices.Clone(tt.environ)
