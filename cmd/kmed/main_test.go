@@ -37,7 +37,7 @@ import (
 const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"kmed": main, "answerer": answerer})
+	testscript.Main(m, map[string]func(){"kmed": main, "answerer": answerer, "beginner": beginner})
 }
 
 // TestScripts: kmed as an operator sees it. Each script has a folder with the

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -40,18 +39,4 @@ func lockMemory() error {
 		return fmt.Errorf("%d bytes may be locked, not all", now.Cur)
 	}
 	return unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
-}
-
-// beginAgain runs this program in place of itself, with clobberFree. It returns only if
-// there is no need to, or on an error.
-func beginAgain() error {
-	env := withSettings(os.Environ())
-	if env == nil {
-		return nil
-	}
-	self, err := os.Executable() // not /proc/self/exe: the process would be called exe
-	if err != nil {
-		return err
-	}
-	return unix.Exec(self, os.Args, env)
 }
