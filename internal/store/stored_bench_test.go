@@ -25,7 +25,8 @@ func BenchmarkStored(b *testing.B) {
 		s := newSite(b)
 		db := s.open("n1")
 		s.store(stored)
-		b.Run(fmt.Sprintf("keys=%d", stored), func(b *testing.B) { s.serveAll(b, db) })
+		p := new(supply)
+		b.Run(fmt.Sprintf("keys=%d", stored), func(b *testing.B) { s.serveAll(b, db, p) })
 	}
 }
 
@@ -47,6 +48,10 @@ const (
 	perRequest   = 64
 	storedBlock  = 4096 // atoms
 	leasedChunks = 32
+
+	// After so many atoms were leased, as many are stored. However many there are: requests
+	// that come after a pause cost more.
+	refill = 2 * storedBlock
 )
 
 // store puts atoms into the pool.
@@ -63,41 +68,50 @@ func (s *site) store(atoms int) {
 	})
 }
 
-// serveAll has clients serve what one lease after the other gives them.
-func (s *site) serveAll(b *testing.B, db *DB) {
-	var mu sync.Mutex
-	var leased []Atom
-	take := func() []Atom {
-		mu.Lock()
-		defer mu.Unlock()
-		if len(leased) < perRequest {
-			leases, err := db.Lease(context.Background(), linkName, leasedChunks)
-			if err != nil {
-				b.Error(err)
-			}
-			for _, l := range leases {
-				leased = append(leased, l.Atoms...)
-			}
-			if len(leased) < perRequest { // a small store is filled again
-				b.StopTimer()
-				s.store(10_000)
-				b.StartTimer()
-				return nil
-			}
+// supply is what leases have given so far.
+type supply struct {
+	mu     sync.Mutex
+	leased []Atom
+	gone   int // leased since atoms were stored
+}
+
+// take returns the atoms of one request, or nil on an error.
+func (p *supply) take(b *testing.B, s *site, db *DB) []Atom {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.leased) < perRequest {
+		if p.gone >= refill {
+			b.StopTimer()
+			s.store(refill)
+			b.StartTimer()
+			p.gone = 0
 		}
-		atoms := leased[:perRequest]
-		leased = leased[perRequest:]
-		return atoms
+		leases, err := db.Lease(context.Background(), linkName, leasedChunks)
+		if err != nil || len(leases) == 0 {
+			b.Errorf("%d leases, %v", len(leases), err)
+			return nil
+		}
+		for _, l := range leases {
+			p.leased = append(p.leased, l.Atoms...)
+			p.gone += len(l.Atoms)
+		}
 	}
+	atoms := p.leased[:perRequest]
+	p.leased = p.leased[perRequest:]
+	return atoms
+}
+
+// serveAll has clients serve what one lease after the other gives them.
+func (s *site) serveAll(b *testing.B, db *DB, p *supply) {
 	var left atomic.Int64
 	left.Store(int64(b.N))
 	var all sync.WaitGroup
 	for range 8 {
 		all.Go(func() {
 			for left.Add(-1) >= 0 {
-				atoms := take()
-				for atoms == nil && !b.Failed() {
-					atoms = take()
+				atoms := p.take(b, s, db)
+				if atoms == nil {
+					return
 				}
 				ev := audit.Event{Action: audit.EncKeys, Outcome: audit.Done, Keys: ids(atoms), Bits: 256}
 				if err := db.Serve(context.Background(), ServeJob{Atoms: ids(atoms), Places: places(atoms), Events: []audit.Event{ev}}); err != nil {
