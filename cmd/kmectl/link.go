@@ -168,7 +168,7 @@ func figures(b admin.Block) []string {
 	}
 	sifted := fmt.Sprintf("  sifted  %d key and %d test bits", b.SiftedKey, b.SiftedTest)
 	if b.Leak > 0 {
-		sifted += fmt.Sprintf(", QBER of the key %.2f %%, leak %d bits in %d rounds", 100*b.KeyQBER, b.Leak, b.Rounds)
+		sifted += fmt.Sprintf(", QBER of the key %.2f %%, leak %d of at most %d bits in %d rounds", 100*b.KeyQBER, b.Leak, b.LeakLimit, b.Rounds)
 	}
 	return []string{light, sifted}
 }

@@ -379,7 +379,7 @@ func exampleLink(block int64) admin.Link {
 		Stored: 100, StoredPeer: 90, Current: &admin.Progress{Stage: "reconcile", Step: 3, Steps: 5, Done: 0.5},
 		Last: &admin.Block{
 			Session: 7, Block: block, At: since, Took: 1.5, QBER: 0.0102, Efficiency: 1.043, Length: 147_200, Gates: 5_200_000,
-			Detected: 650_000, Gains: []float64{.07, .02, 3e-4}, SiftedKey: 300_000, SiftedTest: 70_000, KeyQBER: .0101, Leak: 30_000, Rounds: 200,
+			Detected: 650_000, Gains: []float64{.07, .02, 3e-4}, SiftedKey: 300_000, SiftedTest: 70_000, KeyQBER: .0101, Leak: 30_000, LeakLimit: 36_000, Rounds: 200,
 		},
 		Pads: 12, EpsSecrecy: 2e-12, EpsLimit: 1e-6,
 	}

@@ -140,6 +140,7 @@ type Block struct {
 	SiftedTest int       `json:"sifted_test"`     // in the test basis
 	Gains      []float64 `json:"gains,omitempty"` // chance that a pulse was detected, by intensity, the brightest first
 	Leak       int       `json:"leak"`            // bits revealed by reconciliation
+	LeakLimit  int       `json:"leak_limit"`      // as many might be: the length of the secret has paid for them
 	Rounds     int       `json:"rounds"`          // journeys there and back that it took
 }
 

@@ -91,7 +91,7 @@ func (d OperatorDoor) Links(ctx context.Context, _ identity.Caller, _ string) ([
 			l.Last = &admin.Block{
 				Session: o.Session, Block: o.Block, At: s.LastAt, Took: s.LastTook.Seconds(), QBER: o.QBER, Efficiency: o.Efficiency,
 				Length: o.Length, Gates: o.Gates, Detected: o.Detected, Aborted: s.LastWhy,
-				KeyQBER: o.KeyQBER, Doubles: o.Doubles, SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest, Leak: o.Leak, Rounds: o.Rounds,
+				KeyQBER: o.KeyQBER, Doubles: o.Doubles, SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest, Leak: o.Leak, LeakLimit: d.k.links[s.ID].Profile.LeakLimit, Rounds: o.Rounds,
 			}
 			for k := range d.k.links[s.ID].Profile.Intensities {
 				l.Last.Gains = append(l.Last.Gains, o.Gain(d.k.links[s.ID].Profile, k))

@@ -41,6 +41,9 @@ func TestTwoLinks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if b := links[first].Last; b.Leak < 1 || b.Leak > b.LeakLimit {
+		t.Errorf("block %d leaked %d bits of at most %d", b.Block, b.Leak, b.LeakLimit)
+	}
 	if n := stored(t, alice, bob); n < max(links[first].Stored, links[second].Stored)+128 {
 		t.Errorf("%d keys are stored, and %d and %d were of each link", n, links[first].Stored, links[second].Stored)
 	}
