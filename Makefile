@@ -20,7 +20,7 @@ STEP       := github.com/smallstep/cli/cmd/step@v0.30.2
 FUZZTIME   ?= 10s
 BENCHTIME  ?= 3s
 
-.PHONY: all run build test test-ha test-console test-arm64 test-deb test-reproducible storm rotation bench lint deb sbom release fuzz tools promtool prerequisites clean
+.PHONY: all debootstrap run build test test-ha test-console test-arm64 test-deb test-reproducible storm rotation bench lint deb sbom release fuzz tools promtool prerequisites clean
 
 all: build
 
@@ -81,9 +81,11 @@ deb: sbom
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) deploy/deb/build.sh dist/bin $(VERSION) dist
 
 ## test-deb: that package on a fresh Debian, whose systemd is booted (as root; Debian package debootstrap); some minutes
-test-deb: deb tools
-	@command -v debootstrap >/dev/null || { echo "kme: please install debootstrap"; exit 1; }
+test-deb: debootstrap deb tools
 	@deploy/deb/test.sh dist/kme_$(VERSION)_$$(dpkg --print-architecture).deb $(BIN)/step
+
+debootstrap:
+	@command -v debootstrap >/dev/null || { echo "kme: please install debootstrap"; exit 1; }
 
 ## test-reproducible: another clone of this commit makes the same programs and the same package; some minutes
 test-reproducible: build deb
