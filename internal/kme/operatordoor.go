@@ -87,14 +87,15 @@ func (d OperatorDoor) Links(ctx context.Context, _ identity.Caller, _ string) ([
 			l.Current = &admin.Progress{Stage: s.Stage, Step: step + 1, Steps: len(stages), Done: s.Done}
 		}
 		if !s.LastAt.IsZero() {
-			o := s.Last
+			o, profile := s.Last, d.k.links[s.ID].Profile
 			l.Last = &admin.Block{
 				Session: o.Session, Block: o.Block, At: s.LastAt, Took: s.LastTook.Seconds(), QBER: o.QBER, Efficiency: o.Efficiency,
 				Length: o.Length, Gates: o.Gates, Detected: o.Detected, Aborted: s.LastWhy,
-				KeyQBER: o.KeyQBER, Doubles: o.Doubles, SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest, Leak: o.Leak, LeakLimit: d.k.links[s.ID].Profile.LeakLimit, Rounds: o.Rounds,
+				KeyQBER: o.KeyQBER, Doubles: o.Doubles, SiftedKey: o.SiftedKey, SiftedTest: o.SiftedTest,
+				Leak: o.Leak, LeakLimit: profile.LeakLimit, Rounds: o.Rounds,
 			}
-			for k := range d.k.links[s.ID].Profile.Intensities {
-				l.Last.Gains = append(l.Last.Gains, o.Gain(d.k.links[s.ID].Profile, k))
+			for k := range profile.Intensities {
+				l.Last.Gains = append(l.Last.Gains, o.Gain(profile, k))
 			}
 			if s.LastWhy != "" {
 				l.Last.Length = 0

@@ -467,9 +467,9 @@ func (m *measured) at(quantile float64) float64 {
 	return m.took[int(quantile*float64(len(m.took)-1))].Seconds() * 1e3
 }
 
-// turn is how many requests a client makes before it is the others' turn: many, since a
-// turn ends with ever fewer clients at work.
-const turn = 64
+// turnRequests is how many requests a client makes before it is the others' turn: many,
+// since a turn ends with ever fewer clients at work.
+const turnRequests = 64
 
 // measure makes b.N requests of an SAE to a KME and as many, for a key for other, to the
 // null process, in turns, so that both see the same machine, and reports how they went.
@@ -484,8 +484,8 @@ func (r *rig) measure(b *testing.B, who, other string, at *Site, load benchLoad,
 	order := []*measured{null, kme}
 	for done := 0; done < b.N; done = len(kme.took) {
 		n := b.N - done
-		if n >= 2*turn*load.clients {
-			n = turn * load.clients
+		if n >= 2*turnRequests*load.clients {
+			n = turnRequests * load.clients
 		}
 		for _, m := range order {
 			before, began := r.cpu(b), time.Now()
@@ -501,7 +501,7 @@ func (r *rig) measure(b *testing.B, who, other string, at *Site, load benchLoad,
 			r.folded(b) // what a KME still has to do is its work, and is not done beside the other's
 			m.took, m.cpu = append(m.took, took...), m.cpu.plus(r.cpu(b).less(before))
 		}
-		slices.Reverse(order) // whatever the one leaves behind, the other does, too
+		slices.Reverse(order) // neither always comes after the other
 	}
 	b.ReportMetric(kme.rate(), "req/s")
 	b.ReportMetric(kme.rate()*float64(load.number), "keys/s")

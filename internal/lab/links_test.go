@@ -41,7 +41,7 @@ func TestTwoLinks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b := links[first].Last; b.Leak < 1 || b.Leak > b.LeakLimit {
+	if b := links[first].Last; b.Aborted == "" && (b.Leak < 1 || b.Leak > b.LeakLimit) {
 		t.Errorf("block %d leaked %d bits of at most %d", b.Block, b.Leak, b.LeakLimit)
 	}
 	if n := stored(t, alice, bob); n < max(links[first].Stored, links[second].Stored)+128 {
